@@ -1,0 +1,324 @@
+"""The physical machine as numbers: hosts, devices, memories, rates and links, all in SI units.
+
+Cluster files (docs/clusters.md) say GiB, TFLOP/s and Gb/s in their key names; here they are bytes,
+FLOP/s and bytes/s. Nothing here touches a device: the runtime counts what it finds and passes plain
+numbers to `Cluster.local`. What communication costs on a logical mesh is in `mesh`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from launcher.autopar.strict_reader import Node
+from launcher.config import ClusterConfig, conf_dir
+from launcher.errors import ConfigError
+
+DTYPES = ("fp64", "fp32", "fp16", "bf16")
+_GIB, _TERA, _GIGA, _MICRO = 2**30, 1e12, 1e9, 1e-6
+_LARGEST_FILE_BYTES = 2**20
+_MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
+
+# Devices that JAX may report, by the packaged cluster that has the figures of their kind.
+_KNOWN_KINDS = {
+    "V100-SXM2-16GB": "1xp3",
+    "V100-SXM2-32GB": "1xp3",
+    "A100-SXM4-40GB": "dgx-a100",
+    "A100-SXM4-80GB": "dgx-a100",
+    "H100 80GB HBM3": "dgx-h100",
+    "H200": "h200",
+}
+_MEMORY_BYTES_PER_S = {"A100-SXM4-40GB": 1.555e12}  # NVIDIA A100 datasheet; the 80 GB kind is faster
+_WITHOUT_BF16 = ("K80", "P40", "P100", "V100", "T4", "GTX", "RTX 20", "Quadro RTX", "TITAN")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device.
+
+    Attributes:
+        peak_flops_per_s: dtype (fp32, bf16, ...) -> dense peak rate.
+        matmul_efficiency: dtype -> the share of the peak that large matrix products reach.
+        accelerator: Whether it is one; a slice of a CPU is not.
+    """
+
+    kind: str
+    memory_bytes: int
+    peak_flops_per_s: Mapping[str, float]
+    matmul_efficiency: Mapping[str, float]
+    memory_bytes_per_s: float
+    has_bf16: bool
+    accelerator: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What a message costs: `latency_s`, and its bytes over `bytes_per_s`, one direction."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submesh:
+    """The shape of a rectangle of the cluster."""
+
+    hosts: int
+    devices: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.hosts * self.devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterRef:
+    """How a plan names the cluster that it was made for."""
+
+    name: str
+    hosts: int
+    devices_per_host: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Equal hosts of equal devices.
+
+    Attributes:
+        intra_host: The links of one device to the others of its host.
+        inter_host: The network link of one host, shared by its devices.
+        nominal: The figures are round numbers or guesses, and no peak is known.
+        sources: Figure -> where it comes from.
+    """
+
+    name: str
+    num_hosts: int
+    devices_per_host: int
+    device: Device
+    intra_host: Link
+    inter_host: Link
+    nominal: bool
+    sources: Mapping[str, str]
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_hosts * self.devices_per_host
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return the memory of all devices together."""
+        return self.num_devices * self.device.memory_bytes
+
+    @property
+    def default_dtype(self) -> str:
+        """Return what `model.dtype=auto` computes in."""
+        if self.device.has_bf16:
+            return "bf16"
+        return "fp16" if self.device.accelerator else "fp32"
+
+    def peak_flops_per_s(self, dtype: str) -> float | None:
+        """Return the peak that MFU refers to; None where none is known, since MFU is never a guess."""
+        return None if self.nominal else self.device.peak_flops_per_s.get(dtype)
+
+    def ref(self) -> ClusterRef:
+        """Return the name and shape for a plan."""
+        return ClusterRef(
+            name=self.name, hosts=self.num_hosts, devices_per_host=self.devices_per_host
+        )
+
+    def describe(self) -> str:
+        """Return the cluster in one line."""
+        between = f", {self.inter_host.bytes_per_s * 8 / _GIGA:g} Gb/s between hosts"
+        return (
+            f"{self.name}: {count(self.num_hosts, 'host')} x {self.devices_per_host} "
+            f"{self.device.kind} ({self.device.memory_bytes / _GIB:.4g} GiB each"
+            f"{between if self.num_hosts > 1 else ''})"
+            f"{'; its figures are nominal, not measured' if self.nominal else ''}"
+        )
+
+    def submeshes(self) -> tuple[Submesh, ...]:
+        """Return the shapes that stages may get: 1, 2, 4, ... devices of a host, or whole hosts."""
+        powers = [2**k for k in range(self.devices_per_host.bit_length())]
+        slices = [width for width in powers if width < self.devices_per_host]
+        return (
+            *(Submesh(hosts=1, devices=width) for width in slices),
+            *(
+                Submesh(hosts=hosts, devices=self.devices_per_host)
+                for hosts in range(1, self.num_hosts + 1)
+            ),
+        )
+
+    def replace(self, *, hosts: int) -> "Cluster":
+        """Return the same kind of cluster with another number of hosts."""
+        number = Node(value=hosts, place="cluster.hosts").integer(1, _MOST_HOSTS)
+        return replace(self, num_hosts=number)
+
+    @classmethod
+    def from_config(cls, config: ClusterConfig) -> "Cluster":
+        """Return the cluster that a composed config describes."""
+        return _read(Node(value=dataclasses.asdict(config), place="cluster"))
+
+    @classmethod
+    def local(cls, *, kind: str, count: int, memory_bytes: int | None) -> "Cluster":
+        """Return the devices at hand as a cluster: one host of accelerators, or the emulated CPU.
+
+        Args:
+            kind: As JAX reports it.
+            count: Of accelerators; 0 if there is none.
+            memory_bytes: Of one of them, as JAX may use it; None if it does not say.
+        """
+        if count == 0:
+            return load_cluster("cpu8")
+        model = kind.removeprefix("NVIDIA ").removeprefix("Tesla ")
+        known = model in _KNOWN_KINDS
+        base = load_cluster(_KNOWN_KINDS[model]) if known else _guess(kind)
+        device = replace(
+            base.device,
+            kind=kind,
+            memory_bytes=memory_bytes or base.device.memory_bytes,
+            memory_bytes_per_s=_MEMORY_BYTES_PER_S.get(model, base.device.memory_bytes_per_s),
+        )
+        reported = {"device.memory_gib": "what JAX may use of it"} if memory_bytes else {}
+        return replace(
+            base,
+            name="local",
+            num_hosts=1,
+            devices_per_host=count,
+            device=device,
+            sources={**base.sources, **reported},
+        )
+
+
+def load_cluster(name_or_path: str | Path) -> Cluster:
+    """Load a packaged cluster by its name, or a YAML file of the same form by its path."""
+    text = str(name_or_path)
+    folder = conf_dir() / "cluster"
+    is_path = isinstance(name_or_path, Path) or "/" in text or text.endswith((".yaml", ".yml"))
+    path = Path(text) if is_path else folder / f"{text}.yaml"
+    if not is_path and not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise ConfigError(
+            f"cluster={text} is unknown, the launcher has {len(names)}: "
+            f"take one of {', '.join(names)}, or give the path of a YAML file"
+        )
+    return _read(Node(value=_load_yaml(path), place="", source=str(path)))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values only, and no key twice: the second would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return the mapping that `super` builds, which does not compare keys."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) != len(keys):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE_BYTES + 1)
+        if len(data) > _LARGEST_FILE_BYTES:
+            raise ConfigError(
+                f"{path} has more than {_LARGEST_FILE_BYTES} bytes (cluster={path}): "
+                "give the path of a cluster file"
+            )
+        return yaml.load(data.decode(), _StrictLoader)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}, {error.strerror} (cluster={path}): correct the path"
+        ) from error
+    # Beside YAMLError: what PyYAML's constructors let through for values such as `!!int ''`.
+    except (
+        yaml.YAMLError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError,
+        RecursionError,
+    ) as error:  # fmt: skip
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} is no YAML (cluster={path}), {why}: correct it there") from error
+
+
+def _read(top: Node) -> Cluster:
+    fields = top.fields(
+        ("name", "hosts", "devices_per_host", "device", "intra_host", "inter_host"),
+        ("nominal", "sources"),
+    )
+    intra_host = fields["intra_host"].fields(("gb_per_s", "latency_us"))
+    inter_host = fields["inter_host"].fields(("gbit_per_s", "latency_us"), ("shared_by_host",))
+    devices_per_host = fields["devices_per_host"].integer(1, _MOST_DEVICES_PER_HOST)
+    shared = inter_host["shared_by_host"]
+    links = 1 if shared.is_null or shared.boolean() else devices_per_host
+    sources = {} if fields["sources"].is_null else fields["sources"].entries()
+    return Cluster(
+        name=fields["name"].text(),
+        num_hosts=fields["hosts"].integer(1, _MOST_HOSTS),
+        devices_per_host=devices_per_host,
+        device=_read_device(fields["device"]),
+        intra_host=_link(intra_host["gb_per_s"].positive() * _GIGA, intra_host["latency_us"]),
+        inter_host=_link(
+            inter_host["gbit_per_s"].positive() * _GIGA / 8 * links, inter_host["latency_us"]
+        ),
+        nominal=False if fields["nominal"].is_null else fields["nominal"].boolean(),
+        sources={figure: source.text() for figure, source in sources.items()},
+    )
+
+
+def _link(bytes_per_s: float, latency_us: Node) -> Link:
+    return Link(bytes_per_s=bytes_per_s, latency_s=latency_us.number() * _MICRO)
+
+
+def _read_device(node: Node) -> Device:
+    fields = node.fields(
+        (
+            "kind", "memory_gib", "peak_tflops", "memory_gb_per_s", "matmul_efficiency", "has_bf16",
+            "accelerator",
+        )
+    )  # fmt: skip
+    peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
+    known = {dtype: peak for dtype, peak in peaks.items() if not peak.is_null}
+    efficiency = fields["matmul_efficiency"].fields(tuple(known))
+    return Device(
+        kind=fields["kind"].text(),
+        memory_bytes=int(fields["memory_gib"].positive() * _GIB),
+        peak_flops_per_s={dtype: peak.positive() * _TERA for dtype, peak in known.items()},
+        matmul_efficiency={dtype: share.positive(maximum=1.0) for dtype, share in efficiency.items()},
+        memory_bytes_per_s=fields["memory_gb_per_s"].positive() * _GIGA,
+        has_bf16=fields["has_bf16"].boolean(),
+        accelerator=fields["accelerator"].boolean(),
+    )
+
+
+def _guess(kind: str) -> Cluster:
+    """Figures for an accelerator nobody described: a small GPU on PCI Express, so as not to promise
+    what it may not keep."""
+    guess = "guess: the figures of a small GPU on PCI Express, because this kind is not known"
+    has_bf16 = not any(name in kind for name in _WITHOUT_BF16)
+    peaks = {"fp64": 0.2e12, "fp32": 8e12, "fp16": 30e12} | ({"bf16": 30e12} if has_bf16 else {})
+    device = Device(
+        kind=kind,
+        memory_bytes=8 * _GIB,
+        peak_flops_per_s=peaks,
+        matmul_efficiency=dict.fromkeys(peaks, 0.5),
+        memory_bytes_per_s=300e9,
+        has_bf16=has_bf16,
+        accelerator=True,
+    )
+    return Cluster(
+        name="local",
+        num_hosts=1,
+        devices_per_host=1,
+        device=device,
+        intra_host=Link(bytes_per_s=10e9, latency_s=20e-6),
+        inter_host=Link(bytes_per_s=1.25e9, latency_s=50e-6),
+        nominal=True,
+        sources={"device": guess, "intra_host": guess, "inter_host": guess},
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """Write a number with its noun: 1 host, 2 hosts."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

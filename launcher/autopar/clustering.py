@@ -1,0 +1,193 @@
+"""Ops -> layers: cut the forward pass where few bytes cross, into layers of balanced work.
+
+The operator clustering of Alpa (section 5.2): among all ways to cut K ops into L consecutive layers, each
+with at most (1 + slack) times its fair share of the
+FLOPs, take those whose costliest cut crosses the
+fewest bytes, and of those the most even one (least sum of squared FLOPs). Alpa breaks ties by op counts.
+
+What repeats in the model repeats in the layers: ops are first gathered into atoms, and every repetition of
+a repeated block is one atom, so that all blocks become the same layer and are planned once. Ops that
+depend on nothing but literals and the random key belong to no layer; each layer that needs one has its own
+copy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.extend.core import Literal
+
+from launcher.autopar.graph import Graph, Op, Value
+from launcher.autopar.structure import Run, find_repeats, op_signature
+from launcher.autopar.trace import Role, TracedModel
+from launcher.autopar.work import aval_bytes, op_flops
+
+# Alpa takes 0.5; where no cut keeps that (a head as heavy as half a block), the next one is tried.
+SLACKS = (0.5, 1.0, 2.0, np.inf)
+_EXPENSIVE = frozenset({"random_bits", "rng_bit_generator", "threefry2x32"})
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """`layers[i]` are the ops of layer i; `free` are the ops that every layer may copy."""
+
+    layers: tuple[tuple[Op, ...], ...]
+    free: tuple[Op, ...]
+
+
+def cluster(traced: TracedModel, num_layers: int | None = None) -> Clustering:
+    """Cut a traced model into `num_layers` layers, or into as many as it has repeated blocks."""
+    free = free_ops(traced)
+    free_results = {result for op in free for result in op.results}
+    ops = [op for op in traced.graph.ops if free_results.isdisjoint(op.results)]
+    crossing = crossing_bytes(traced.graph, ops, free_results)
+    atoms = _atoms(ops, crossing)
+    flops = np.array([sum(op_flops(op) for op in ops[start:end]) for start, end in atoms])
+    wanted = num_layers or _natural_number_of_layers(flops)
+    boundaries = np.array([start for start, _ in atoms])
+    cuts = best_cuts(flops, crossing[boundaries], min(wanted, len(atoms)))
+    starts = [atoms[cut][0] for cut in cuts]
+    ends = [*starts[1:], len(ops)]
+    layers = tuple(tuple(ops[a:b]) for a, b in zip(starts, ends, strict=True))
+    return Clustering(layers, tuple(free))
+
+
+def free_ops(traced: TracedModel) -> list[Op]:
+    """Cheap ops whose only inputs are literals, constants and the random key."""
+    known: set[Value] = {
+        value
+        for value, source in traced.inputs.items()
+        if source.role in (Role.RANDOM, Role.CONSTANT)
+    }
+    free = []
+    for op in traced.graph.ops:
+        if str(op.primitive) not in _EXPENSIVE and known.issuperset(op.values):
+            known.update(op.results)
+            free.append(op)
+    return free
+
+
+def crossing_bytes(graph: Graph, ops: Sequence[Op], free_results: set[Value]) -> np.ndarray:
+    """`result[i]`: the bytes of all values that are computed before op i and read at i or later."""
+    produced = {value: i for i, op in enumerate(ops) for value in op.results}
+    last_read: dict[Value, int] = {}
+    for i, op in enumerate(ops):
+        for value in op.values:
+            last_read[value] = i
+    for output in graph.outputs:
+        if not isinstance(output, Literal):
+            last_read.setdefault(output, -1)
+    change = np.zeros(len(ops) + 2)
+    for value, start in produced.items():
+        end = last_read.get(value, -1)
+        if end > start and value not in free_results:
+            size = aval_bytes(graph.avals[value])
+            change[start + 1] += size
+            change[end + 1] -= size
+    return np.cumsum(change)[: len(ops) + 1]
+
+
+def _atoms(ops: Sequence[Op], crossing: np.ndarray) -> list[tuple[int, int]]:
+    """Half-open ranges of ops that stay together: each repetition of a run, and single other ops."""
+    atoms: list[tuple[int, int]] = []
+    position = 0
+    for run in find_repeats([op_signature(op) for op in ops]):
+        run = _in_phase(run, crossing)
+        atoms += [(i, i + 1) for i in range(position, run.start)]
+        atoms += [
+            (run.start + k * run.period, run.start + (k + 1) * run.period)
+            for k in range(run.count)
+        ]
+        position = run.start + run.count * run.period
+    return atoms + [(i, i + 1) for i in range(position, len(ops))]
+
+
+def _in_phase(run: Run, crossing: np.ndarray) -> Run:
+    """Begin a run where, inside its first period, the fewest bytes cross.
+
+    The ops before a block often look like the end of one, so that the run begins too early.
+    """
+    offset = int(np.argmin(crossing[run.start : run.start + run.period]))
+    return Run(run.start + offset, run.period, run.end)
+
+
+def _natural_number_of_layers(flops: np.ndarray) -> int:
+    """As many layers as there are heavy atoms of the commonest size; at least 2, at most 128."""
+    heavy = flops[flops > 0]
+    if not len(heavy):
+        return 1
+    values, counts = np.unique(heavy, return_counts=True)
+    weight = values * counts
+    share = weight / weight.sum()
+    repeated = int(counts[share > 0.05].sum())
+    return int(np.clip(repeated, 2, 128))
+
+
+def best_cuts(flops: np.ndarray, crossing: np.ndarray, num_layers: int) -> tuple[int, ...]:
+    """The first atom of every layer, by the two-level objective of the module's head.
+
+    Args:
+        flops: work of each atom.
+        crossing: bytes that cross the boundary before each atom.
+    """
+    starts = _candidates(flops, crossing)
+    for slack in SLACKS:
+        bound = max((1 + slack) * flops.sum() / num_layers, flops.max())
+        cuts = _least_crossing(flops, crossing, starts, num_layers, bound)
+        if cuts is not None:
+            return cuts
+    return tuple(range(num_layers))  # fewer places to cut than layers: one atom each, the rest last
+
+
+def _least_crossing(flops, crossing, starts, num_layers: int, bound: float):
+    """The most even cuts among those whose costliest crosses the fewest bytes."""
+    limits = np.unique(crossing[starts])
+    best = _most_even(flops, starts, num_layers, bound)
+    low, high = 0, len(limits) - 1 if best is not None else 0
+    while low < high:
+        middle = (low + high) // 2
+        cuts = _most_even(flops, starts[crossing[starts] <= limits[middle]], num_layers, bound)
+        if cuts is None:
+            low = middle + 1
+        else:
+            best, high = cuts, middle
+    return best
+
+
+def _candidates(flops: np.ndarray, crossing: np.ndarray) -> np.ndarray:
+    """Where a layer may start: between two heavy atoms, only where the fewest bytes cross."""
+    crossing[0] = 0.0
+    heavy = np.flatnonzero(flops > 0)
+    between = [0, *(int(i) + 1 for i in heavy)]
+    segments = zip(between, [*(int(i) for i in heavy), len(flops) - 1], strict=True)
+    lightest = {a + int(np.argmin(crossing[a : b + 1])) for a, b in segments if a <= b}
+    return np.array(sorted({0} | lightest))
+
+
+def _most_even(
+    flops: np.ndarray, starts: np.ndarray, num_layers: int, bound: float
+) -> tuple[int, ...] | None:
+    """Least sum of squared FLOPs over layers that start at `starts`; None if there is no way."""
+    starts = np.union1d([0], starts)
+    if len(starts) < num_layers:
+        return None
+    before = np.concatenate(([0.0], np.cumsum(flops)))
+    position = before[[*starts, len(flops)]] / max(flops.sum(), 1.0)  # scaled: squares stay near 1
+    limit = bound / max(flops.sum(), 1.0) * (1 + 1e-9)
+    size = position[None, :] - position[:, None]  # (from, to)
+    square = np.where((size >= 0) & (size <= limit), size**2, np.inf)
+    square[np.tril_indices(len(position))] = np.inf
+    cost = np.full(len(position), np.inf)
+    cost[0] = 0.0
+    choice = np.zeros((num_layers, len(position)), np.int64)
+    for layer in range(num_layers):
+        total = cost[:, None] + square
+        choice[layer] = np.argmin(total, axis=0)
+        cost = np.min(total, axis=0)
+    if not np.isfinite(cost[-1]):
+        return None
+    cuts, end = [], len(position) - 1
+    for layer in reversed(range(num_layers)):
+        end = int(choice[layer, end])
+        cuts.append(int(starts[end]))
+    return tuple(reversed(cuts))

@@ -1,0 +1,150 @@
+"""The words of a program: one instruction, its operation, and its text form both ways.
+
+    text     ::= stage op [microbatch] [">" peer | "<" peer]
+    op       ::= "F" | "B" | "S" | "N" | "U" | ("SEND_" | "RECV_") payload
+    payload  ::= "F" | "B" | "G" | "N" | "P"
+
+`2F0` is stage 2, forward, microbatch 0; `2SEND_F0>3` sends what it made to stage 3, where
+`3RECV_F0<2` receives it. What each operation reads, writes and frees stands in docs/schedules.md.
+A backward split into input gradients (`I`) and weight gradients (`W`) will be two more of `Op`.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from launcher.errors import ScheduleError
+
+
+class Op(StrEnum):
+    """What an instruction does; the value is its text."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    SYNCHRONIZE = "S"
+    NORM = "N"
+    UPDATE = "U"
+    SEND_ACTIVATION = "SEND_F"
+    RECEIVE_ACTIVATION = "RECV_F"
+    SEND_COTANGENT = "SEND_B"
+    RECEIVE_COTANGENT = "RECV_B"
+    SEND_TIED_GRADIENT = "SEND_G"
+    RECEIVE_TIED_GRADIENT = "RECV_G"
+    SEND_NORM = "SEND_N"
+    RECEIVE_NORM = "RECV_N"
+    SEND_TIED_PARAMETER = "SEND_P"
+    RECEIVE_TIED_PARAMETER = "RECV_P"
+
+
+RECEIVE_OF_SEND = {
+    Op.SEND_ACTIVATION: Op.RECEIVE_ACTIVATION,
+    Op.SEND_COTANGENT: Op.RECEIVE_COTANGENT,
+    Op.SEND_TIED_GRADIENT: Op.RECEIVE_TIED_GRADIENT,
+    Op.SEND_NORM: Op.RECEIVE_NORM,
+    Op.SEND_TIED_PARAMETER: Op.RECEIVE_TIED_PARAMETER,
+}
+SENDS = frozenset(RECEIVE_OF_SEND)
+RECEIVES = frozenset(RECEIVE_OF_SEND.values())
+PER_MICROBATCH = frozenset(
+    (
+        Op.FORWARD,
+        Op.BACKWARD,
+        Op.SEND_ACTIVATION,
+        Op.RECEIVE_ACTIVATION,
+        Op.SEND_COTANGENT,
+        Op.RECEIVE_COTANGENT,
+    )
+)
+"""The others run once a step and carry no microbatch."""
+
+READER_OF_RECEIVE = {
+    Op.RECEIVE_ACTIVATION: Op.FORWARD,
+    Op.RECEIVE_COTANGENT: Op.BACKWARD,
+    Op.RECEIVE_TIED_GRADIENT: Op.SYNCHRONIZE,
+    Op.RECEIVE_NORM: Op.NORM,
+}
+"""Which operation, of the same microbatch, reads a received value.
+
+A received tied parameter is read by the next step.
+"""
+
+_PARTNER = RECEIVE_OF_SEND | {receive: send for send, receive in RECEIVE_OF_SEND.items()}
+_TEXT = re.compile(
+    r"(?P<stage>\d+)(?P<op>(?:SEND_|RECV_)[FBGNP]|[FBSNU])(?P<microbatch>\d+)?"
+    r"(?:(?P<arrow>[<>])(?P<peer>\d+))?"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instruction:
+    """One entry of a submesh's list.
+
+    Attributes:
+        op: What to do.
+        stage: The stage that does it; its submesh holds the list.
+        microbatch: For the operations of `PER_MICROBATCH`, else None.
+        peer: The other stage of a send or receive, else None.
+    """
+
+    op: Op
+    stage: int
+    microbatch: int | None = None
+    peer: int | None = None
+
+    @property
+    def is_send(self) -> bool:
+        return self.op in SENDS
+
+    @property
+    def is_receive(self) -> bool:
+        return self.op in RECEIVES
+
+    @property
+    def is_compute(self) -> bool:
+        return self.op not in _PARTNER
+
+    @property
+    def partner(self) -> "Instruction":
+        """Return the receive of this send, or the send of this receive, in the peer's list.
+
+        The send is the identity of a message: no two messages of a step have the same one.
+        """
+        assert self.peer is not None, f"{self} has no partner"
+        return Instruction(
+            op=_PARTNER[self.op], stage=self.peer, microbatch=self.microbatch, peer=self.stage
+        )
+
+    def __str__(self) -> str:
+        microbatch = "" if self.microbatch is None else self.microbatch
+        if self.peer is None:
+            return f"{self.stage}{self.op}{microbatch}"
+        return f"{self.stage}{self.op}{microbatch}{'>' if self.is_send else '<'}{self.peer}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Instruction":
+        """Read the text form; `str` of the result is the text again."""
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise ScheduleError(_unreadable(text, "not of the form 2F0, 2S or 2SEND_F0>3"))
+        op = Op(match["op"])
+        instruction = cls(
+            op=op,
+            stage=int(match["stage"]),
+            microbatch=None if match["microbatch"] is None else int(match["microbatch"]),
+            peer=None if match["peer"] is None else int(match["peer"]),
+        )
+        if (op in PER_MICROBATCH) != (instruction.microbatch is not None):
+            needs = "needs a" if op in PER_MICROBATCH else "takes no"
+            raise ScheduleError(_unreadable(text, f"{op} {needs} microbatch"))
+        arrow = ">" if op in SENDS else "<" if op in RECEIVES else None
+        if match["arrow"] != arrow:
+            needs = "takes no peer" if arrow is None else f"needs its peer as {arrow}3"
+            raise ScheduleError(_unreadable(text, f"{op} {needs}"))
+        return instruction
+
+
+def _unreadable(text: str, why: str) -> str:
+    return (
+        f"cannot read the instruction {text.strip()!r}: {why} "
+        "(a program of parallel.schedule): correct it, see docs/schedules.md"
+    )

@@ -1,0 +1,265 @@
+"""Layers on one mesh -> a strategy for every op: the intra-operator pass (Alpa, section 4).
+
+The objective is the time of one microbatch, forward and backward, plus a `num_microbatches`-th of what
+happens once a step. The problem is over the classes of layers in the stage, so a stage of forty equal
+blocks costs as much to plan as one of two.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from launcher.autopar.graph import Value
+from launcher.autopar.layers import LayeredModel
+from launcher.autopar.restrictions import ClassTags, tag_classes
+from launcher.autopar.rules import Strategy
+from launcher.autopar.solver import solve
+from launcher.autopar.spec import Spec
+from launcher.autopar.stage_problem import (
+    ONCE_IN_STAGE,
+    ClassFragment,
+    EdgeCost,
+    Group,
+    Key,
+    NodeCost,
+    Part,
+    StageProblem,
+    StageSettings,
+)
+from launcher.autopar.wiring import StageWiring, wire
+from launcher.errors import InfeasiblePlanError
+
+Picks = Mapping[Key, Spec | Strategy]
+Pins = Mapping[Key, Sequence[Spec | Strategy]]
+_PENALTY_S = 1e6  # for a choice that a pin forbids: more than any stage takes
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Costs by when they fall due: forward and backward per microbatch, the others per step."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    synchronize: float = 0.0
+    update: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.synchronize + other.synchronize,
+            self.update + other.update,
+        )
+
+    def __mul__(self, times: float) -> "Seconds":
+        return Seconds(
+            self.forward * times, self.backward * times, self.synchronize * times, self.update * times
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageSharding:
+    """The solved stage: what every node of the stage problem chose, and what it costs."""
+
+    settings: StageSettings
+    picks: Picks
+    group_seconds: Mapping[Group, Seconds]
+    seconds: Seconds
+    gap_fraction: float
+
+    @property
+    def forward_s(self) -> float:
+        """Per microbatch."""
+        return self.seconds.forward
+
+    @property
+    def backward_s(self) -> float:
+        """Per microbatch, with the forward pass again where it is recomputed."""
+        again = self.seconds.forward if self.settings.recompute else 0.0
+        return self.seconds.backward + again
+
+    @property
+    def once_s(self) -> float:
+        """Per step: synchronisation and update."""
+        return self.seconds.synchronize + self.seconds.update
+
+    @property
+    def microbatch_s(self) -> float:
+        """The objective: a microbatch's time, with its share of what happens once a step."""
+        return self.forward_s + self.backward_s + self.once_s / self.settings.num_microbatches
+
+    def for_counts(self, counts: Mapping[Group, int], settings: StageSettings) -> "StageSharding":
+        """The same picks for a stage of the same family: costs are linear in the counts."""
+        total = Seconds()
+        for group, seconds in self.group_seconds.items():
+            total += seconds * counts[group]
+        return replace(self, settings=settings, seconds=total)
+
+
+class IntraOpPlanner:
+    """Plans ranges of layers on meshes, remembering the parts of the problems that recur.
+
+    `num_solved` counts the problems that were solved.
+    """
+
+    def __init__(self, model: LayeredModel, *, time_limit_s: float = 60.0):
+        self.model = model
+        self.tags: dict[str, ClassTags] = tag_classes(model)
+        self.classes = {cls.name: cls for cls in model.classes}
+        self.time_limit_s = time_limit_s
+        self.num_solved = 0
+        self._producer = model.producer()
+        self._fragments: dict[tuple, ClassFragment] = {}
+        self.wiring = lru_cache(maxsize=None)(self._wiring)
+
+    def solve(
+        self, first: int, last: int, settings: StageSettings, pins: Pins | None = None
+    ) -> StageSharding:
+        """Plan layers [first, last).
+
+        Args:
+            pins: node -> the choices that a plan holds it to.
+        """
+        problem = self.problem(first, last, settings)
+        _check_feasible(problem, settings)
+        if pins and all(len(pins.get(key, ())) == 1 for key in problem.choices):
+            return _priced(problem, {key: pins[key][0] for key in problem.choices}, 0.0)
+        pairwise, keys = _pinned(problem, pins or {}).pairwise()
+        solution = solve(pairwise, time_limit_s=self.time_limit_s)
+        self.num_solved += 1
+        picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
+        return _priced(problem, picks, solution.gap_fraction)
+
+    def reprice(self, first: int, last: int, settings: StageSettings, picks: Picks) -> StageSharding:
+        """Price known picks for other settings, or another range of the same family."""
+        return _priced(self.problem(first, last, settings), picks, 0.0)
+
+    def problem(self, first: int, last: int, settings: StageSettings) -> StageProblem:
+        """The stage problem of layers [first, last)."""
+        wiring = self.wiring(first, last)
+        problem = StageProblem(settings, wiring.counts)
+        for name in wiring.classes:
+            self._add_class(problem, name, wiring)
+        for group in wiring.internal:
+            self._connect_layers(problem, group)
+        for group in wiring.states:
+            source, output, target, slot = group
+            self._connect(problem, source, output, ("slot", target, slot), Part(forward=True), group)
+        for name, output in wiring.exports:
+            self._add_boundary(problem, ("export", name, output), Part(forward=True))
+        for name, slot in wiring.imports:
+            self._add_boundary(problem, ("return", name, slot), Part(backward=True))
+        return problem
+
+    def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
+        sharded = settings.zero == 3
+        key = (name, settings.mesh, sharded, settings.restrictions, settings.compute.key)
+        if key not in self._fragments:
+            self._fragments[key] = ClassFragment(self.classes[name], self.tags[name], settings)
+        return self._fragments[key]
+
+    def _add_class(self, problem: StageProblem, name: str, wiring: StageWiring) -> None:
+        """Add a class; a parameter it shares with another class has its nodes there."""
+        fragment = self._fragment(name, problem.settings)
+        stand_in = {
+            (kind, *own): (kind, *other)
+            for own, other in wiring.aliases.items()
+            for kind in ("slot", "accumulator")
+        }
+        nodes, edges = fragment.gradient_costs(problem.settings.zero)
+        problem.choices.update(
+            (key, choices) for key, choices in fragment.choices.items() if key not in stand_in
+        )
+        problem.nodes += [n for n in (*fragment.nodes, *nodes) if n.key not in stand_in]
+        problem.edges += [edge for edge in edges if edge.source not in stand_in]
+        if problem.settings.memory_s_per_byte:
+            problem.penalties += [
+                replace(penalty, costs=penalty.costs * problem.settings.memory_s_per_byte)
+                for penalty in fragment.memory_penalties()
+                if penalty.key not in stand_in
+            ]
+        for edge in fragment.edges:
+            if edge.source in stand_in or edge.target in stand_in:
+                source = stand_in.get(edge.source, edge.source)
+                edge = replace(edge, source=source, target=stand_in.get(edge.target, edge.target))
+            problem.edges.append(edge)
+
+    def _connect_layers(self, problem: StageProblem, group: tuple[str, int, str, int]) -> None:
+        """A value from layer to layer, and its gradient back."""
+        source, output, target, slot = group
+        self._connect(problem, source, output, ("slot", target, slot), Part(forward=True), group)
+        cotangent = ("cotangent", source, output)
+        if cotangent in problem.choices:
+            gradient = self.classes[target].gradients.get(slot)
+            self._edge(problem, target, gradient, cotangent, Part(backward=True), group)
+
+    def _connect(self, problem, source: str, output: int, key: Key, part: Part, group) -> None:
+        self._edge(problem, source, self.classes[source].outputs[output], key, part, group)
+
+    def _add_boundary(self, problem: StageProblem, key: Key, part: Part) -> None:
+        """A node for a value that leaves the stage: an output forward, a gradient backward."""
+        kind, name, index = key
+        cls = self.classes[name]
+        value = cls.outputs[index] if kind == "export" else cls.gradients.get(index)
+        fragment = self._fragment(name, problem.settings)
+        if value in fragment.source:
+            problem.choices[key] = fragment.boundary_specs(value)
+            self._edge(problem, name, value, key, part, ONCE_IN_STAGE)
+
+    def _edge(self, problem, name: str, value: Value, key: Key, part: Part, group: Group) -> None:
+        fragment = self._fragment(name, problem.settings)
+        if value in fragment.source:
+            matrix = fragment.matrix(value, problem.choices[key])
+            problem.edges.append(EdgeCost(fragment.source[value][0], key, matrix, part, group))
+
+    def _wiring(self, first: int, last: int) -> StageWiring:
+        return wire(self.model, self._producer, first, last)
+
+
+def _pinned(problem: StageProblem, pins: Pins) -> StageProblem:
+    """Hold nodes to some of their choices by making the others dear."""
+    penalties = [
+        NodeCost(
+            key,
+            np.array([0.0 if choice in pins[key] else _PENALTY_S for choice in choices]),
+            Part(forward=True),
+            ONCE_IN_STAGE,
+        )
+        for key, choices in problem.choices.items()
+        if key in pins
+    ]
+    return replace(problem, penalties=[*problem.penalties, *penalties])
+
+
+def _check_feasible(problem: StageProblem, settings: StageSettings) -> None:
+    empty = [key for key, choices in problem.choices.items() if not choices]
+    if empty:
+        raise InfeasiblePlanError(
+            f"mesh {settings.mesh.shape} leaves no sharding for {empty[0]}: a dim that must be split is "
+            f"not divisible; choose other parallel.dp, parallel.tp or parallel.num_microbatches"
+        )
+
+
+def _priced(problem: StageProblem, picks: Picks, gap_fraction: float) -> StageSharding:
+    """Add up the cost of picks, by group and by when it falls due."""
+    at = {key: choices.index(picks[key]) for key, choices in problem.choices.items()}
+    groups: dict[Group, Seconds] = {}
+
+    def book(group: Group, part: Part, cost: float, *, is_update: bool) -> None:
+        seconds = Seconds(
+            forward=cost * part.forward,
+            backward=cost * part.backward,
+            synchronize=cost * part.once * (not is_update),
+            update=cost * part.once * is_update,
+        )
+        groups[group] = groups.get(group, Seconds()) + seconds
+
+    for node in problem.nodes:
+        book(node.group, node.part, float(node.costs[at[node.key]]), is_update=True)
+    for edge in problem.edges:
+        cost = float(edge.costs[at[edge.source], at[edge.target]])
+        book(edge.group, edge.part, cost, is_update=False)
+    sharding = StageSharding(problem.settings, dict(picks), groups, Seconds(), gap_fraction)
+    return sharding.for_counts(problem.counts, problem.settings)

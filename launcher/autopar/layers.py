@@ -1,0 +1,269 @@
+"""Layers and their classes: the unit that is differentiated, planned, compiled, and repeated.
+
+Each layer is a graph from its input slots to its output slots. Layers that are alike (same ops, same
+shapes, same kinds of inputs) share a `LayerClass`, which is differentiated once into a joint graph:
+
+    joint(inputs, cotangents of the differentiable outputs)
+        -> outputs, gradients of the differentiable inputs
+
+Ops of the joint graph that depend on a cotangent are the backward pass, the others the forward pass. What
+the backward pass reads of the forward pass are the residuals, which a microbatch keeps in between; a
+layer's own inputs are not among them, they are passed again.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.extend.core import primitives as prim
+
+from launcher.autopar.clustering import Clustering
+from launcher.autopar.graph import (
+    CALLS,
+    CUSTOM_CALLS,
+    Graph,
+    Op,
+    Value,
+    eliminate_dead_code,
+    evaluate,
+    from_jaxpr,
+    live_ops,
+    renumber,
+    subgraph,
+    used_values,
+)
+from launcher.autopar.structure import op_signature
+from launcher.autopar.trace import Role, TracedModel
+from launcher.autopar.work import aval_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One input of a layer: its role (None: computed by an earlier layer), and whether it is
+    differentiated."""
+
+    role: Role | None
+    differentiable: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerClass:
+    """What all layers of a kind share.
+
+    `joint.inputs` are the slots, then the cotangents of `cotangent_outputs`; `joint.outputs` are the
+    forward outputs, then the gradients of the differentiable slots, in slot order.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    forward: Graph
+    joint: Graph
+    num_outputs: int
+    cotangent_outputs: tuple[int, ...]  # indices into the outputs
+    forward_ops: tuple[Op, ...]
+    backward_ops: tuple[Op, ...]
+    residuals: tuple[Value, ...]
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.slots)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return self.joint.outputs[: self.num_outputs]
+
+    @property
+    def gradients(self) -> dict[int, Value]:
+        """Slot -> the value of its gradient."""
+        differentiable = [i for i, slot in enumerate(self.slots) if slot.differentiable]
+        return dict(zip(differentiable, self.joint.outputs[self.num_outputs :], strict=True))
+
+    @property
+    def cotangents(self) -> dict[int, Value]:
+        """Output -> the value of its cotangent."""
+        values = self.joint.inputs[self.num_slots : self.num_slots + len(self.cotangent_outputs)]
+        return dict(zip(self.cotangent_outputs, values, strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer: its class, and the values of the traced model that its slots and outputs are."""
+
+    cls: LayerClass
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayeredModel:
+    """The traced model as a sequence of layers.
+
+    `random_ops` derive the random keys that layers read from the key of the microbatch; whoever runs a
+    layer computes the keys it needs, so that layers that differ only in their keys are alike.
+    """
+
+    traced: TracedModel
+    layers: tuple[Layer, ...]
+    classes: tuple[LayerClass, ...]
+    random_ops: tuple[Op, ...]
+
+    def producer(self) -> dict[Value, tuple[int, int]]:
+        """Value -> (layer, output) that computes it."""
+        return {
+            value: (i, k)
+            for i, layer in enumerate(self.layers)
+            for k, value in enumerate(layer.outputs)
+        }
+
+
+def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
+    """Turn clustered ops into layers, differentiating each class of layers once."""
+    flows = _gradient_flow(traced)
+    final = {traced.loss, *traced.state.values(), *traced.metrics.values()}
+    later = _read_later(clustering, final)
+    random_ops = _random_ops(traced, clustering.free)
+    keys = {result for op in random_ops for result in op.results}
+    constant_ops = [op for op in clustering.free if keys.isdisjoint(op.results)]
+    classes: dict[Hashable, LayerClass] = {}
+    layers = []
+    for ops, wanted in zip(clustering.layers, later, strict=True):
+        outputs = [value for op in ops for value in op.results if value in wanted]
+        whole = (*live_ops(constant_ops, used_values(ops)), *ops)
+        graph = subgraph(traced.graph, whole, outputs)
+        roles = {v: Role.RANDOM for v in keys} | {v: i.role for v, i in traced.inputs.items()}
+        slots = tuple(Slot(roles.get(value), value in flows) for value in graph.inputs)
+        with_cotangent = tuple(k for k, value in enumerate(outputs) if value in flows)
+        key = _class_key(graph, slots, with_cotangent)
+        if key not in classes:
+            name = f"layer{len(classes)}"
+            classes[key] = _differentiate(name, renumber(graph), slots, with_cotangent)
+        layers.append(Layer(classes[key], graph.inputs, tuple(outputs)))
+    return LayeredModel(traced, tuple(layers), tuple(classes.values()), random_ops)
+
+
+def _random_ops(traced: TracedModel, free: Sequence[Op]) -> tuple[Op, ...]:
+    """The free ops that the random key reaches."""
+    reached = {v for v, source in traced.inputs.items() if source.role is Role.RANDOM}
+    found = []
+    for op in free:
+        if not reached.isdisjoint(op.values):
+            reached.update(op.results)
+            found.append(op)
+    return tuple(found)
+
+
+def _read_later(clustering: Clustering, final: set[Value]) -> list[set[Value]]:
+    """For each layer, the values that a later layer reads or that the model returns."""
+    wanted, result = set(final), []
+    for ops in reversed(clustering.layers):
+        result.append(set(wanted))
+        wanted |= used_values(ops)
+    return list(reversed(result))
+
+
+def _gradient_flow(traced: TracedModel) -> set[Value]:
+    """The values that a parameter reaches and that reach the loss, through floating-point numbers."""
+
+    def is_float(value: Value) -> bool:
+        return jnp.issubdtype(traced.graph.avals[value].dtype, jnp.floating)
+
+    params = (v for v, source in traced.inputs.items() if source.role is Role.PARAM)
+    downstream = {value for value in params if is_float(value)}
+    for op in traced.graph.ops:
+        if op.primitive is not prim.stop_gradient_p and not downstream.isdisjoint(op.values):
+            downstream.update(value for value in op.results if is_float(value))
+    upstream = {traced.loss}
+    for op in reversed(traced.graph.ops):
+        if op.primitive is not prim.stop_gradient_p and not upstream.isdisjoint(op.results):
+            upstream.update(value for value in op.values if is_float(value))
+    return downstream & upstream
+
+
+def _class_key(graph: Graph, slots: Sequence[Slot], with_cotangent: Sequence[int]) -> Hashable:
+    dense = renumber(graph)
+    ops = tuple(
+        (op_signature(op), op.values, tuple(isinstance(o, Literal) for o in op.operands))
+        for op in dense.ops
+    )
+    constants = tuple(id(array) for array in graph.constants.values())
+    return ops, tuple(slots), tuple(with_cotangent), dense.outputs, constants
+
+
+def _differentiate(
+    name: str, forward: Graph, slots: tuple[Slot, ...], with_cotangent: tuple[int, ...]
+) -> LayerClass:
+    differentiable = [i for i, slot in enumerate(slots) if slot.differentiable]
+    num_outputs = len(forward.outputs)
+
+    def joint(inputs, cotangents):
+        def run(chosen):
+            arguments = list(inputs)
+            for i, value in zip(differentiable, chosen, strict=True):
+                arguments[i] = value
+            outputs = evaluate(forward, arguments)
+            return [outputs[k] for k in with_cotangent], outputs
+
+        _, pull_back, outputs = jax.vjp(run, [inputs[i] for i in differentiable], has_aux=True)
+        return outputs, pull_back(cotangents)[0]
+
+    def abstract(value: Value) -> jax.ShapeDtypeStruct:
+        aval = forward.avals[value]
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+    closed = jax.make_jaxpr(joint)(
+        [abstract(v) for v in forward.inputs], [abstract(forward.outputs[k]) for k in with_cotangent]
+    )
+    graph = renumber(eliminate_dead_code(from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS)))
+    first, second, residuals = _split(graph, num_outputs)
+    return LayerClass(
+        name=name,
+        slots=slots,
+        forward=forward,
+        joint=graph,
+        num_outputs=num_outputs,
+        cotangent_outputs=with_cotangent,
+        forward_ops=first,
+        backward_ops=second,
+        residuals=residuals,
+    )
+
+
+def _split(
+    joint: Graph, num_outputs: int
+) -> tuple[tuple[Op, ...], tuple[Op, ...], tuple[Value, ...]]:
+    """Split a joint graph into forward ops, backward ops, and the residuals between them.
+
+    What the outputs need is forward. What only the gradients need is backward if it depends on a
+    cotangent, and also if it is cheap: recomputing it there keeps fewer bytes.
+    """
+    forward = live_ops(joint.ops, joint.outputs[:num_outputs])
+    in_forward = {result for op in forward for result in op.results}
+    needed = [op for op in joint.ops if in_forward.isdisjoint(op.results)]
+    cheap = _cheap_ops(joint, forward)
+    backward = live_ops((*cheap, *needed), joint.outputs[num_outputs:])
+    available = {*joint.inputs, *(result for op in backward for result in op.results)}
+    read = used_values(backward) | {
+        o for o in joint.outputs[num_outputs:] if not isinstance(o, Literal)
+    }
+    residuals = tuple(sorted(value for value in read if value not in available))
+    return forward, backward, residuals
+
+
+def _cheap_ops(joint: Graph, forward: Sequence[Op]) -> list[Op]:
+    """Forward ops that the backward pass recomputes.
+
+    Those that depend on no input (masks), and those that stretch or widen a smaller value.
+    """
+    constant: set[Value] = set()
+    cheap = []
+    for op in forward:
+        if constant.issuperset(op.values):
+            constant.update(op.results)
+            cheap.append(op)
+        elif str(op.primitive) in ("broadcast_in_dim", "convert_element_type"):
+            read = sum(aval_bytes(joint.avals[value]) for value in op.values)
+            if read < sum(aval_bytes(joint.avals[value]) for value in op.results):
+                cheap.append(op)
+    return cheap

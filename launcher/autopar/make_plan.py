@@ -1,0 +1,163 @@
+"""From search results to a `Plan`: the best candidate after simulation, with the others as runners-up."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from launcher.autopar.cluster import Cluster
+from launcher.autopar.picks import specs_as_dims, strategies_of
+from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
+from launcher.autopar.predict import Outlook, foresee
+from launcher.autopar.realize import RealizedPlan, realize
+from launcher.autopar.search import Candidate, PlanOptions, Search, search
+from launcher.autopar.stage_layout import layout
+from launcher.autopar.stage_problem import optimizer_spec
+from launcher.errors import InfeasiblePlanError
+from launcher.models.model import Model
+
+log = logging.getLogger(__name__)
+
+_JUDGED = 3  # candidates that the simulator judges
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A plan, realized, with its prediction's timeline."""
+
+    plan: Plan
+    realized: RealizedPlan
+    outlook: Outlook
+
+
+def make_plan(model: Model, cluster: Cluster, options: PlanOptions) -> Plan:
+    """Plan how a model trains on a cluster."""
+    return find_plan(model, cluster, options, lambda text: None).plan
+
+
+def find_plan(
+    model: Model, cluster: Cluster, options: PlanOptions, progress: Callable[[str], None]
+) -> Planned:
+    """Search, let the simulator judge the best candidates, and return the winner."""
+    found = search(model, cluster, options, progress)
+    judged = []
+    for candidate in found.candidates[:_JUDGED]:
+        progress(f"simulating {candidate.num_microbatches} microbatches")
+        plan = _as_plan(candidate, found, model, cluster, options)
+        realized = realize(plan, model, cluster)
+        judged.append((realized, foresee(realized, model, cluster, options.optimizer)))
+    judged.sort(key=lambda pair: pair[1].prediction.step_s)
+    realized, outlook = judged[0]
+    _check_memory(outlook, cluster)
+    plan = replace(
+        realized.plan,
+        predicted=outlook.prediction,
+        search=SearchStats(
+            wall_s=found.wall_s,
+            ilp_solved=found.ilp_solved,
+            candidates=found.priced,
+            optimality_gap=max(c.largest_gap_fraction for c in found.candidates),
+        ),
+        runners_up=tuple(_runner_up(pair, outlook) for pair in judged[1:]),
+    )
+    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
+    """Take a plan as it is, completing what it leaves out and pricing it anew."""
+    plan.check(num_layers=None, cluster=cluster)
+    realized = realize(plan, model, cluster)
+    outlook = foresee(realized, model, cluster, options.optimizer)
+    plan = replace(_completed(realized), predicted=outlook.prediction)
+    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def _check_memory(outlook: Outlook, cluster: Cluster) -> None:
+    needed, limit = max(outlook.prediction.peak_bytes_per_device), cluster.device.memory_bytes
+    if needed > limit:
+        raise InfeasiblePlanError(
+            f"the best plan needs {needed / 2**30:.2f} GiB on a device that has {limit / 2**30:.2f} GiB "
+            f"(cluster.device.memory_gib); set parallel.recompute=layer or parallel.zero=3, or raise "
+            f"cluster.hosts"
+        )
+
+
+def _as_plan(
+    candidate: Candidate, found: Search, model: Model, cluster: Cluster, options: PlanOptions
+) -> Plan:
+    stages = tuple(
+        _stage(candidate, choice, place)
+        for choice, place in zip(candidate.result.stages, candidate.placement, strict=True)
+    )
+    return Plan(
+        version=PLAN_VERSION,
+        model=ModelRef(
+            name=model.name, size=model.size, fingerprint=model.fingerprint, dtype=model.dtype
+        ),
+        cluster=cluster.ref(),
+        global_batch=options.global_batch,
+        num_microbatches=candidate.num_microbatches,
+        schedule=found.space.schedule,
+        virtual_stages=1,
+        num_layers=len(candidate.planner.model.layers),
+        stages=stages,
+    )
+
+
+def _stage(candidate: Candidate, choice, place) -> Stage:
+    pick = choice.option.tag
+    hosts, devices = place
+    stage = Stage(
+        layers=(choice.first, choice.last),
+        hosts=hosts,
+        devices=devices,
+        mesh=tuple(zip(pick.mesh.axis_names, pick.mesh.shape, strict=True)),
+        recompute=pick.recompute,
+        zero=pick.zero,
+        params={},
+        optimizer_state={},
+        strategies={},
+    )
+    return _with_shardings(stage, candidate.planner, pick.sharding)
+
+
+def _with_shardings(stage: Stage, planner, sharding) -> Stage:
+    """Write down where a stage's tensors lie, and how its ops are computed."""
+    described = layout(planner, sharding, *stage.layers, stage.recompute)
+    traced, settings = planner.model.traced, sharding.settings
+    shapes = {i.path: traced.graph.avals[v].shape for v, i in traced.inputs.items()}
+    ranks = {path: len(shapes[path]) for path in described.params}
+    states = {
+        path: optimizer_spec(spec, shapes[path], settings.mesh, settings.zero)
+        for path, spec in described.params.items()
+    }
+    names = settings.mesh.axis_names
+    return replace(
+        stage,
+        params=specs_as_dims(described.params, ranks, names),
+        optimizer_state=specs_as_dims(states, ranks, names),
+        strategies=strategies_of(sharding),
+    )
+
+
+def _completed(realized: RealizedPlan) -> Plan:
+    """A plan with everything written down that realizing it decided."""
+    stages = tuple(
+        _with_shardings(stage.stage, realized.planner, stage.sharding) for stage in realized.stages
+    )
+    return replace(realized.plan, stages=stages, num_layers=len(realized.planner.model.layers))
+
+
+def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
+    realized, outlook = judged
+    plan = realized.plan
+    shapes = ", ".join(
+        f"{dict(stage.mesh)['data']}x{dict(stage.mesh)['tensor']}" for stage in plan.stages[:4]
+    )
+    more = "" if len(plan.stages) <= 4 else ", ..."
+    slower = outlook.prediction.step_s / best.prediction.step_s
+    return RunnerUp(
+        description=f"{len(plan.stages)} stages ({shapes}{more}), {plan.num_microbatches} microbatches",
+        step_s=outlook.prediction.step_s,
+        why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",
+    )

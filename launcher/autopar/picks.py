@@ -1,0 +1,115 @@
+"""What the solver picked, as a plan file writes it, and back.
+
+A stage's `strategies` map a group of nodes ("layer0/op", "layer0/slot", ...) to one text per node. A text
+says what every operand and result is along each mesh axis: `0,R>0|R,1>1` splits dim 0 of the first operand
+and of the result on the first axis, and dim 1 of the second operand and of the result on the second.
+Reading it back looks the text up among the choices that the node has, so a plan can only name what the
+rules allow.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
+from launcher.autopar.plan import Stage
+from launcher.autopar.rules import Strategy
+from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, from_dims, to_dims
+from launcher.autopar.stage_problem import Key, StageSettings
+from launcher.autopar.trace import Role
+from launcher.errors import PlanError
+
+_ENTRY = {REPLICATED: "R", PARTIAL: "P"}
+
+
+def _entries(entries) -> str:
+    return ",".join(_ENTRY.get(entry, str(entry)) for entry in entries)
+
+
+def choice_text(choice: Spec | Strategy) -> str:
+    """Write one pick."""
+    if isinstance(choice, Strategy):
+        return "|".join(f"{_entries(a.operands)}>{_entries(a.results)}" for a in choice.axes)
+    return _entries(choice)
+
+
+def strategies_of(sharding: StageSharding) -> dict[str, tuple[str, ...]]:
+    """All picks of a stage, by group; texts in the order of the nodes' numbers."""
+    groups: dict[str, dict[int, str]] = defaultdict(dict)
+    for (kind, name, index), choice in sharding.picks.items():
+        groups[f"{name}/{kind}"][index] = choice_text(choice)
+    return {
+        group: tuple(f"{index}:{text}" for index, text in sorted(members.items()))
+        for group, members in sorted(groups.items())
+    }
+
+
+def specs_as_dims(specs: Mapping[str, Spec], ranks: Mapping[str, int], axis_names):
+    """Specs per path as plan files write them: per dim, None, an axis name, or several."""
+    return {
+        path: tuple(_dim(names) for names in to_dims(spec, ranks[path], axis_names))
+        for path, spec in specs.items()
+    }
+
+
+def _dim(names):
+    return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+def pins_of_stage(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):
+    """What a plan's stage fixes: its strategies, and the specs of its parameters where it has no more."""
+    problem = planner.problem(*stage.layers, settings)
+    pins: dict[Key, list] = {}
+    for group, texts in stage.strategies.items():
+        name, _, kind = group.rpartition("/")
+        for text in texts:
+            index, _, wanted = text.partition(":")
+            key = (kind, name, int(index))
+            pins[key] = _matching(problem.choices.get(key), wanted, key, stage)
+    for key, spec in _param_specs(planner, stage, settings).items():
+        if key in problem.choices and key not in pins:
+            if spec not in problem.choices[key]:
+                raise PlanError(
+                    f"a parameter of layers {stage.layers} cannot lie as the plan says (spec {spec} of "
+                    f"{key}, stages[].params): drop the entry, the solver completes it"
+                )
+            pins[key] = [spec]
+    return pins
+
+
+def _matching(choices, wanted: str, key: Key, stage: Stage) -> list:
+    found = [choice for choice in choices or () if choice_text(choice) == wanted]
+    if not found:
+        raise PlanError(
+            f"no strategy '{wanted}' for {key} in the stage of layers {stage.layers} "
+            f"(stages[].strategies): the plan was made for another model or version; drop the "
+            f"strategies, the solver completes them"
+        )
+    return found
+
+
+def _param_specs(planner: IntraOpPlanner, stage: Stage, settings: StageSettings) -> dict[Key, Spec]:
+    """Slot key -> spec, for the parameters that the plan places."""
+    aliases = planner.wiring(*stage.layers).aliases
+    traced = planner.model.traced
+    found: dict[Key, Spec] = {}
+    for layer in planner.model.layers[stage.layers[0] : stage.layers[1]]:
+        for slot, value in enumerate(layer.inputs):
+            if layer.cls.slots[slot].role is not Role.PARAM:
+                continue
+            path = traced.inputs[value].path
+            if path in stage.params:
+                dims = [_names(dim) for dim in stage.params[path]]
+                where = aliases.get((layer.cls.name, slot), (layer.cls.name, slot))
+                spec = from_dims(dims, settings.mesh.axis_names)
+                if found.setdefault(("slot", *where), spec) != spec:
+                    raise PlanError(
+                        f"'{path}' must lie as in the other layers like it (stages[].params): layers "
+                        f"of one kind share their sharding within a stage"
+                    )
+    return found
+
+
+def _names(dim) -> tuple[str, ...]:
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, str) else tuple(dim)

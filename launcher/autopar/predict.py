@@ -1,0 +1,155 @@
+"""What a plan promises: step time, bubble, memory, bytes sent, rate. The same for every plan, whoever made it.
+
+The simulator runs the very program that the executor will run, with the durations that the intra-operator
+planner priced.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import optax
+
+from launcher.autopar.cluster import Cluster
+from launcher.autopar.compute import ComputeModel
+from launcher.autopar.graph import Value
+from launcher.autopar.intra_op import StageSharding
+from launcher.autopar.memory import class_memories, stage_memory
+from launcher.autopar.plan import Plan, Prediction
+from launcher.autopar.realize import RealizedPlan, realize
+from launcher.autopar.schedules import schedule_by_name
+from launcher.autopar.search import optimizer_ratio
+from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.timeline import Timeline
+from launcher.autopar.trace import TracedModel
+from launcher.autopar.work import aval_bytes, op_flops
+from launcher.models.model import Model
+
+FLOPS_CONVENTION = "model FLOPs: 3 x the forward matrix products and convolutions, no recomputation"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outlook:
+    """A prediction, and the timeline that it was read off."""
+
+    prediction: Prediction
+    timeline: Timeline
+
+
+def predict(
+    plan: Plan, model: Model, cluster: Cluster, optimizer: optax.GradientTransformation | None = None
+) -> Prediction:
+    """Price a plan on a cluster, also one that was made by hand or for another cluster."""
+    realized = realize(plan, model, cluster)
+    return foresee(realized, model, cluster, optimizer or optax.adamw(1e-3)).prediction
+
+
+def foresee(
+    realized: RealizedPlan, model: Model, cluster: Cluster, optimizer: optax.GradientTransformation
+) -> Outlook:
+    """Simulate a realized plan."""
+    durations = stage_durations(realized, cluster)
+    timeline = simulate(realized.program, durations)
+    plan = realized.plan
+    flops = model_flops_per_step(realized.planner.model.traced, plan.num_microbatches)
+    devices = sum(len(stage.hosts) * len(stage.devices) for stage in plan.stages)
+    prediction = Prediction(
+        step_s=timeline.step_s,
+        bubble_fraction=timeline.bubble_fraction,
+        peak_bytes_per_device=_peaks(realized, optimizer_ratio(model, optimizer)),
+        tflops_per_device=flops / timeline.step_s / devices / 1e12,
+        tflops_convention=FLOPS_CONVENTION,
+        communicated_bytes=_communicated_bytes(realized),
+        stage_forward_s=durations.forward_s,
+        stage_backward_s=durations.backward_s,
+        stage_sync_s=durations.synchronize_s,
+        stage_update_s=durations.update_s,
+    )
+    return Outlook(prediction, timeline)
+
+
+def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
+    """Operations that a step needs, whatever the plan: forward once, backward twice that."""
+    return 3.0 * num_microbatches * sum(op_flops(op) for op in traced.graph.ops)
+
+
+def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
+    """How long each kind of instruction takes on each stage."""
+    shardings = [stage.sharding for stage in realized.stages]
+    avals = realized.planner.model.traced.graph.avals
+
+    def seconds(a: int, b: int, num_bytes: float) -> float:
+        stages = realized.plan.stages
+        inside = stages[a].hosts == stages[b].hosts and len(stages[a].hosts) == 1
+        link = cluster.intra_host if inside else cluster.inter_host
+        return link.latency_s + num_bytes / link.bytes_per_s
+
+    def total(values: tuple[Value, ...]) -> float:
+        return float(sum(aval_bytes(avals[value]) for value in values))
+
+    return Durations(
+        forward_s=tuple(s.forward_s for s in shardings),
+        backward_s=tuple(s.backward_s for s in shardings),
+        synchronize_s=tuple(s.seconds.synchronize for s in shardings),
+        update_s=tuple(s.seconds.update for s in shardings),
+        activation_s={(a, b): seconds(a, b, total(v)) for (a, b), v in realized.sent.items()},
+        cotangent_s={(b, a): seconds(a, b, total(v)) for (a, b), v in realized.returned.items()},
+        tied_s=_tied_s(realized, seconds),
+        norm_s=max(cluster.intra_host.latency_s, cluster.inter_host.latency_s),
+    )
+
+
+def _tied_s(realized: RealizedPlan, seconds) -> dict[tuple[int, int], float]:
+    """Shared parameters travel to their users, their gradients to the owner."""
+    params = realized.planner.model.traced
+    size = {i.path: aval_bytes(params.graph.avals[v]) for v, i in params.inputs.items()}
+    found: dict[tuple[int, int], float] = {}
+    for path, users in realized.users.items():
+        owner = realized.owner[path]
+        for user in users:
+            for pair in ((owner, user), (user, owner)):
+                found[pair] = found.get(pair, 0.0) + seconds(owner, user, size[path])
+    return found
+
+
+def _peaks(realized: RealizedPlan, ratio: float) -> tuple[float, ...]:
+    plan = realized.plan
+    schedule = schedule_by_name(plan.schedule)
+    peaks = []
+    for index, stage in enumerate(realized.stages):
+        wiring = realized.planner.wiring(*stage.stage.layers)
+        memories = class_memories(realized.planner, stage.sharding, wiring, ratio)
+        memory = stage_memory(memories, wiring, stage.stage.recompute)
+        in_flight = schedule.stash_peak(index, len(plan.stages), plan.num_microbatches)
+        peaks.append(memory.peak_bytes(in_flight))
+    return tuple(peaks)
+
+
+def _communicated_bytes(realized: RealizedPlan) -> float:
+    """Bytes that all devices send per step, in collectives and between stages."""
+    plan = realized.plan
+    total = 0.0
+    for stage in realized.stages:
+        sent = _bytes_sent(realized, stage)
+        per_device = plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
+        total += per_device * len(stage.stage.hosts) * len(stage.stage.devices)
+    avals = realized.planner.model.traced.graph.avals
+    crossing = [*realized.sent.values(), *realized.returned.values()]
+    between = sum(aval_bytes(avals[value]) for values in crossing for value in values)
+    return total + plan.num_microbatches * between
+
+
+def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:
+    """The stage priced where a byte costs one, and all else nothing: its costs are bytes per device."""
+    mesh = stage.settings.mesh
+    free = replace(
+        stage.settings.compute.device,
+        peak_flops_per_s={"fp32": math.inf},
+        matmul_efficiency={"fp32": 1.0},
+        memory_bytes_per_s=math.inf,
+    )
+    settings = replace(
+        stage.settings,
+        mesh=replace(mesh, alpha=(0.0,) * mesh.num_axes, beta=(1.0,) * mesh.num_axes),
+        compute=ComputeModel(free),
+    )
+    return realized.planner.reprice(*stage.stage.layers, settings, stage.sharding.picks)

@@ -1,0 +1,108 @@
+"""Values on one device: local shards under several shardings, and the steps that turn one into another.
+
+Everything here runs inside `jax.shard_map`. What `reshard` lists, `ShardedValues.get` executes, once per
+value and spec, however many ops read it.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from launcher.autopar.graph import Op, Value
+from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.reshard import Kind, Step, reshard
+from launcher.autopar.rules import Strategy, run_local
+from launcher.autopar.spec import Spec, local_shape, partial_axes, replicated
+
+
+def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
+    """Execute one resharding step on a local shard."""
+    name = mesh.axis_names[step.axis]
+    source_dim, target_dim = step.source[step.axis], step.target[step.axis]
+    match step.kind:
+        case Kind.ALL_GATHER:
+            return lax.all_gather(shard, name, axis=source_dim, tiled=True)
+        case Kind.ALL_REDUCE:
+            return lax.psum(shard, name)
+        case Kind.REDUCE_SCATTER:
+            return lax.psum_scatter(shard, name, scatter_dimension=target_dim, tiled=True)
+        case Kind.ALL_TO_ALL:
+            return lax.all_to_all(shard, name, target_dim, source_dim, tiled=True)
+        case Kind.SLICE:
+            size = shard.shape[target_dim] // mesh.shape[step.axis]
+            return lax.dynamic_slice_in_dim(shard, lax.axis_index(name) * size, size, target_dim)
+        case Kind.MASK:
+            return jnp.where(lax.axis_index(name) == 0, shard, jnp.zeros_like(shard))
+
+
+def reshard_local(shard: jax.Array, aval, source: Spec, target: Spec, mesh: LogicalMesh):
+    """Turn a local shard of one spec into that of another."""
+    for step in reshard(aval.shape, aval.dtype.itemsize, source, target, mesh):
+        shard = apply_step(step, shard, mesh)
+    return shard
+
+
+def pack(shard: jax.Array, spec: Spec) -> jax.Array:
+    """Give a partial shard a leading dim per partial axis, so that it can leave `shard_map`."""
+    return shard.reshape((1,) * len(partial_axes(spec)) + shard.shape)
+
+
+def unpack(shard: jax.Array, spec: Spec) -> jax.Array:
+    """The inverse of `pack`."""
+    return shard.reshape(shard.shape[len(partial_axes(spec)) :])
+
+
+class ShardedValues:
+    """The values of one graph on this device, each under the specs it was produced or asked for in."""
+
+    def __init__(self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh):
+        self.avals, self.mesh = avals, mesh
+        self._produced: dict[Value, Spec] = {}
+        self._shards: dict[tuple[Value, Spec], jax.Array] = {}
+
+    def put(self, value: Value, spec: Spec, shard: jax.Array) -> None:
+        """Define a value by its shard under one spec."""
+        self._produced[value] = spec
+        self._shards[value, spec] = shard
+
+    def __contains__(self, value: Value) -> bool:
+        return value in self._produced
+
+    def spec(self, value: Value) -> Spec:
+        """The spec a value was produced in."""
+        return self._produced[value]
+
+    def get(self, value: Value, spec: Spec) -> jax.Array:
+        """The shard of a value under a spec, resharding it on the first request."""
+        if (value, spec) not in self._shards:
+            aval, source = self.avals[value], self._produced[value]
+            shard = self._shards[value, source]
+            for step in reshard(aval.shape, aval.dtype.itemsize, source, spec, self.mesh):
+                known = self._shards.get((value, step.target))
+                shard = apply_step(step, shard, self.mesh) if known is None else known
+                self._shards[value, step.target] = shard
+        return self._shards[value, spec]
+
+    def run(self, ops: Sequence[Op], strategies: dict[tuple[Value, ...], Strategy]) -> None:
+        """Compute ops on local shards; `strategies` by the results of an op."""
+        for op in ops:
+            strategy = strategies[op.results]
+            operands = [
+                self.get(operand, strategy.operand_spec(i)) if isinstance(operand, Value) else operand.val
+                for i, operand in enumerate(op.operands)
+            ]
+            results = run_local(op, strategy, self.mesh, operands)
+            for i, (value, shard) in enumerate(zip(op.results, results, strict=True)):
+                self.put(value, strategy.result_spec(i), shard)
+
+    def zeros(self, value: Value, spec: Spec) -> jax.Array:
+        """A local shard of zeros for a value."""
+        aval = self.avals[value]
+        return jnp.zeros(local_shape(spec, aval.shape, self.mesh.shape), aval.dtype)
+
+    def put_constants(self, constants: dict[Value, jax.Array]) -> None:
+        """Define closed-over arrays, which every device holds whole."""
+        for value, array in constants.items():
+            self.put(value, replicated(self.mesh.num_axes), jnp.asarray(array))

@@ -1,0 +1,348 @@
+"""A stage as a pairwise problem: every op, input, output and gradient of its layers picks a sharding.
+
+Layers of one class stand for each other: the class appears once, its costs times the number of layers it
+stands for, and all of them get the same strategies. Nodes and what they choose:
+
+    slot         spec of a layer's input; for parameters and state, of where they lie at home
+    op           strategy of one op of the joint graph
+    cotangent    spec of the gradient that a layer's output receives
+    export       spec of a value that leaves the stage, forward
+    return       spec of a gradient that leaves the stage, backward
+    accumulator  spec of a parameter's gradient while it is summed over microbatches; may be partial
+
+An edge prices the resharding between what one node yields and the next one reads. All costs are seconds
+per microbatch; what happens once a step (synchronising gradients, the update) counts a
+`num_microbatches`-th.
+
+Left out: memory, which the caller checks for the solution; sharing of one resharding by several readers,
+which is priced once per reader here.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax.extend.core import Literal
+
+from launcher.autopar.compute import ComputeModel
+from launcher.autopar.graph import Op, Value
+from launcher.autopar.layers import LayerClass
+from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.reshard import reshard_cost
+from launcher.autopar.restrictions import ClassTags, Restrictions
+from launcher.autopar.rules import Strategy, axis_choices, shapes_of, strategies
+from launcher.autopar.solver import PairwiseProblem
+from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, fits, num_shards, replicated
+from launcher.autopar.trace import Role
+from launcher.autopar.work import aval_bytes
+
+Key = tuple  # ("op", class, index), ("slot", class, slot), ... as listed above
+_COPIES_AT_HOME = 3  # a parameter and, for Adam, two moments
+_UPDATE_PASSES = 7  # Adam reads weight, gradient and two moments, and writes all but the gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """When a cost falls due: in the forward pass, the backward pass, or once per step."""
+
+    forward: bool = False
+    backward: bool = False
+    once: bool = False
+
+    def weight(self, settings: "StageSettings") -> float:
+        again = settings.recompute and self.forward
+        return self.forward + self.backward + again + self.once / settings.num_microbatches
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """What a stage is priced for.
+
+    Attributes:
+        memory_s_per_byte: what the solver is charged for a byte of parameters, optimizer state and
+            accumulators per device, where memory is short; no part of any reported cost.
+    """
+
+    mesh: LogicalMesh
+    compute: ComputeModel
+    restrictions: Restrictions
+    num_microbatches: int
+    zero: int = 0
+    recompute: bool = False
+    memory_s_per_byte: float = 0.0
+
+
+Group = Hashable  # what occurs together: a class of layers, or a connection between two classes
+ONCE_IN_STAGE: Group = "stage"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeCost:
+    """Costs of a node's choices, each time its group occurs."""
+
+    key: Key
+    costs: np.ndarray
+    part: Part
+    group: Group
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeCost:
+    """Costs of the choices of two nodes, each time the group occurs."""
+
+    source: Key
+    target: Key
+    costs: np.ndarray
+    part: Part
+    group: Group
+
+
+@dataclass(slots=True)
+class StageProblem:
+    """Nodes with their choices (specs or strategies), and the costs between them.
+
+    `counts` says how often each group occurs in the stage.
+    """
+
+    settings: StageSettings
+    counts: Mapping[Group, int]
+    choices: dict[Key, tuple] = field(default_factory=dict)
+    nodes: list[NodeCost] = field(default_factory=list)
+    edges: list[EdgeCost] = field(default_factory=list)
+    penalties: list[NodeCost] = field(default_factory=list)  # steer the solver, and are no costs
+
+    def pairwise(self) -> tuple[PairwiseProblem, tuple[Key, ...]]:
+        """The problem for the solver, and which node is which."""
+        keys = tuple(self.choices)
+        number = {key: i for i, key in enumerate(keys)}
+        costs = [np.zeros(len(self.choices[key])) for key in keys]
+        for node in (*self.nodes, *self.penalties):
+            costs[number[node.key]] += self._weight(node) * node.costs
+        matrices: dict[tuple[int, int], np.ndarray] = {}
+        for edge in self.edges:
+            i, j, matrix = number[edge.source], number[edge.target], self._weight(edge) * edge.costs
+            if i == j:
+                costs[i] += np.diagonal(matrix)
+                continue
+            pair, matrix = ((i, j), matrix) if i < j else ((j, i), matrix.T)
+            matrices[pair] = matrices.get(pair, 0.0) + matrix
+        return PairwiseProblem(tuple(costs), matrices), keys
+
+    def _weight(self, cost: NodeCost | EdgeCost) -> float:
+        return self.counts[cost.group] * cost.part.weight(self.settings)
+
+
+def state_spec(home: Spec, shape: tuple[int, ...], mesh_shape: tuple[int, ...]) -> Spec:
+    """Where ZeRO puts the optimizer state: the home spec, further split along the data axis.
+
+    The first dim that the data axis divides is taken; a tensor without one stays as it is.
+    """
+    if home[0] != REPLICATED or mesh_shape[0] == 1:
+        return home
+    for dim in range(len(shape)):
+        split = (dim, *home[1:])
+        if fits(split, shape, mesh_shape):
+            return split
+    return home
+
+
+class ClassFragment:
+    """The nodes and edges inside one layer class, on one mesh.
+
+    Of the settings only the mesh, the restrictions and whether ZeRO-3 shards the parameters matter; what
+    other ZeRO stages change is asked for by `gradient_costs`.
+    """
+
+    def __init__(self, cls: LayerClass, tags: ClassTags, settings: StageSettings):
+        self.cls, self.tags, self.settings = cls, tags, settings
+        self.mesh = settings.mesh
+        self.choices: dict[Key, tuple] = {}
+        self.nodes: list[NodeCost] = []
+        self.edges: list[EdgeCost] = []
+        self.source: dict[Value, tuple[Key, int]] = {}  # value -> (node, result index)
+        self._gradient_costs: dict[int, tuple[list[NodeCost], list[EdgeCost]]] = {}
+        self._add_inputs()
+        self._add_ops()
+        self._add_accumulators()
+
+    def key(self, kind: str, index: int) -> Key:
+        return (kind, self.cls.name, index)
+
+    def aval(self, value: Value):
+        return self.cls.joint.avals[value]
+
+    def specs_of(self, value: Value) -> tuple[Spec, ...]:
+        """The specs a value may be produced in."""
+        key, result = self.source[value]
+        return self._port(key, result)
+
+    def connect(self, value: Value, target: Key, specs, part: Part) -> None:
+        """Price the resharding from a value's producer to a reader with these specs."""
+        matrix = self.matrix(value, specs)
+        self.edges.append(EdgeCost(self.source[value][0], target, matrix, part, self.cls.name))
+
+    def matrix(self, value: Value, specs) -> np.ndarray:
+        """Resharding cost from each of the producer's choices to each of a reader's."""
+        return reshard_matrix(self.aval(value), self.specs_of(value), tuple(specs), self.mesh)
+
+    def boundary_specs(self, value: Value) -> tuple[Spec, ...]:
+        """In which specs a value may leave the stage: whole sums only."""
+        return self._input_specs(value, None)
+
+    def _port(self, key: Key, result: int) -> tuple[Spec, ...]:
+        choices = self.choices[key]
+        if key[0] == "op":
+            return tuple(strategy.result_spec(result) for strategy in choices)
+        return choices
+
+    def _add_inputs(self) -> None:
+        inputs = self.cls.joint.inputs
+        for index, slot in enumerate(self.cls.slots):
+            key = self.key("slot", index)
+            self.choices[key] = self._input_specs(inputs[index], slot.role)
+            self.source[inputs[index]] = (key, 0)
+        for output, value in self.cls.cotangents.items():
+            key = self.key("cotangent", output)
+            self.choices[key] = self._input_specs(value, None)
+            self.source[value] = (key, 0)
+        for value in inputs:
+            if value not in self.source:  # a closed-over array
+                key = self.key("constant", value)
+                self.choices[key] = (replicated(self.mesh.num_axes),)
+                self.source[value] = (key, 0)
+
+    def _input_specs(self, value: Value, role: Role | None) -> tuple[Spec, ...]:
+        """Where an input may lie: never partial; along a batch axis as the restrictions say."""
+        whole = replicated(self.mesh.num_axes)
+        if role in (Role.RANDOM, Role.CONSTANT):
+            return (whole,)
+        shape = self.aval(value).shape
+        specs = all_specs(shape, self.mesh.shape)
+        restrictions = self.settings.restrictions
+        for axis in restrictions.batch_axes:
+            entries = restrictions.entries(self.tags, value)
+            held = tuple(spec for spec in specs if spec[axis] in entries)
+            specs = held or tuple(spec for spec in specs if spec[axis] == REPLICATED)
+        if role is Role.PARAM and self.settings.zero == 3:
+            specs = tuple(dict.fromkeys(state_spec(s, shape, self.mesh.shape) for s in specs))
+        return specs
+
+    def _add_ops(self) -> None:
+        forward = {id(op) for op in self.cls.forward_ops}
+        backward = {id(op) for op in self.cls.backward_ops}
+        for index, op in enumerate(self.cls.joint.ops):
+            key = self.key("op", index)
+            part = Part(forward=id(op) in forward, backward=id(op) in backward)
+            self._add_op(key, op, part)
+
+    def _add_op(self, key: Key, op: Op, part: Part) -> None:
+        shape = self.mesh.shape
+        allowed = self.settings.restrictions.op_choices(op, self.tags, self.mesh.num_axes)
+        idle = axis_choices(op)[:1]  # the replicated choice comes first
+        active = [c if n > 1 else idle for c, n in zip(allowed, shape, strict=True)]
+        found = strategies(op, shapes_of(op), shape, active) or strategies(
+            op, shapes_of(op), shape, [(*c, *idle) for c in active]
+        )
+        self.choices[key] = found
+        seconds = self.settings.compute.op_s(op)
+        division = np.array([strategy.work_division(shape) for strategy in found])
+        costs = seconds / division + [self._combine_s(op, strategy) for strategy in found]
+        self.nodes.append(NodeCost(key, costs, part, self.cls.name))
+        for index, operand in enumerate(op.operands):
+            if not isinstance(operand, Literal):
+                specs = tuple(strategy.operand_spec(index) for strategy in found)
+                self.connect(operand, key, specs, part)
+        for index, value in enumerate(op.results):
+            self.source[value] = (key, index)
+
+    def _combine_s(self, op: Op, strategy: Strategy) -> float:
+        """The all-reduces of maxima and minima that are part of an op."""
+        num_bytes = sum(
+            aval_bytes(var.aval) / num_shards(strategy.result_spec(i), self.mesh.shape)
+            for i, var in enumerate(op.eqn.outvars)
+        )
+        return sum(
+            self.mesh.all_reduce(axis, num_bytes)
+            for axis, choice in enumerate(strategy.axes)
+            if choice.combine
+        )
+
+    def _param_gradients(self) -> Iterator[tuple[int, Value]]:
+        for slot, value in self.cls.gradients.items():
+            if self.cls.slots[slot].role is Role.PARAM and not isinstance(value, Literal):
+                yield slot, value
+
+    def _add_accumulators(self) -> None:
+        """Sum the gradients of parameters over microbatches."""
+        for slot, value in self._param_gradients():
+            key = self.key("accumulator", slot)
+            self.choices[key] = self._accumulator_specs(value, self.aval(value).shape)
+            self.connect(value, key, self.choices[key], Part(backward=True))
+
+    def gradient_costs(self, zero: int) -> tuple[list[NodeCost], list[EdgeCost]]:
+        """What bringing the sums home and updating costs once per step, at a ZeRO stage."""
+        if zero not in self._gradient_costs:
+            nodes, edges = [], []
+            for slot, value in self._param_gradients():
+                home, key = self.key("slot", slot), self.key("accumulator", slot)
+                aval, homes = self.aval(value), self.choices[home]
+                costs = synchronize_matrix(aval, self.choices[key], homes, self.mesh, zero)
+                edges.append(EdgeCost(key, home, costs, Part(once=True), self.cls.name))
+                costs = self._update_s(aval, homes, zero)
+                nodes.append(NodeCost(home, costs, Part(once=True), self.cls.name))
+            self._gradient_costs[zero] = nodes, edges
+        return self._gradient_costs[zero]
+
+    def memory_penalties(self) -> list[NodeCost]:
+        """One second per byte of what a parameter brings along, to be scaled by the caller."""
+        found = []
+        for slot, value in self._param_gradients():
+            for kind, copies in (("slot", _COPIES_AT_HOME), ("accumulator", 1)):
+                key = self.key(kind, slot)
+                shards = [num_shards(spec, self.mesh.shape) for spec in self.choices[key]]
+                held = copies * aval_bytes(self.aval(value)) / np.array(shards)
+                found.append(NodeCost(key, held, Part(forward=True), self.cls.name))
+        return found
+
+    def _accumulator_specs(self, value: Value, shape) -> tuple[Spec, ...]:
+        specs = all_specs(shape, self.mesh.shape, partial=True)
+        restrictions = self.settings.restrictions
+        for axis in restrictions.batch_axes:
+            entries = restrictions.entries(self.tags, value) | {PARTIAL, REPLICATED}
+            specs = tuple(spec for spec in specs if spec[axis] in entries)
+        return specs
+
+    def _update_s(self, aval, homes: tuple[Spec, ...], zero: int) -> np.ndarray:
+        rate = self.settings.compute.device.memory_bytes_per_s
+        seconds = _UPDATE_PASSES * aval_bytes(aval) / rate
+        states = [optimizer_spec(home, aval.shape, self.mesh, zero) for home in homes]
+        return np.array([seconds / num_shards(state, self.mesh.shape) for state in states])
+
+
+def optimizer_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:
+    """Where a parameter's optimizer state lies."""
+    return state_spec(home, shape, mesh.shape) if zero else home
+
+
+def reshard_matrix(aval, sources, targets, mesh: LogicalMesh) -> np.ndarray:
+    """Resharding cost from each source spec (rows) to each target spec (columns)."""
+    itemsize = aval.dtype.itemsize
+    rows, columns = list(dict.fromkeys(sources)), list(dict.fromkeys(targets))
+    table = np.array([[reshard_cost(aval.shape, itemsize, s, t, mesh) for t in columns] for s in rows])
+    row_of = {spec: i for i, spec in enumerate(rows)}
+    column_of = {spec: i for i, spec in enumerate(columns)}
+    return table[np.ix_([row_of[s] for s in sources], [column_of[t] for t in targets])]
+
+
+def synchronize_matrix(aval, accumulators, homes, mesh: LogicalMesh, zero: int) -> np.ndarray:
+    """Cost of reducing a gradient and, with ZeRO, of gathering the updated parameter, per step.
+
+    ZeRO-1 reduces the whole gradient everywhere; ZeRO-2 and 3 scatter the sum to where the state lies.
+    """
+    states = tuple(optimizer_spec(home, aval.shape, mesh, zero) for home in homes)
+    reduce = reshard_matrix(aval, accumulators, homes if zero == 1 else states, mesh)
+    gather = [
+        reshard_cost(aval.shape, aval.dtype.itemsize, state, home, mesh)
+        for state, home in zip(states, homes, strict=True)
+    ]
+    return reduce + np.array(gather)

@@ -1,0 +1,64 @@
+"""Following one dim of a tensor through the ops: which dim of each value is the batch, or the experts.
+
+A tag marks a dim of a value. An op hands a tag from its operands to its results where one of its sharding
+choices splits the tagged dims together; so the rules that say how ops may be split also say where a dim
+goes. The planner uses tags to hold the data axis to the batch dim, as Alpa does on two-dimensional meshes
+(force_batch_dim_to_mesh_dim), and to let experts take its place.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from jax.extend.core import Literal
+from jax.extend.core import primitives as prim
+
+from launcher.autopar.graph import Op, Value
+from launcher.autopar.rules import axis_choices
+
+Tags = dict[Value, int]
+
+
+def propagate(ops: Iterable[Op], seeds: Mapping[Value, int]) -> Tags:
+    """Spread the tags of some values forward through the ops."""
+    tags = dict(seeds)
+    for op in ops:
+        wanted = {
+            index: tags[operand]
+            for index, operand in enumerate(op.operands)
+            if not isinstance(operand, Literal) and operand in tags
+        }
+        if not wanted:
+            continue
+        choice = _best_match(op, wanted)
+        if choice is not None:
+            found = zip(op.results, choice.results, strict=True)
+            tags |= {value: entry for value, entry in found if entry >= 0}
+    return tags
+
+
+def _best_match(op: Op, wanted: Mapping[int, int]):
+    """The choice that splits the most tagged operands at their tags, and no tagged operand elsewhere."""
+    best, best_count = None, 0
+    for choice in axis_choices(op):
+        entries = [(choice.operands[index], tag) for index, tag in wanted.items()]
+        if any(entry >= 0 and entry != tag for entry, tag in entries):
+            continue
+        count = sum(entry == tag for entry, tag in entries)
+        if count > best_count:
+            best, best_count = choice, count
+    return best
+
+
+def expert_dims(ops: Iterable[Op], parameters: set[Value]) -> Tags:
+    """The dim of each parameter that is a batch dim of a matrix product: one matrix per expert."""
+    origin = {value: value for value in parameters}
+    found: Tags = {}
+    for op in ops:
+        if op.primitive is prim.dot_general_p:
+            _, (lhs_batch, rhs_batch) = op.eqn.params["dimension_numbers"]
+            for operand, batch in zip(op.operands, (lhs_batch, rhs_batch), strict=True):
+                if operand in origin and len(batch) and origin[operand] not in found:
+                    found[origin[operand]] = batch[0]
+        elif op.primitive in (prim.convert_element_type_p, prim.copy_p) and op.values:
+            if op.values[0] in origin:
+                origin[op.results[0]] = origin[op.values[0]]
+    return found

@@ -1,0 +1,247 @@
+"""What the fields of a config may hold, and which contradict one another.
+
+Only what the config alone can tell: whether a size exists, or a degree divides a cluster's
+devices, is checked where those are known. Every message names the key and its value, and says
+what to do.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from launcher.config import SCHEMAS, Config, CustomConfig, GptConfig, MoeConfig, ParallelConfig
+from launcher.errors import ConfigError
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "mode": ("train", "plan"),
+    "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
+    "model.second_expert": ("always", "random"),
+    "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
+    "parallel.recompute": ("none", "layer", "full"),
+    "parallel.schedule": ("gpipe", "1f1b"),
+    "data.tokenizer": ("bytes", "bpe"),
+    "optimizer.decay": ("constant", "cosine", "linear"),
+    "logger.name": ("wandb", "jsonl"),
+    "runtime.name": ("auto", "local", "emulate"),
+}
+
+# Values that the interface has and this version has not.
+LATER: Mapping[str, tuple[str, ...]] = {
+    "mode": ("profile", "eval", "submit"),
+    "parallel.schedule": ("interleaved", "zb_h1"),
+}
+
+# The smallest value, and the first that is too large.
+COUNTS, AMOUNTS, SHARES = (1, math.inf), (0, math.inf), (0, 1)
+RANGES: Mapping[str, tuple[float, float]] = {
+    "seed": (0, 2**63),
+    "model.hidden": COUNTS,
+    "model.layers": COUNTS,
+    "model.heads": COUNTS,
+    "model.seq_len": COUNTS,
+    "model.vocab_size": COUNTS,
+    "model.dropout": SHARES,
+    "model.experts": COUNTS,
+    "model.expert_group_size": COUNTS,
+    "model.mlp_factor": COUNTS,
+    "model.aux_loss_weight": AMOUNTS,
+    "model.depth": COUNTS,
+    "model.base_channels": COUNTS,
+    "model.width_factor": COUNTS,
+    "model.image_size": COUNTS,
+    "model.num_classes": COUNTS,
+    "cluster.hosts": COUNTS,
+    "cluster.devices_per_host": COUNTS,
+    "parallel.num_microbatches": COUNTS,
+    "parallel.dp": COUNTS,
+    "parallel.tp": COUNTS,
+    "parallel.pp": COUNTS,
+    "parallel.ep": COUNTS,
+    "parallel.zero": (0, 4),
+    "parallel.virtual_stages": COUNTS,
+    "data.valid_fraction": SHARES,
+    "optimizer.learning_rate": AMOUNTS,
+    "optimizer.warmup_steps": AMOUNTS,
+    "optimizer.clip_norm": AMOUNTS,
+    "optimizer.weight_decay": AMOUNTS,
+    "optimizer.beta1": SHARES,
+    "optimizer.beta2": SHARES,
+    "optimizer.eps": AMOUNTS,
+    "optimizer.momentum": SHARES,
+    "train.steps": COUNTS,
+    "train.global_batch": COUNTS,
+    "train.eval_every": AMOUNTS,
+    "train.eval_batches": AMOUNTS,
+}
+
+# What each kind of parallelism allows: key -> the values beside null that do not contradict it.
+_ONE, _NO_ZERO = (1,), (0,)
+ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "single": {"dp": _ONE, "tp": _ONE, "pp": _ONE, "ep": _ONE, "zero": _NO_ZERO},
+    "data": {"tp": _ONE, "pp": _ONE, "ep": _ONE, "zero": _NO_ZERO},
+    "zero": {"tp": _ONE, "pp": _ONE, "ep": _ONE, "zero": (1, 2, 3)},
+    "manual": {},
+    "auto": {},
+    "from_file": dict.fromkeys(
+        ("dp", "tp", "pp", "ep", "zero", "recompute", "schedule", "virtual_stages"), ()
+    ),
+}
+
+
+def validate(config: Config) -> None:
+    """Raise `ConfigError` for the first value that cannot be, or that contradicts another."""
+    _check_names(config)
+    for key, value in _flat("", dataclasses.asdict(config)):
+        _check_value(key, value)
+    _check_parallel(config.parallel)
+    _check_batch(config)
+    _check_model(config)
+
+
+def _check_names(config: Config) -> None:
+    """Where the options of a group have schemas of their own, the name says which one it is."""
+    chosen = {"model": config.model, "data": config.data, "optimizer": config.optimizer}
+    for (group, name), schema in SCHEMAS.items():
+        if type(chosen[group]) is schema and chosen[group].name != name:
+            raise ConfigError(
+                f"{group}.name={chosen[group].name} contradicts {group}={name}: "
+                f"leave it out, or take {group}={chosen[group].name}"
+            )
+
+
+def _flat(prefix: str, tree: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Yield (key, value) of every leaf, with keys as on the command line."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_value(key: str, value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not a finite number: give one")
+    if key in CHOICES and value is not None:
+        _check_choice(key, value)
+    if key in RANGES and isinstance(value, int | float):
+        _check_range(key, value)
+
+
+def _check_choice(key: str, value: object) -> None:
+    if value in LATER.get(key, ()):
+        raise ConfigError(
+            f"{key}={value} is not in this version yet: take {key}={' or '.join(CHOICES[key])}"
+        )
+    if value not in CHOICES[key]:
+        raise ConfigError(f"{key}={value} is unknown: take {key}={' or '.join(CHOICES[key])}")
+
+
+def _check_range(key: str, value: float) -> None:
+    smallest, too_large = RANGES[key]
+    if value < smallest:
+        raise ConfigError(f"{key}={value} is less than {smallest}: give {key}={smallest} or more")
+    if value >= too_large:
+        raise ConfigError(
+            f"{key}={value} is not less than {too_large}: "
+            f"give at least {smallest} and less than {too_large}"
+        )
+
+
+def _check_parallel(parallel: ParallelConfig) -> None:
+    name, count = parallel.name, parallel.num_microbatches
+    for field, allowed in ALLOWED[name].items():
+        value = dataclasses.asdict(parallel)[field]
+        if value is not None and value not in allowed:
+            raise ConfigError(_contradiction(name, field, value))
+    if isinstance(count, str) and count != "auto":
+        raise ConfigError(
+            f"parallel.num_microbatches={count} is neither auto nor a number: "
+            f"give parallel.num_microbatches=auto or a number such as 4"
+        )
+    if name == "from_file" and count != "auto":
+        raise ConfigError(_contradiction(name, "num_microbatches", count))
+    if (parallel.virtual_stages or 1) > 1:
+        raise ConfigError(
+            f"parallel.virtual_stages={parallel.virtual_stages} needs the schedule interleaved, "
+            f"which is not in this version yet: leave it out"
+        )
+    _check_path(parallel)
+
+
+def _contradiction(name: str, field: str, value: object) -> str:
+    given = f"parallel.{field}={value}"
+    if name == "from_file":
+        return f"{given} contradicts parallel=from_file, whose plan file decides it: leave it out"
+    if field == "zero" and name != "zero":
+        cure = f"take parallel=zero {given}"
+    elif field == "zero":
+        cure = "take parallel=data"
+    else:
+        cure = f"take parallel=manual {given}"
+    return f"{given} contradicts parallel={name}: leave it out, or {cure}"
+
+
+def _check_path(parallel: ParallelConfig) -> None:
+    if parallel.name == "from_file" and parallel.path is None:
+        raise ConfigError(
+            "parallel=from_file needs a plan, and parallel.path=null: "
+            "give parallel.path=<plan.json of a run>"
+        )
+    if parallel.name != "from_file" and parallel.path is not None:
+        raise ConfigError(
+            f"parallel.path={parallel.path} contradicts parallel={parallel.name}: "
+            f"leave it out, or take parallel=from_file"
+        )
+
+
+def _check_batch(config: Config) -> None:
+    batch, count = config.train.global_batch, config.parallel.num_microbatches
+    if batch is None or isinstance(count, str):
+        return
+    parts, keys = count, f"parallel.num_microbatches={count}"
+    if config.parallel.dp is not None:
+        parts *= config.parallel.dp
+        keys += f" times parallel.dp={config.parallel.dp}"
+    if batch % parts:
+        raise ConfigError(
+            f"train.global_batch={batch} does not divide by {parts} ({keys}): "
+            f"give a multiple, such as train.global_batch={_near_multiple(batch, parts)}"
+        )
+
+
+def _check_model(config: Config) -> None:
+    match config.model:
+        case GptConfig(hidden=int(hidden), heads=int(heads)) if hidden % heads:
+            _reject_heads(hidden, heads)
+        case MoeConfig(hidden=int(hidden), heads=int(heads)) if hidden % heads:
+            _reject_heads(hidden, heads)
+        case MoeConfig(capacity_factor=factor) if factor <= 0:
+            raise ConfigError(
+                f"model.capacity_factor={factor} leaves the experts no room: "
+                f"give a number above 0, such as 2.0"
+            )
+        case CustomConfig(target=target) if not _names_function(target):
+            raise ConfigError(
+                f"model.target={target} is not of the form package.module:function: "
+                f"give the function that builds the model, such as my_package.my_module:build"
+            )
+
+
+def _reject_heads(hidden: int, heads: int) -> None:
+    raise ConfigError(
+        f"model.hidden={hidden} does not divide by model.heads={heads}: "
+        f"give a multiple, such as model.hidden={_near_multiple(hidden, heads)}"
+    )
+
+
+def _near_multiple(value: int, divisor: int) -> int:
+    return max(1, round(value / divisor)) * divisor
+
+
+def _names_function(target: str) -> bool:
+    module, colon, function = target.partition(":")
+    return (
+        bool(colon)
+        and function.isidentifier()
+        and all(part.isidentifier() for part in module.split("."))
+    )

@@ -1,0 +1,151 @@
+"""The entry: check the command line, hand it to Hydra, and end with an exit status.
+
+Hydra composes, makes the run's folder (several in a sweep) and calls back; the callback turns the
+config into typed objects and calls `launcher.main.run`. Nothing here imports JAX: help and config
+errors answer at once, and `main` sets the environment of emulated devices before JAX starts.
+"""
+
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from launcher import logs
+from launcher.cli import compose, sweep
+from launcher.cli.explain import USER_ERRORS, explain
+from launcher.cli.report import FULL_ERROR, exit_status_of
+from launcher.cli.run_folder import CONFIG_FILE, LOG_FILE, missing_folders, take_back
+from launcher.config import conf_dir, register_schemas
+from launcher.errors import ConfigError, LauncherError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Run the command line and return the exit status."""
+    inherited = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines of its own and exits with 1
+    debug = inherited == "1" or "debug=true" in (argument.lower() for argument in sys.argv)
+    try:
+        return exit_status_of(lambda: _answer(debug), debug=debug)
+    finally:
+        os.environ.pop(FULL_ERROR)
+        if inherited is not None:
+            os.environ[FULL_ERROR] = inherited
+
+
+def _answer(debug: bool) -> int:
+    line = compose.parse(sys.argv[1:])
+    if line.only_informs:
+        return _inform(line)
+    run_dir = compose.check(line)
+    missing = () if run_dir is None else missing_folders(run_dir)
+    task = _Task(line=line, debug=debug, missing=missing)
+    try:
+        _hand_to_hydra(task)
+    except USER_ERRORS as error:
+        raise explain(error, line.overrides) from error
+    except OSError as error:  # of making the run's folder, since the task itself raises nothing
+        raise StorageError(f"{error}: take another hydra.run.dir=<folder>") from error
+    except SystemExit as stop:  # the task's, to leave out the rest of a sweep
+        return stop.code
+    return task.exit_status()
+
+
+def _inform(line: compose.CommandLine) -> int:
+    """Let Hydra print what it is asked for."""
+    try:
+        _hand_to_hydra(lambda composed: None)
+        sys.stdout.flush()
+    except (*USER_ERRORS, KeyError) as error:
+        if line.completes:  # the shell would print it into the line that is being typed
+            return ConfigError.exit_status
+        raise explain(error, line.overrides) from error
+    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as end:  # Hydra has said what is wrong and exits with 1 after it
+        return ConfigError.exit_status if end.code else 0
+    return 0
+
+
+def _hand_to_hydra(task: Callable[[DictConfig], None]) -> None:
+    register_schemas()
+    hydra.main(
+        version_base=compose.VERSION_BASE,
+        config_path=str(conf_dir()),
+        config_name=compose.CONFIG_NAME,
+    )(task)()
+
+
+@dataclass(kw_only=True)
+class _Task:
+    """What Hydra calls for each run; it never raises, or Hydra would add lines of its own."""
+
+    line: compose.CommandLine
+    debug: bool
+    missing: tuple[pathlib.Path, ...]  # folders that this run will make
+    statuses: list[int] = field(default_factory=list)
+
+    def __call__(self, composed: DictConfig) -> None:
+        settings = HydraConfig.get()
+        run_dir = pathlib.Path(settings.runtime.output_dir)
+        if settings.mode == RunMode.MULTIRUN:
+            self._run_point(settings, run_dir)
+        else:
+            self._run_here(composed, run_dir)
+
+    def exit_status(self) -> int:
+        """Return the exit status of the run, or of the first point of the sweep that failed."""
+        return next((status for status in self.statuses if status), 0)
+
+    def _run_point(self, settings: DictConfig, run_dir: pathlib.Path) -> None:
+        given = OmegaConf.to_container(settings.overrides)  # interpolations are for the point
+        command = sweep.command(
+            (*given["hydra"], *given["task"]),
+            flags=self.line.config_flags(),
+            run_dir=run_dir,
+            number=settings.job.num,
+        )
+        status = sweep.run(command, folder=settings.runtime.cwd, debug=self.debug)
+        self.statuses.append(status)
+        if status:
+            point = f"{settings.job.num} of the sweep ({' '.join(settings.overrides.task)})"
+            sys.stderr.write(
+                f"launcher: point {point} ended with exit status {status}: see {run_dir}\n"
+            )
+        if status in sweep.STOPPED_STATUSES:
+            sys.exit(status)
+
+    def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
+        status = exit_status_of(
+            lambda: _run_logged(composed, run_dir),
+            debug=self.debug or composed.debug,
+            log_file=str(run_dir / LOG_FILE),
+        )
+        if status == ConfigError.exit_status:
+            take_back(run_dir, self.missing)
+        self.statuses.append(status)
+
+
+def _run_logged(composed: DictConfig, run_dir: pathlib.Path) -> int:
+    with logs.logging_to(run_dir / LOG_FILE):
+        try:
+            config = compose.to_config(composed)
+            (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(composed, resolve=True))
+            # Not at the top: it brings JAX, which help and config errors do not wait for.
+            from launcher.main import run
+
+            return run(config, run_dir)
+        except LauncherError as error:
+            log.error("%s", error)
+            raise
+        except Exception:  # to the log file too, then on
+            log.exception("a bug of ours")
+            raise

@@ -1,0 +1,50 @@
+"""How a run ends: the exit status, and the one line that says why.
+
+The statuses are those of `launcher.errors`; 1 is a bug of ours, with its traceback; 130 is
+Ctrl-C.
+"""
+
+import errno
+import sys
+import traceback
+from collections.abc import Callable
+
+from launcher.errors import LauncherError, StorageError
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises, instead of printing and exiting with 1
+BUG_STATUS = 1
+INTERRUPTED_STATUS = 130
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+
+
+def exit_status_of(action: Callable[[], int], *, debug: bool, log_file: str | None = None) -> int:
+    """Run `action`; turn what it raises into one line on stderr and an exit status."""
+    try:
+        return action()
+    except LauncherError as error:
+        return _fail(error, debug=debug)
+    except OSError as error:
+        if error.errno not in STORAGE_ERRNOS:
+            return _fail_with_bug(log_file)
+        return _fail(
+            StorageError(f"{error}: free some space, or take another hydra.run.dir"), debug=debug
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("launcher: stopped by Ctrl-C\n")
+        return INTERRUPTED_STATUS
+    except Exception:  # whatever it is, the user learns where to report it
+        return _fail_with_bug(log_file)
+
+
+def _fail(error: LauncherError, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"launcher: {' '.join(str(error).split())}\n")
+    return error.exit_status
+
+
+def _fail_with_bug(log_file: str | None) -> int:
+    traceback.print_exc()
+    attachment = f", with the lines above and {log_file}" if log_file else ", with the lines above"
+    sys.stderr.write(f"launcher: this is a bug of ours: please report it{attachment}\n")
+    return BUG_STATUS

@@ -1,0 +1,54 @@
+"""Every failure a user can meet, with the exit status it ends in.
+
+A message has three parts: what is wrong with both numbers, the config key (`parallel.tp=3`), and what
+to do. `main` prints it as one line and exits with `exit_status`; anything that is not a `LauncherError`
+is a bug of ours and keeps its traceback.
+"""
+
+
+class LauncherError(Exception):
+    """The base of all errors that `main` turns into one line and an exit status."""
+
+    exit_status = 1
+
+
+class ConfigError(LauncherError):
+    """The user's input is wrong: a config value, a plan file, a model's interface."""
+
+    exit_status = 2
+
+
+class PlanError(ConfigError):
+    """A plan file that cannot be read, or that does not fit the model or the cluster."""
+
+
+class UnsupportedPrimitiveError(ConfigError):
+    """A model uses a JAX primitive that has no sharding rule."""
+
+
+class ClusterError(LauncherError):
+    """Devices or a service that the run needs are not there."""
+
+    exit_status = 3
+
+
+class InfeasiblePlanError(LauncherError):
+    """No plan fits the model, the cluster and the forced choices."""
+
+    exit_status = 4
+
+
+class TrainingError(LauncherError):
+    """Training failed: a non-finite loss, a lost host, no device memory left."""
+
+    exit_status = 5
+
+
+class StorageError(LauncherError):
+    """What a run must write or read back cannot be written or read."""
+
+    exit_status = 6
+
+
+class ScheduleError(LauncherError):
+    """A program that would deadlock, leak, or receive what nobody sends: a bug of ours."""

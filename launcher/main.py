@@ -1,0 +1,193 @@
+"""The only place that wires. Read top to bottom, it is the program:
+
+    config -> cluster -> model -> plan -> devices -> executor -> training loop
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from launcher import data, models
+from launcher.autopar.cluster import Cluster
+from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
+from launcher.autopar.plan import Prediction
+from launcher.autopar.plan_file import read_plan, write_plan
+from launcher.autopar.plan_page import write_page
+from launcher.autopar.predict import model_flops_per_step
+from launcher.autopar.search import PlanOptions
+from launcher.autopar.summary import summarize
+from launcher.config import Config, ParallelConfig
+from launcher.models.model import Model
+from launcher.models.optimizer import Optimizer, build_optimizer
+from launcher.runtime import devices, train_loop
+from launcher.runtime.executor import LocalExecutor
+from launcher.runtime.metrics import Meter, PlanMetrics
+from launcher.runtime.progress import phase, progress_sink
+from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
+from launcher.runtime.wandb_sink import WandbRun, WandbSink
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, run_dir: Path) -> int:
+    """Run what the config says, write into `run_dir`, and return the exit status."""
+    console = Console()
+    cluster = find_cluster(config)
+    model = build_model(config, cluster)
+    trains = config.mode == "train"
+    dataset = data.build(config.data, model, config.seed) if trains else None
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+
+    planned = make_plan(config, model, cluster, optimizer, console)
+    save_plan(planned, cluster, run_dir)
+    if not trains:
+        return 0
+
+    grid = devices.acquire(cluster, f"model={config.model.name} cluster={cluster.name}")
+    with phase(console, "compiling") as progress:
+        executor = LocalExecutor(
+            planned.realized, model, optimizer, grid, seed=config.seed, progress=progress
+        )
+    settings = train_loop.TrainSettings(
+        steps=config.train.steps,
+        global_batch=planned.plan.global_batch,
+        eval_every=config.train.eval_every,
+        eval_batches=config.train.eval_batches,
+    )
+    meter = make_meter(planned, model, cluster)
+    sinks = make_sinks(config, planned, meter, run_dir, console)
+    log.info("training on %s", dataset.name)
+    train_loop.run(
+        executor, dataset, settings, meter, sinks, learning_rate=optimizer.schedule
+    )
+    executor.close()
+    return 0
+
+
+def find_cluster(config: Config) -> Cluster:
+    """The cluster of the config; `local` is whatever this machine has."""
+    if config.cluster.name == "local" and config.runtime.name != "emulate":
+        found = devices.discover()
+        cluster = Cluster.local(kind=found.kind, count=found.count, memory_bytes=found.memory_bytes)
+    else:
+        cluster = Cluster.from_config(config.cluster)
+        if config.runtime.name == "emulate":
+            devices.emulate(cluster.num_devices)
+    log.info("cluster: %s", cluster.describe())
+    return cluster
+
+
+def build_model(config: Config, cluster: Cluster) -> Model:
+    """The model, its size and dtype decided by the cluster where the config leaves them open."""
+    emulated = config.runtime.name == "emulate" or not cluster.device.accelerator
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "fp32" if emulated else cluster.default_dtype
+    if dtype == "fp64":
+        jax.config.update("jax_enable_x64", True)
+    resolved = models.resolve(
+        config.model,
+        memory_bytes=cluster.memory_bytes,
+        has_accelerator=cluster.device.accelerator,
+        dtype=dtype,
+    )
+    model = models.build(resolved)
+    log.info(
+        "model: %s %s, %.4g million parameters, computing in %s",
+        model.name, model.size, model.num_parameters / 1e6, dtype,
+    )  # fmt: skip
+    return model
+
+
+def make_plan(
+    config: Config, model: Model, cluster: Cluster, optimizer: Optimizer, console: Console
+) -> Planned:
+    """Search for a plan, or take the one of a file."""
+    options = plan_options(config.parallel, config.train.global_batch, model, optimizer)
+    with phase(console, "planning") as progress:
+        if config.parallel.name == "from_file":
+            plan = read_plan(Path(config.parallel.path))
+            return adopt_plan(plan, model, cluster, options)
+        return find_plan(model, cluster, options, progress)
+
+
+def plan_options(
+    parallel: ParallelConfig, global_batch: int | None, model: Model, optimizer: Optimizer
+) -> PlanOptions:
+    """What the config asks of the planner."""
+    count = parallel.num_microbatches
+    return PlanOptions(
+        mode=parallel.name,
+        global_batch=global_batch or model.default_global_batch,
+        num_microbatches=None if count == "auto" else int(count),
+        dp=parallel.dp,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        ep=parallel.ep,
+        zero=parallel.zero,
+        recompute=parallel.recompute,
+        schedule=parallel.schedule,
+        optimizer=optimizer.transform,
+    )
+
+
+def save_plan(planned: Planned, cluster: Cluster, run_dir: Path) -> None:
+    """Print the plan, and write it for people (plan.html) and for machines (plan.json)."""
+    log.info("plan:\n%s", summarize(planned.plan, cluster))
+    write_plan(planned.plan, run_dir / "plan.json")
+    write_page(planned.plan, planned.outlook.timeline, cluster, run_dir / "plan.html")
+    log.info("written: %s, %s", run_dir / "plan.json", run_dir / "plan.html")
+
+
+def make_meter(planned: Planned, model: Model, cluster: Cluster) -> Meter:
+    """How step times become throughput and MFU."""
+    plan = planned.plan
+    traced = planned.realized.planner.model.traced
+    return Meter(
+        model_flops_per_step=model_flops_per_step(traced, plan.num_microbatches),
+        num_devices=sum(len(stage.hosts) * len(stage.devices) for stage in plan.stages),
+        peak_flops_per_s=cluster.peak_flops_per_s(model.dtype),
+        global_batch=plan.global_batch,
+        units_per_sample=model.units_per_sample,
+        sample_unit=model.sample_unit,
+        predicted_step_s=plan.predicted.step_s,
+    )
+
+
+def make_sinks(
+    config: Config, planned: Planned, meter: Meter, run_dir: Path, console: Console
+) -> list[Sink]:
+    """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
+    metrics = plan_metrics(planned.plan.predicted, planned.plan.search)
+    sinks: list[Sink] = [
+        JsonlSink(run_dir),
+        SummarySink(run_dir, metrics),
+        progress_sink(console, meter, config.train.steps, run_dir),
+    ]
+    if config.logger.name == "wandb":
+        settings = WandbRun(
+            run_dir=run_dir,
+            config=dataclasses.asdict(config),
+            plan=metrics,
+            project=config.logger.project or "launcher",
+            entity=config.logger.entity,
+            group=config.logger.group,
+            tags=tuple(config.logger.tags),
+        )
+        sinks.append(WandbSink(settings))
+    return sinks
+
+
+def plan_metrics(predicted: Prediction, search) -> PlanMetrics:
+    """The plan's numbers as they stand beside the measured ones."""
+    return PlanMetrics(
+        step_s=predicted.step_s,
+        bubble_fraction=predicted.bubble_fraction,
+        peak_bytes_per_device=tuple(predicted.peak_bytes_per_device),
+        communicated_bytes=predicted.communicated_bytes,
+        tflops_per_device=predicted.tflops_per_device,
+        solver_s=search.wall_s if search else 0.0,
+    )

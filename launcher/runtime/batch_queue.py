@@ -1,0 +1,47 @@
+"""Batches made ahead of the steps that need them, by one thread.
+
+One thread makes all of them, those for evaluations too, so a dataset is never asked for two at
+once.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+from launcher.data.dataset import Dataset
+
+Batch = dict[str, np.ndarray]
+
+
+class BatchQueue:
+    """Gives batches in order, each as soon as it is made; an error of the dataset surfaces there.
+
+    `ahead` is how many are made, or being made, beyond the one that was given last.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, ahead: int) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._ahead = ahead
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    def __enter__(self) -> "BatchQueue":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def batches(self, steps: Iterable[int], split: str) -> Iterator[Batch]:
+        """Give the batches of these steps of a split, in order."""
+        steps = iter(steps)
+        queue = deque(self._submit(step, split) for step in islice(steps, self._ahead))
+        while queue:
+            # The next one is asked for first, so that it is made while this one is in use.
+            queue.extend(self._submit(step, split) for step in islice(steps, 1))
+            yield queue.popleft().result()
+
+    def _submit(self, step: int, split: str) -> Future[Batch]:
+        return self._worker.submit(self._dataset.batch, step, self._batch_size, split)

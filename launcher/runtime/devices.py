@@ -1,0 +1,74 @@
+"""The devices that a run gets: real ones, or CPU devices that stand for a cluster of any shape.
+
+How many CPU devices a process has is decided before JAX starts its backends, so `emulate` and `discover`
+come before anything that touches a device.
+"""
+
+import os
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from launcher.autopar.cluster import Cluster
+from launcher.errors import ClusterError
+
+# What `cluster=local` becomes without accelerators: conf/cluster/cpu8.yaml.
+DEFAULT_CPU_DEVICES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The accelerators of this machine; `count` is 0 where there is none."""
+
+    kind: str
+    count: int
+    memory_bytes: int | None
+
+
+def emulate(num_devices: int) -> None:
+    """Make this process's CPU so many devices, and use no other."""
+    _give_threads(num_devices)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+def _give_threads(num_devices: int) -> None:
+    """Collectives of emulated devices wait in threads; with too few of them they wait for ever."""
+    os.environ.setdefault("NPROC", str(2 * num_devices + 4))
+
+
+def discover() -> Found:
+    """Look for accelerators; starts JAX's backends, with CPU devices for the case of none."""
+    _give_threads(DEFAULT_CPU_DEVICES)
+    jax.config.update("jax_num_cpu_devices", DEFAULT_CPU_DEVICES)
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return Found(kind="cpu", count=0, memory_bytes=None)
+    stats = devices[0].memory_stats() or {}
+    return Found(
+        kind=devices[0].device_kind, count=len(devices), memory_bytes=stats.get("bytes_limit")
+    )
+
+
+def acquire(cluster: Cluster, command: str) -> np.ndarray:
+    """The devices of a cluster as an array, hosts by devices per host.
+
+    Args:
+        command: the user's overrides, to be repeated in the ways on.
+
+    Raises:
+        ClusterError: they are not there; the message names the ways on.
+    """
+    found = jax.devices()
+    wants_cpu = not cluster.device.accelerator
+    if len(found) < cluster.num_devices or (found[0].platform == "cpu") != wants_cpu:
+        raise ClusterError(
+            f"cluster={cluster.name} needs {cluster.num_hosts} hosts x {cluster.devices_per_host} "
+            f"{cluster.device.kind} ({cluster.num_devices} devices), and this machine has {len(found)} "
+            f"{found[0].device_kind} devices; the plan is saved. Ways on: run inside the cluster; submit "
+            f"with mode=submit (a later version); or rehearse the plan on this CPU with "
+            f"`python -m launcher {command} runtime=emulate model.size=tiny`"
+        )
+    used = np.array(found[: cluster.num_devices], dtype=object)
+    return used.reshape(cluster.num_hosts, cluster.devices_per_host)

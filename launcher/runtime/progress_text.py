@@ -1,0 +1,122 @@
+"""The words of a run's progress: one row as a line of text, and the lines that stand at its end.
+
+Pure functions from rows to text, the same for a terminal and for a log.
+"""
+
+from pathlib import Path
+
+from launcher.runtime.metrics import EVAL_LOSS, Meter, Row, TrainSummary, is_evaluation
+
+# In the order in which they are listed at the end; those that were not written are left out.
+FILES_OF_A_RUN = (
+    "config.yaml",
+    "plan.json",
+    "plan.html",
+    "plan.png",
+    "metrics.jsonl",
+    "summary.json",
+    "checkpoints",
+    "wandb",
+    "launcher.log",
+)
+_SI_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def describe_row(row: Row, meter: Meter, steps: int) -> str:
+    """Write a row as one line, which fits a terminal of 80 columns."""
+    head = f"step {row['step']:>{len(str(steps))}}/{steps}"
+    if is_evaluation(row):
+        return f"{head}  eval_loss {_number(row[EVAL_LOSS], '.4f')}"
+    return f"{head}  {describe_numbers(row, meter)}"
+
+
+def describe_pace(row: Row, eta_s: float | None) -> str:
+    """Write what a step took and what the rest will: `402 ms per step  ETA 4 min 05 s`."""
+    pace = f"{duration(row['step_s'])} per step"
+    return pace if eta_s is None else f"{pace}  ETA {duration(eta_s)}"
+
+
+def describe_numbers(row: Row, meter: Meter) -> str:
+    """Write loss and speed: `loss 2.3145  12.3k tokens/s  0.52 TFLOP/s/device  MFU 41.2 %`."""
+    return f"loss {_number(row['loss'], '.4f')}  {describe_speed(row, meter)}"
+
+
+def describe_speed(row: Row, meter: Meter) -> str:
+    """Write throughput, TFLOP/s per device and MFU of a training row or of a summary."""
+    mfu = row["mfu"]
+    parts = (
+        f"{_si(row[meter.throughput_key])} {meter.sample_unit}/s",
+        f"{_number(row['tflops_per_device'], '.3g')} TFLOP/s/device",
+        "MFU ?" if mfu is None else f"MFU {100 * mfu:.1f} %",
+    )
+    return "  ".join(parts)
+
+
+def final_lines(summary: TrainSummary, meter: Meter, run_dir: Path) -> tuple[str, ...]:
+    """Write how a run ended, how fast it was, what the plan had promised, and the files."""
+    losses = f"loss {_number(summary.loss, '.4f')} (best {_number(summary.best_loss, '.4f')})"
+    if summary.eval_loss is not None:
+        losses += f", eval_loss {_number(summary.eval_loss, '.4f')}"
+    steps = f"{summary.steps} of {summary.planned_steps} steps in {duration(summary.wall_s)}"
+    lines = [
+        f"{summary.status}: {steps}, {losses}",
+        f"speed: {describe_speed(summary.measured, meter)}",
+        _describe_promise(summary),
+    ]
+    if meter.peak_flops_per_s is None:
+        lines.insert(2, "MFU is not known: the cluster gives no peak FLOP/s for its devices")
+    return (*lines, *_describe_files(run_dir))
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time for people: `85.0 ms`, `3.21 s`, `4 min 05 s`, `2 h 03 min`."""
+    if seconds is None:
+        return "?"
+    if seconds < 0.9995:
+        return f"{_three_digits(1000 * seconds)} ms"
+    if seconds < 59.95:
+        return f"{_three_digits(seconds)} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _describe_promise(summary: TrainSummary) -> str:
+    line = f"step time: {duration(summary.measured['step_s'])} measured (median)"
+    if summary.predicted_step_s is None:
+        return f"{line}, no prediction"
+    line += f", {duration(summary.predicted_step_s)} predicted"
+    ratio = summary.measured_over_predicted
+    return line if ratio is None else f"{line} (measured / predicted = {ratio:.2f})"
+
+
+def _describe_files(run_dir: Path) -> tuple[str, ...]:
+    written = tuple(run_dir / name for name in FILES_OF_A_RUN if (run_dir / name).exists())
+    if not written:
+        return ()
+    return ("written:", *(f"  {_shortest(path)}{'/' * path.is_dir()}" for path in written))
+
+
+def _shortest(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _number(value: float | None, form: str) -> str:
+    return "?" if value is None else format(value, form)
+
+
+def _si(value: float | None) -> str:
+    if value is None:
+        return "?"
+    for size, prefix in _SI_PREFIXES:
+        # From 999.5 on, three digits would round up into the next prefix.
+        if value >= 0.9995 * size:
+            return f"{_three_digits(value / size)}{prefix}"
+    return _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f}"

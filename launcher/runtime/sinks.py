@@ -1,0 +1,76 @@
+"""Where the rows of a run go: the interface of all sinks, and the two that write files.
+
+The terminal is in `progress.py`, Weights & Biases in `wandb_sink.py`. A sink gets rows in the order
+of their steps, an evaluation's row after that of its step, and one summary at the end, however the
+run ended.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from launcher.runtime.metrics import PlanMetrics, Row, TrainSummary, to_json
+from launcher.runtime.summary_file import storage_error, write_summary
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Sink(ABC):
+    """Takes a run's rows, then its summary."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def write(self, row: Row) -> None:
+        """Record the row of one step or of one evaluation (which has `eval_loss`)."""
+
+    @abstractmethod
+    def finish(self, summary: TrainSummary) -> None:
+        """Record how the run ended, and let go of what is held open. Called once."""
+
+
+class JsonlSink(Sink):
+    """Appends each row to metrics.jsonl as it comes: a run can be followed, and may be killed."""
+
+    __slots__ = ("_file", "_path")
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS_NAME
+        try:
+            # Unbuffered: a row is with the system once `write` returns, and nothing is left to fail
+            # in `close`.
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            raise storage_error(self._path, error, needed_bytes=0) from error
+
+    def write(self, row: Row) -> None:
+        """Append one line."""
+        line = (to_json(row) + "\n").encode()
+        rest = line
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise storage_error(self._path, error, needed_bytes=len(line)) from error
+
+    def finish(self, summary: TrainSummary) -> None:
+        """Close the file."""
+        del summary
+        self._file.close()
+
+
+class SummarySink(Sink):
+    """Writes summary.json at the end: the final numbers, measured beside predicted."""
+
+    __slots__ = ("_plan", "_run_dir")
+
+    def __init__(self, run_dir: Path, plan: PlanMetrics) -> None:
+        self._run_dir = run_dir
+        self._plan = plan
+
+    def write(self, row: Row) -> None:
+        """Pass by: the loop's summary has all that is needed."""
+        del row
+
+    def finish(self, summary: TrainSummary) -> None:
+        """Write the file."""
+        write_summary(self._run_dir, {**summary.as_row(), **self._plan.as_row()})

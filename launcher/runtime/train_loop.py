@@ -1,0 +1,146 @@
+"""The training loop: batches in, steps dispatched one ahead of what is read, rows out.
+
+Nothing on the way from one step to the next waits for a device. Batches are made by a thread ahead
+of time, a step is dispatched before the numbers of the one before it are fetched, and only an
+evaluation lets the devices run dry. There is no parallelism in sight: the executor's plan is its
+own affair.
+
+The loop ends in one summary however it ends: all steps done, Ctrl-C (the step at work is finished
+first), or an error.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+
+from launcher.data.dataset import Dataset
+from launcher.errors import TrainingError
+from launcher.runtime.batch_queue import BatchQueue
+from launcher.runtime.interrupt import Interrupt
+from launcher.runtime.journal import Journal
+from launcher.runtime.metrics import Meter, TrainSummary
+from launcher.runtime.sinks import Sink
+
+if TYPE_CHECKING:
+    from launcher.runtime.executor import Executor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """How long to train, and when to evaluate."""
+
+    steps: int
+    # Samples per optimizer step, and per batch of an evaluation.
+    global_batch: int
+    # An evaluation is after every so many steps and after the last; 0: after the last only.
+    eval_every: int
+    # Batches of the held-out split in an evaluation; 0: none is made.
+    eval_batches: int
+    # Where a resumed run goes on.
+    first_step: int = 0
+    # Batches that are made ahead of the step that needs them.
+    prefetch: int = 2
+
+
+def run(
+    executor: "Executor",
+    dataset: Dataset,
+    settings: TrainSettings,
+    meter: Meter,
+    sinks: Sequence[Sink],
+    *,
+    learning_rate: Callable[[int], float],
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainSummary:
+    """Train, tell the sinks, and give the summary that they were given.
+
+    `learning_rate` gives the rate of a step, counted from 0; it is for the rows only. A loss that
+    is not finite and device memory that is used up raise TrainingError, Ctrl-C raises
+    KeyboardInterrupt; the sinks are finished first, in their order, in every case.
+    """
+    journal = Journal(settings.steps, settings.first_step, meter, sinks, learning_rate, clock)
+    try:
+        with (
+            Interrupt() as interrupt,
+            BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
+            _memory_errors(journal, settings),
+        ):
+            _train(executor, queue, settings, journal, interrupt)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        journal.finish_despite(error, status)
+        raise
+    summary = journal.finish("interrupted" if interrupt.requested else "done")
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    return summary
+
+
+def _train(
+    executor: "Executor",
+    queue: BatchQueue,
+    settings: TrainSettings,
+    journal: Journal,
+    interrupt: Interrupt,
+) -> None:
+    steps = range(settings.first_step, settings.steps)
+    unread = None
+    for step, batch in zip(steps, queue.batches(steps, "train"), strict=True):
+        dispatched = journal.dispatched(step, executor.step(batch, step))
+        if unread is not None:
+            journal.record(unread, executor.peak_bytes_per_device())
+        unread = dispatched
+        stops = interrupt.requested
+        evaluates = not stops and _evaluates_after(step + 1, settings)
+        if stops or evaluates or step + 1 == settings.steps:
+            journal.record(unread, executor.peak_bytes_per_device())
+            unread = None
+        if evaluates:
+            journal.record_evaluation(step, _evaluate(executor, queue, settings, interrupt))
+        if stops or (evaluates and interrupt.requested):
+            return
+
+
+def _evaluates_after(num_steps: int, settings: TrainSettings) -> bool:
+    if settings.eval_batches == 0:
+        return False
+    is_due = settings.eval_every > 0 and num_steps % settings.eval_every == 0
+    return is_due or num_steps == settings.steps
+
+
+def _evaluate(
+    executor: "Executor", queue: BatchQueue, settings: TrainSettings, interrupt: Interrupt
+) -> float | None:
+    """Give the mean loss of the held-out batches, or None if Ctrl-C cut it short."""
+    losses = []
+    unread = None
+    for batch in queue.batches(range(settings.eval_batches), "valid"):
+        if interrupt.requested:
+            return None
+        dispatched = executor.evaluate(batch)
+        if unread is not None:
+            losses.append(float(jax.device_get(unread)))
+        unread = dispatched
+    losses.append(float(jax.device_get(unread)))
+    return math.fsum(losses) / len(losses)
+
+
+@contextlib.contextmanager
+def _memory_errors(journal: Journal, settings: TrainSettings) -> Iterator[None]:
+    """Turn what XLA raises when device memory is used up into one line with a cure."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"out of device memory after step {journal.num_steps} of {settings.steps} ({reason}); "
+            f"train.global_batch={settings.global_batch}: lower it, raise "
+            f"parallel.num_microbatches, or take parallel.recompute=layer"
+        ) from error

@@ -1,0 +1,142 @@
+"""Weights & Biases: rows, configuration, and a summary of measured beside predicted numbers.
+
+Logging must never cost a training run: whatever W&B does (is not installed, refuses, has no
+network, breaks half-way), it ends in one warning, and from then on this sink does nothing. A run is
+online where W&B is logged in and offline elsewhere; `WANDB_MODE` has the last word. The files are
+in `<run dir>/wandb`. This is the only module that imports wandb, and it does so when a sink is
+made.
+"""
+
+import logging
+import netrc
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from launcher.runtime.metrics import PlanMetrics, Row, TrainSummary
+from launcher.runtime.sinks import Sink
+
+log = logging.getLogger(__name__)
+
+# Where W&B keeps its login when it is not in the environment; a server of one's own is
+# WANDB_BASE_URL.
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+INIT_TIMEOUT_S = 30
+# Uploading what is left must not hold a reservation; `wandb sync` can do it later.
+FINISH_TIMEOUT_S = 120
+FALLS_BACK = "logging offline instead (`wandb sync` uploads it later)"
+TRAINS_ON = "training goes on, and metrics.jsonl has every row (logger=jsonl turns W&B off)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbRun:
+    """What a W&B run is told when it starts."""
+
+    run_dir: Path
+    # The composed configuration, as plain containers.
+    config: Mapping[str, object]
+    plan: PlanMetrics
+    project: str
+    entity: str | None
+    group: str | None
+    tags: tuple[str, ...]
+
+
+class WandbSink(Sink):
+    """Sends rows and the summary to one W&B run, until W&B fails."""
+
+    __slots__ = ("_run",)
+
+    def __init__(self, settings: WandbRun) -> None:
+        self._run = None
+        for mode in _modes(os.environ):
+            try:
+                self._run = _start(settings, mode)
+                return
+            except ImportError as error:
+                _warn("be imported", error, TRAINS_ON)
+                return
+            except Exception as error:
+                _warn("start", error, FALLS_BACK if mode == "online" else TRAINS_ON)
+
+    def write(self, row: Row) -> None:
+        """Log a row under its step, leaving out what is unknown."""
+        if self._run is None:
+            return
+        known = {name: value for name, value in row.items() if value is not None}
+        try:
+            self._run.log(known, step=row["step"])
+        except Exception as error:
+            self._give_up("log", error)
+
+    def finish(self, summary: TrainSummary) -> None:
+        """Write the measured numbers beside the predicted ones, and close the run."""
+        if self._run is None:
+            return
+        try:
+            self._run.summary.update(summary.as_row())
+            self._run.finish(exit_code=1 if summary.status == "failed" else 0)
+        except Exception as error:
+            self._give_up("finish", error)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        _warn(what, error, TRAINS_ON)
+
+
+def _start(settings: WandbRun, mode: str | None):
+    import wandb
+
+    run = wandb.init(
+        mode=mode,
+        dir=str(settings.run_dir),
+        config=dict(settings.config),
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=list(settings.tags),
+        # W&B's own capture of the console would fight with the progress bar.
+        settings={
+            "console": "off",
+            "silent": True,
+            "init_timeout": INIT_TIMEOUT_S,
+            "finish_timeout": FINISH_TIMEOUT_S,
+        },
+    )
+    run.summary.update(settings.plan.as_row())
+    if run.offline:
+        log.info("W&B logs offline (`wandb login` for online runs, `wandb sync` for this one)")
+    else:
+        log.info("W&B run: %s", run.url)
+    return run
+
+
+def _modes(environment: Mapping[str, str]) -> tuple[str | None, ...]:
+    """Give the modes to try, in order; None leaves the choice to W&B's own settings.
+
+    A login does not make a network, and the machines of a cluster often have none.
+    """
+    if environment.get("WANDB_MODE"):
+        return (None,)
+    return ("online", "offline") if _is_logged_in(environment) else ("offline",)
+
+
+def _is_logged_in(environment: Mapping[str, str]) -> bool:
+    """Say whether a key is at hand, without W&B's own look-up, which may prompt or go online."""
+    if environment.get("WANDB_API_KEY"):
+        return True
+    server = urlsplit(environment.get("WANDB_BASE_URL", "")).hostname
+    hosts = (server,) if server else WANDB_HOSTS
+    try:
+        logins = netrc.netrc(environment.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError, RuntimeError):  # RuntimeError: there is no home
+        return False
+    return any(logins.authenticators(host) for host in hosts)
+
+
+def _warn(what: str, error: Exception, consequence: str) -> None:
+    # W&B's messages run over many lines; the first says what happened.
+    reason = next(iter(str(error).splitlines()), "")
+    log.warning("W&B could not %s (%s: %s): %s", what, type(error).__name__, reason, consequence)

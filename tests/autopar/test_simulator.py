@@ -1,0 +1,368 @@
+"""The simulator against closed forms, an independent longest path, and exhaustive search."""
+
+import random
+import time
+from itertools import product
+
+import pytest
+
+from launcher.autopar.instructions import Instruction, Op
+from launcher.autopar.program import Wiring, add_communication, parse_program
+from launcher.autopar.schedules import GPipe, OneForwardOneBackward, schedule_by_name
+from launcher.autopar.simulator import Durations, lower_bound_s, simulate
+from launcher.autopar.timeline import EventKind
+from launcher.errors import ScheduleError
+
+NAMES = ("gpipe", "1f1b")
+SHAPES = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 8), (4, 2), (4, 8), (8, 8), (8, 40), (5, 13)]
+
+
+def balanced(num_stages, forward_s, backward_s):
+    """Durations of equal stages with free communication."""
+    return Durations(
+        forward_s=(forward_s,) * num_stages,
+        backward_s=(backward_s,) * num_stages,
+        synchronize_s=(0,) * num_stages,
+        update_s=(0,) * num_stages,
+    )
+
+
+def random_durations(rng, wiring, num_stages):
+    """Integers, so that sums are exact."""
+    draw = [tuple(rng.randint(1, 20) for _ in range(num_stages)) for _ in range(4)]
+    reverse = [(dst, src) for src, dst in wiring.differentiable]
+    tied = [*wiring.tied, *((user, owner) for owner, user in wiring.tied)]
+    return Durations(
+        forward_s=draw[0],
+        backward_s=draw[1],
+        synchronize_s=draw[2],
+        update_s=draw[3],
+        activation_s={edge: rng.randint(0, 25) for edge in wiring.edges},
+        cotangent_s={edge: rng.randint(0, 25) for edge in reverse},
+        tied_s={pair: rng.randint(0, 25) for pair in tied},
+        norm_s=rng.randint(0, 9),
+    )
+
+
+def textbook_order(name, stage, num_stages, num_microbatches):
+    """Return (op, microbatch) of a stage: warm-up, steady state, cool-down."""
+    if name == "gpipe":
+        return [(op, k) for op in "FB" for k in range(num_microbatches)]
+    num_warmup = min(num_stages - stage - 1, num_microbatches)
+    order = [("F", k) for k in range(num_warmup)]
+    for k in range(num_microbatches - num_warmup):
+        order += [("F", num_warmup + k), ("B", k)]
+    return order + [("B", k) for k in range(num_microbatches - num_warmup, num_microbatches)]
+
+
+class LongestPath:
+    """The end of each node of the step's graph, by recursion over its predecessors.
+
+    Nodes: (op, stage, microbatch), and (op, stage, microbatch, peer) for what is sent of it.
+    """
+
+    def __init__(self, orders, wiring, durations):
+        self.orders = [
+            [*order, ("S", 0), *([("N", 0)] if wiring.with_norm else []), ("U", 0)]
+            for order in orders
+        ]
+        self.wiring, self.durations = wiring, durations
+        self.num_stages = len(orders)
+        self.end_s = {}
+        # What goes over each channel, in the order in which it is made.
+        self.channels = {}
+        for stage, order in enumerate(self.orders):
+            for op, k in order:
+                for peer in self.readers(op, stage):
+                    self.channels.setdefault((stage, peer), []).append((op, stage, k, peer))
+                if order[order.index((op, k)) + 1 :][:1] == [("S", 0)]:
+                    for owner in [o for o, user in wiring.tied if user == stage]:
+                        self.channels.setdefault((stage, owner), []).append(("G", stage, 0, owner))
+
+    def readers(self, op, stage):
+        match op:
+            case "F":
+                return [dst for src, dst in self.wiring.edges if src == stage]
+            case "B":
+                return [src for src, dst in self.wiring.differentiable if dst == stage]
+            case "S" if self.wiring.with_norm:
+                return [other for other in range(self.num_stages) if other != stage]
+            case "U":
+                return [user for owner, user in self.wiring.tied if owner == stage]
+            case _:
+                return []
+
+    def duration_s(self, node):
+        op, stage, *rest = node
+        given = self.durations
+        if len(rest) == 2:
+            pair = (stage, rest[1])
+            match op:
+                case "F":
+                    return given.activation_s[pair]
+                case "B":
+                    return given.cotangent_s[pair]
+                case "S":
+                    return given.norm_s
+                case _:
+                    return given.tied_s[pair]
+        match op:
+            case "F":
+                return given.forward_s[stage]
+            case "B":
+                return given.backward_s[stage]
+            case "S":
+                return given.synchronize_s[stage]
+            case "U":
+                return given.update_s[stage]
+            case _:
+                return 0
+
+    def predecessors(self, node):
+        op, stage, k, *peer = node
+        if peer:
+            channel = self.channels[stage, peer[0]]
+            before = channel[: channel.index(node)][-1:]
+            maker = ("B", stage, self.orders[stage][-3 - self.wiring.with_norm][1])
+            return [*before, maker if op == "G" else (op, stage, k)]
+        order = self.orders[stage]
+        before = [(o, stage, j) for o, j in order[: order.index((op, k))][-1:]]
+        made = {"F": "F", "B": "B", "N": "S", "S": "G"}.get(op)
+        return before + [
+            sent
+            for (_, destination), channel in self.channels.items()
+            for sent in channel
+            if destination == stage and sent[0] == made and sent[2] == k
+        ]
+
+    def end(self, node):
+        if node not in self.end_s:
+            start_s = max((self.end(before) for before in self.predecessors(node)), default=0)
+            self.end_s[node] = start_s + self.duration_s(node)
+        return self.end_s[node]
+
+    def step_s(self):
+        nodes = [(op, i, k) for i, order in enumerate(self.orders) for op, k in order]
+        nodes += [sent for channel in self.channels.values() for sent in channel]
+        return max(map(self.end, nodes))
+
+
+def build(name, num_stages, num_microbatches, wiring=None):
+    compute_lists = schedule_by_name(name).build(num_stages, num_microbatches)
+    return add_communication(compute_lists, wiring or Wiring.chain(num_stages))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), SHAPES)
+@pytest.mark.parametrize(("forward_s", "backward_s"), [(1, 1), (1, 2), (3, 7), (5, 2)])
+@pytest.mark.parametrize("rendezvous", [False, True])
+def test_balanced_stages_take_the_closed_form(
+    name, num_stages, num_microbatches, forward_s, backward_s, rendezvous
+):
+    durations = balanced(num_stages, forward_s, backward_s)
+    program = build(name, num_stages, num_microbatches)
+    timeline = simulate(program, durations, rendezvous=rendezvous)
+    num_rounds = num_microbatches + num_stages - 1
+    assert timeline.step_s == num_rounds * (forward_s + backward_s)
+    assert timeline.bubble_fraction == pytest.approx((num_stages - 1) / num_rounds, abs=1e-12)
+    assert timeline.exposed_s == (0,) * num_stages
+    assert timeline.step_s == lower_bound_s(durations, Wiring.chain(num_stages), num_microbatches)
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), SHAPES)
+def test_stash_peaks_are_those_of_the_formulas(num_stages, num_microbatches):
+    durations = balanced(num_stages, 1, 2)
+    gpipe = simulate(build("gpipe", num_stages, num_microbatches), durations)
+    assert gpipe.stash_peak == (num_microbatches,) * num_stages
+    one_f_one_b = simulate(build("1f1b", num_stages, num_microbatches), durations)
+    assert one_f_one_b.stash_peak == tuple(
+        min(num_microbatches, num_stages - stage) for stage in range(num_stages)
+    )
+
+
+def test_the_end_of_the_step_is_counted():
+    durations = Durations(
+        forward_s=(1, 1),
+        backward_s=(2, 2),
+        synchronize_s=(5, 3),
+        update_s=(2, 4),
+        tied_s={(0, 1): 10, (1, 0): 7},
+        norm_s=0.5,
+    )
+    wiring = Wiring.chain(2, tied=((0, 1),), with_norm=True)
+    timeline = simulate(build("1f1b", 2, 1, wiring), durations)
+    ends_s = {str(event.instruction): event.end_s for event in timeline.events}
+    # F: 1, 2; B: 4, 6; the tied gradient: 4 + 7; S: 4 + 3 and 11 + 5; the last norm: 16.5
+    assert (ends_s["1B0"], ends_s["0B0"], ends_s["1SEND_G>0"]) == (4, 6, 11)
+    assert (ends_s["1S"], ends_s["0S"], ends_s["0SEND_N>1"]) == (7, 16, 16.5)
+    assert (ends_s["0U"], ends_s["1U"], ends_s["0SEND_P>1"]) == (18, 20.5, 28)
+    assert timeline.step_s == 28
+    # 20 of 56: F and B 3 each, S 5 and 3, U 2 and 4
+    assert timeline.bubble_fraction == pytest.approx(1 - 20 / 56)
+    # 0S waits from 6 to 11 and 1N to 16.5, of which norm 0 was under way for 0.5
+    assert timeline.exposed_s == (5, 0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(40))
+def test_uneven_stages_take_the_longest_path(name, seed):
+    rng = random.Random(seed)
+    num_stages, num_microbatches = rng.randint(1, 6), rng.randint(1, 9)
+    pairs = [(i, j) for i in range(num_stages) for j in range(i + 1, num_stages)]
+    edges = tuple(pair for pair in pairs if pair[1] == pair[0] + 1 or rng.random() < 0.2)
+    wiring = Wiring(
+        edges=edges,
+        differentiable=tuple(edge for edge in edges if rng.random() < 0.9),
+        tied=tuple(rng.sample(pairs, k=min(len(pairs), rng.randint(0, 2)))),
+        with_norm=rng.random() < 0.5,
+    )
+    durations = random_durations(rng, wiring, num_stages)
+    program = build(name, num_stages, num_microbatches, wiring)
+    timeline = simulate(program, durations)
+    orders = [
+        textbook_order(name, stage, num_stages, num_microbatches) for stage in range(num_stages)
+    ]
+    path = LongestPath(orders, wiring, durations)
+    assert timeline.step_s == path.step_s()
+    for event in timeline.events:
+        if event.instruction.is_compute:
+            node = (event.instruction.op.value, event.stage, event.instruction.microbatch or 0)
+            assert event.end_s == path.end(node)
+    assert lower_bound_s(durations, wiring, num_microbatches) <= timeline.step_s
+    assert timeline.step_s <= simulate(program, durations, rendezvous=True).step_s
+    without_events = simulate(program, durations, with_events=False)
+    assert without_events.events == ()
+    assert without_events.step_s == timeline.step_s
+    assert without_events.exposed_s == timeline.exposed_s
+
+
+def all_orders(stage, num_microbatches):
+    """Yield every compute list with F and B each in order and no B before its F."""
+    for picks in product((Op.FORWARD, Op.BACKWARD), repeat=2 * num_microbatches):
+        ahead = [
+            sum(1 if op is Op.FORWARD else -1 for op in picks[: i + 1]) for i in range(len(picks))
+        ]
+        if min(ahead) >= 0 and ahead[-1] == 0:
+            counts = {Op.FORWARD: iter(range(num_microbatches))}
+            counts[Op.BACKWARD] = iter(range(num_microbatches))
+            yield tuple(
+                Instruction(op=op, stage=stage, microbatch=next(counts[op])) for op in picks
+            )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_lower_bound_is_below_the_best_of_all_orders(seed):
+    rng = random.Random(seed)
+    num_stages, num_microbatches = rng.choice([(2, 2), (2, 3), (3, 2)])
+    wiring = Wiring.chain(num_stages, with_norm=rng.random() < 0.5)
+    durations = random_durations(rng, wiring, num_stages)
+    best_s = float("inf")
+    for lists in product(*(list(all_orders(i, num_microbatches)) for i in range(num_stages))):
+        try:
+            program = add_communication(lists, wiring)
+        except ScheduleError:  # these orders wait in a ring
+            continue
+        best_s = min(best_s, simulate(program, durations, with_events=False).step_s)
+    assert lower_bound_s(durations, wiring, num_microbatches) <= best_s
+    for name in NAMES:
+        program = build(name, num_stages, num_microbatches, wiring)
+        assert best_s <= simulate(program, durations).step_s
+
+
+def test_transfers_overlap_with_computing_and_queue_on_their_channel():
+    durations = Durations(
+        forward_s=(1, 1),
+        backward_s=(1, 1),
+        synchronize_s=(0, 0),
+        update_s=(0, 0),
+        activation_s={(0, 1): 3},
+        cotangent_s={(1, 0): 0},
+    )
+    timeline = simulate(build("gpipe", 2, 3), durations)
+    sent = [event for event in timeline.events if event.kind is EventKind.TRANSFER][:3]
+    assert [(event.start_s, event.end_s) for event in sent] == [(1, 4), (4, 7), (7, 10)]
+    assert [event.label for event in sent] == ["SEND_F0>1", "SEND_F1>1", "SEND_F2>1"]
+    # Stage 1 runs F at 4, 7 and 10: it idles 3, 2 and 2, none of it for what stage 0 computes
+    # but the first second.
+    assert timeline.exposed_s == (0, 3 + 2 + 2)
+    assert timeline.step_s == 15
+
+
+def test_blocking_sends_hold_both_submeshes():
+    durations = Durations(
+        forward_s=(1, 1),
+        backward_s=(1, 1),
+        synchronize_s=(0, 0),
+        update_s=(0, 0),
+        activation_s={(0, 1): 3},
+        cotangent_s={(1, 0): 2},
+    )
+    timeline = simulate(build("gpipe", 2, 2), durations, rendezvous=True)
+    starts_s = {event.label: event.start_s for event in timeline.events if event.stage == 0}
+    # F0 0-1, its send 1-4, F1 4-5, its send waits for 1F0 (4-5) and runs 5-8
+    assert (starts_s["F1"], starts_s["SEND_F1>1"], starts_s["B0"]) == (4, 5, 12)
+    # 1F1 8-9, 1B0 9-10, its send 10-12, 1B1 12-13, its send 13-15, 0B1 15-16
+    assert timeline.step_s == 16
+
+
+def test_events_are_sorted_and_no_submesh_does_two_things_at_once():
+    wiring = Wiring.chain(4, with_norm=True)
+    durations = random_durations(random.Random(3), wiring, 4)
+    timeline = simulate(build("1f1b", 4, 6, wiring), durations)
+    assert list(timeline.events) == sorted(timeline.events, key=lambda e: (e.start_s, e.stage))
+    for stage in range(4):
+        own = [event for event in timeline.events if event.stage == stage]
+        computed = [event for event in own if event.instruction.is_compute]
+        for event, following in zip(computed, computed[1:], strict=False):
+            assert event.end_s <= following.start_s
+        kinds = {event.kind for event in own}
+        assert kinds == set(EventKind)
+
+
+def test_a_step_of_no_duration_has_no_bubble():
+    timeline = simulate(build("1f1b", 2, 2), balanced(2, 0, 0))
+    assert (timeline.step_s, timeline.bubble_fraction) == (0, 0)
+
+
+@pytest.mark.parametrize("rendezvous", [False, True])
+def test_a_hanging_program_raises(rendezvous):
+    program = parse_program("0RECV_B0<1,0F0,0SEND_F0>1,0B0\n1RECV_F0<0,1F0,1B0,1SEND_B0>0\n")
+    with pytest.raises(ScheduleError, match="2 of 2 stages wait for ever, the first at 0RECV_B0<1"):
+        simulate(program, balanced(2, 1, 1), rendezvous=rendezvous)
+
+
+def test_a_send_to_a_finished_stage_hangs_where_sends_block():
+    program = parse_program("0F0,0SEND_F0>1\n1F0\n")
+    with pytest.raises(ScheduleError, match="1 of 2 stages wait for ever, the first at 0SEND_F0>1"):
+        simulate(program, balanced(2, 1, 1), rendezvous=True)
+
+
+def test_missing_durations_raise():
+    with pytest.raises(ScheduleError, match=r"3 durations forward_s for 2 stages"):
+        simulate(build("gpipe", 2, 2), balanced(3, 1, 1))
+    durations = Durations(
+        forward_s=(1, 1, 1),
+        backward_s=(1, 1, 1),
+        synchronize_s=(0, 0, 0),
+        update_s=(0, 0, 0),
+        activation_s={(0, 1): 1},
+    )
+    with pytest.raises(ScheduleError, match="no duration of SEND_F from stage 1 to 2, 1 others"):
+        simulate(build("gpipe", 3, 2), durations)
+    with pytest.raises(ScheduleError, match="RECV_F is not one of the 5 compute operations"):
+        durations.compute_s(Op.RECEIVE_ACTIVATION)
+
+
+@pytest.mark.parametrize("schedule", [GPipe(), OneForwardOneBackward()])
+def test_a_large_program_is_built_and_simulated_in_time(schedule):
+    wiring = Wiring.chain(16, tied=((0, 15),), with_norm=True)
+    took_s = float("inf")
+    for _ in range(3):  # other processes may share the core
+        start_s = time.process_time()
+        program = add_communication(schedule.build(16, 1024), wiring)
+        timeline = simulate(program, balanced(16, 1, 2))
+        took_s = min(took_s, time.process_time() - start_s)
+        if took_s < 1.5:
+            break
+    assert took_s < 1.5
+    assert timeline.step_s == (1024 + 15) * 3

@@ -1,0 +1,69 @@
+"""Memory over time, by hand and against the stash peak."""
+
+import pytest
+
+from launcher.autopar.program import Wiring, add_communication
+from launcher.autopar.schedules import OneForwardOneBackward, schedule_by_name
+from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.timeline import StageMemory, memory_over_time
+from launcher.errors import ScheduleError
+
+
+def durations(num_stages, transfer_s):
+    edges = [(stage, stage + 1) for stage in range(num_stages - 1)]
+    return Durations(
+        forward_s=(1,) * num_stages,
+        backward_s=(2,) * num_stages,
+        synchronize_s=(0,) * num_stages,
+        update_s=(1,) * num_stages,
+        activation_s=dict.fromkeys(edges, transfer_s),
+        cotangent_s={(dst, src): transfer_s for src, dst in edges},
+    )
+
+
+def test_memory_of_two_stages_by_hand():
+    program = add_communication(OneForwardOneBackward().build(2, 1), Wiring.chain(2))
+    timeline = simulate(program, durations(2, transfer_s=1))
+    # 0F0 0-1, over the link 1-2, 1F0 2-3, 1B0 3-5, back 5-6, 0B0 6-8, U 1 more
+    memory = (
+        StageMemory(
+            fixed_bytes=1000,
+            stash_bytes=100,
+            forward_bytes=1,
+            backward_bytes=2,
+            received_bytes={1: 10},
+            sent_bytes={1: 20},
+        ),
+        StageMemory(
+            fixed_bytes=2000,
+            stash_bytes=300,
+            forward_bytes=3,
+            backward_bytes=4,
+            received_bytes={0: 30},
+            sent_bytes={0: 40},
+        ),
+    )
+    assert memory_over_time(timeline, memory) == (
+        ((0, 1101), (1, 1120), (2, 1100), (5, 1110), (6, 1112), (8, 1000)),
+        ((0.0, 2000), (1, 2030), (2, 2303), (3, 2304), (5, 2040), (6, 2000)),
+    )
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("transfer_s", [0, 1, 5])
+def test_the_peak_is_that_of_the_stash(name, transfer_s):
+    program = add_communication(schedule_by_name(name).build(4, 6), Wiring.chain(4))
+    timeline = simulate(program, durations(4, transfer_s))
+    memory = (StageMemory(fixed_bytes=7, stash_bytes=100),) * 4
+    traces = memory_over_time(timeline, memory)
+    peaks = tuple(max(num_bytes for _, num_bytes in trace) for trace in traces)
+    assert peaks == tuple(7 + 100 * num_kept for num_kept in timeline.stash_peak)
+    assert all(trace[-1][1] == 7 for trace in traces)  # nothing is left
+    assert all(list(trace) == sorted(trace) for trace in map(lambda t: [x[:1] for x in t], traces))
+
+
+def test_a_timeline_without_events_has_no_memory():
+    program = add_communication(OneForwardOneBackward().build(1, 1), Wiring.chain(1))
+    timeline = simulate(program, durations(1, 0), with_events=False)
+    with pytest.raises(ScheduleError, match="with 0 events .* simulate with with_events=True"):
+        memory_over_time(timeline, (StageMemory(fixed_bytes=0, stash_bytes=1),))

@@ -1,0 +1,64 @@
+"""What every test stands on: eight emulated CPU devices, strict promotion, no network, fixed draws.
+
+The environment is set before anything imports JAX, which reads it once. Tests that need an
+accelerator say so with the marker `gpu`: `JAX_PLATFORMS=cuda,cpu pytest -m gpu -n 0`.
+"""
+
+import os
+import pathlib
+import random
+from collections.abc import Callable
+
+NUM_DEVICES = 8
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={NUM_DEVICES}")
+).strip()
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ.pop("HYDRA_FULL_ERROR", None)  # a developer's; it changes what the command line prints
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples everywhere, so that a failure of one machine is a failure of all; no deadline,
+# because the first example compiles.
+hypothesis.settings.register_profile("launcher", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("launcher")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a caller draw a seeded sample of what its `-m` selects."""
+    group = parser.getgroup("launcher")
+    group.addoption("--draw", type=int, metavar="N", help="run N of the selected tests, drawn")
+    group.addoption("--draw-seed", default="", metavar="TEXT", help="seed of --draw")
+    group.addoption("--update-golden", action="store_true", help="write tests/golden/ anew")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep only the drawn tests; after `-m`, and the same in every worker process."""
+    count = config.getoption("--draw")
+    if count is None or count >= len(items):
+        return
+    drawn = set(random.Random(config.getoption("--draw-seed")).sample(range(len(items)), count))
+    config.hook.pytest_deselected(
+        items=[item for index, item in enumerate(items) if index not in drawn]
+    )
+    items[:] = [item for index, item in enumerate(items) if index in drawn]
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare a text with a file of tests/golden/; with --update-golden write the file instead."""
+
+    def compare(name: str, text: str) -> None:
+        path = pathlib.Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.write_text(text)
+        assert text == path.read_text()
+
+    return compare
