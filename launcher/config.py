@@ -87,7 +87,7 @@ class DeviceConfig:
     memory_gib: float
     peak_tflops: dict[str, float]  # dtype -> dense peak; a dtype that is missing has no known peak
     memory_gb_per_s: float
-    matmul_efficiency: float  # the share of the peak that large matrix products reach
+    matmul_efficiency: dict[str, float]  # dtype -> share of the peak that large products reach
     has_bf16: bool
     accelerator: bool
 

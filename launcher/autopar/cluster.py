@@ -30,7 +30,8 @@ _KNOWN_KINDS = {
     "H100 80GB HBM3": "dgx-h100",
     "H200": "h200",
 }
-_MEMORY_BYTES_PER_S = {"A100-SXM4-40GB": 1.555e12}  # NVIDIA A100 datasheet; the 80 GB kind is faster
+# Where it is not that of the packaged cluster. NVIDIA A100 datasheet.
+_MEMORY_BYTES_PER_S = {"A100-SXM4-40GB": 1.555e12}
 _WITHOUT_BF16 = ("K80", "P40", "P100", "V100", "T4", "GTX", "RTX 20", "Quadro RTX", "TITAN")
 
 
@@ -119,7 +120,7 @@ class Cluster:
         return "fp16" if self.device.accelerator else "fp32"
 
     def peak_flops_per_s(self, dtype: str) -> float | None:
-        """Return the peak that MFU refers to; None where none is known, since MFU is never a guess."""
+        """Return the peak that MFU refers to; None where it is not known: MFU is never a guess."""
         return None if self.nominal else self.device.peak_flops_per_s.get(dtype)
 
     def ref(self) -> ClusterRef:
@@ -285,7 +286,9 @@ def _read_device(node: Node) -> Device:
         kind=fields["kind"].text(),
         memory_bytes=int(fields["memory_gib"].positive() * _GIB),
         peak_flops_per_s={dtype: peak.positive() * _TERA for dtype, peak in known.items()},
-        matmul_efficiency={dtype: share.positive(maximum=1.0) for dtype, share in efficiency.items()},
+        matmul_efficiency={
+            dtype: share.positive(maximum=1.0) for dtype, share in efficiency.items()
+        },
         memory_bytes_per_s=fields["memory_gb_per_s"].positive() * _GIGA,
         has_bf16=fields["has_bf16"].boolean(),
         accelerator=fields["accelerator"].boolean(),

@@ -91,10 +91,14 @@ class StageSharding:
         return self.forward_s + self.backward_s + self.once_s / self.settings.num_microbatches
 
     def for_counts(self, counts: Mapping[Group, int], settings: StageSettings) -> "StageSharding":
-        """The same picks for a stage of the same family: costs are linear in the counts."""
+        """The same picks for another stage of these classes: costs are linear in the counts.
+
+        What only that stage has, such as values that leave it, counts nothing.
+        """
         total = Seconds()
-        for group, seconds in self.group_seconds.items():
-            total += seconds * counts[group]
+        for group, count in counts.items():
+            if group in self.group_seconds:
+                total += self.group_seconds[group] * count
         return replace(self, settings=settings, seconds=total)
 
 

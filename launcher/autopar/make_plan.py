@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launcher.autopar.cluster import Cluster
+from launcher.autopar.inter_op import Placement, StageChoice
 from launcher.autopar.picks import specs_as_dims, strategies_of
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
@@ -104,7 +105,7 @@ def _as_plan(
     )
 
 
-def _stage(candidate: Candidate, choice, place) -> Stage:
+def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage:
     pick = choice.option.tag
     hosts, devices = place
     stage = Stage(
@@ -118,7 +119,9 @@ def _stage(candidate: Candidate, choice, place) -> Stage:
         optimizer_state={},
         strategies={},
     )
-    return _with_shardings(stage, candidate.planner, pick.sharding)
+    pins = {key: (choice,) for key, choice in pick.sharding.picks.items()}
+    sharding = candidate.planner.solve(*stage.layers, pick.sharding.settings, pins=pins)
+    return _with_shardings(stage, candidate.planner, sharding)
 
 
 def _with_shardings(stage: Stage, planner, sharding) -> Stage:

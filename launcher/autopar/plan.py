@@ -45,10 +45,10 @@ class Stage:
 
     Attributes:
         layers: First layer, and the one after the last.
-        hosts: Of the cluster; with `devices`, indices inside each host, the submesh is their product.
+        hosts: Of the cluster; the submesh is their product with `devices`, indices in each host.
         mesh: Axis name and length, the last axis varying fastest over the devices.
         recompute: What the backward pass computes again: "none", "layer" or "full".
-        zero: 0 to 3: shards nothing over the data axis, optimizer state, also gradients, also weights.
+        zero: What the data axis shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
         params: Parameter path -> how it lies on the mesh.
         optimizer_state: The same for what the optimizer keeps of it.
         strategies: Group of ops -> one text per op, as `picks` writes and reads it.
@@ -122,7 +122,8 @@ class Plan:
     Attributes:
         num_layers: Into how many layers the model's ops are clustered; None: as many as the last
             stage ends with.
-        predicted: None until the plan has been priced; so is `search` for one that was not searched.
+        predicted: None until the plan has been priced.
+        search: None for a plan that was not searched for.
     """
 
     version: int = PLAN_VERSION
@@ -201,7 +202,9 @@ def _check_layers(plan: Plan, num_layers: int | None) -> None:
         place = f"stages[{index}].layers=[{first}, {last}]"
         if first != end:
             where = f"stage {index - 1} ends" if index else "the model begins"
-            raise PlanError(f"{place} begins at {first}, and {where} at {end}: write [{end}, {last}]")
+            raise PlanError(
+                f"{place} begins at {first}, and {where} at {end}: write [{end}, {last}]"
+            )
         if last <= first:
             raise PlanError(f"{place} ends at {last}, not after {first}: give it a layer")
         end = last
@@ -224,8 +227,8 @@ def _check_devices(plan: Plan, cluster: Cluster) -> None:
         for where in ((host, device) for host in stage.hosts for device in stage.devices):
             if where in user:
                 raise PlanError(
-                    f"{place}.devices: device {where[1]} of host {where[0]} is used twice, by stage "
-                    f"{user[where]} too: give each stage its own devices"
+                    f"{place}.devices: device {where[1]} of host {where[0]} is used twice, by "
+                    f"stage {user[where]} too: give each stage its own devices"
                 )
             user[where] = index
 
@@ -246,7 +249,9 @@ def _check_indices(place: str, indices: tuple[int, ...], limit: int, key: str) -
 def _check_stage(place: str, stage: Stage) -> None:
     _check_known(f"{place}.recompute", stage.recompute, RECOMPUTE_NAMES)
     if not 0 <= stage.zero <= LARGEST_ZERO:
-        raise PlanError(f"{place}.zero={stage.zero} is not in 0..{LARGEST_ZERO}: choose one of them")
+        raise PlanError(
+            f"{place}.zero={stage.zero} is not in 0..{LARGEST_ZERO}: choose one of them"
+        )
     names = tuple(name for name, _ in stage.mesh)
     if names != AXIS_NAMES:
         raise PlanError(

@@ -174,8 +174,8 @@ def _in_flight(schedule: str) -> Callable[[int, int], int]:
 
 def _cuts(num_layers: int, num_stages: int | None) -> tuple[int, ...]:
     """Where stages may begin; at most some two dozen places, evenly spread."""
-    stride = math.ceil(num_layers / max(_MOST_CUTS, num_stages or 0))
-    return (*range(0, num_layers, stride), num_layers)
+    pieces = min(num_layers, max(_MOST_CUTS, num_stages or 0))
+    return tuple(round(i * num_layers / pieces) for i in range(pieces + 1))
 
 
 def _crossing_bytes(planner: IntraOpPlanner) -> dict[int, float]:

@@ -5,7 +5,8 @@ then priced on top of its solution. Ranges that consist of the same classes of l
 way, differ only in how often each class occurs. For a given choice of strategies the cost is linear in
 those counts, so the optimum is concave in them: a choice that is optimal at both ends of a family of
 ranges is optimal in between. So each family is solved at its smallest and its largest member, and for the
-others the better of the two is taken.
+others the better of the two is taken. Where a model repeats little and has too many families, one solution
+for the whole model on a mesh serves all its ranges.
 
 Left out: tensor axes that leave a host, and choosing strategies anew for ZeRO-1 and -2 or recomputation.
 """
@@ -22,6 +23,9 @@ from launcher.autopar.memory import class_memories, stage_memory
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import StageSettings
+
+
+_MOST_FAMILIES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,7 @@ class StageCosts:
         self.compute = ComputeModel(cluster.device)
         self._ideal_s = self._ideal_microbatch_s()
         self._families = _families(planner, cuts)
+        self._whole = ((cuts[0], cuts[-1]),) if len(self._families) > _MOST_FAMILIES else None
         self._solved: dict[tuple, list] = {}
         self._strategies: dict[tuple, StageSharding] = {}
         self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
@@ -141,12 +146,10 @@ class StageCosts:
 
         ZeRO-1 and -2 take the strategies of no ZeRO.
         """
-        key = (family, settings.mesh, settings.zero, settings.memory_s_per_byte)
+        members = self._whole or tuple(dict.fromkeys(self._families[family]))
+        key = (members, settings.mesh, settings.zero, settings.memory_s_per_byte)
         if key not in self._solved:
-            self._solved[key] = [
-                self._price_member(*member, settings)
-                for member in dict.fromkeys(self._families[family])
-            ]
+            self._solved[key] = [self._price_member(*member, settings) for member in members]
         return self._solved[key]
 
     def _price_member(self, first: int, last: int, settings: StageSettings):

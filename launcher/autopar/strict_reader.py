@@ -1,8 +1,8 @@
 """Read trees of plain values, as JSON and YAML give them, and take nothing for what it is not.
 
-A `Node` is a value with its place in the file. Whatever is asked of it that it is not (a boolean for
-a number, a key nobody knows, NaN) raises an error of the caller's class that names the place, the
-value and the cure.
+A `Node` is a value with its place in the file. Whatever is asked of it that it is not (a boolean
+for a number, a key nobody knows, NaN) raises an error of the caller's class that names the place,
+the value and the cure.
 """
 
 import math
@@ -48,8 +48,10 @@ class Node:
             place = f"{self.place}.{name}" if self.place else name
         return Node(value=value, place=place, source=self.source, error=self.error)
 
-    def fields(self, required: Collection[str], optional: Collection[str] = ()) -> dict[str, "Node"]:
-        """Return all fields of an object with known names; optional ones that are missing are null."""
+    def fields(
+        self, required: Collection[str], optional: Collection[str] = ()
+    ) -> dict[str, "Node"]:
+        """Return all fields of an object; optional ones that are missing are null."""
         found = self.entries()
         known = (*required, *optional)
         for name, node in found.items():

@@ -30,7 +30,7 @@ USER_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueErro
 
 # Keys and options that the interface has and this version has not.
 LATER_KEYS = ("checkpoint", "resume", "resume_weights_only", "replan", "plan")
-LATER_OPTIONS = ("runtime/ray", "cluster/h200", "hydra/launcher/slurm")
+LATER_OPTIONS = ("runtime/ray", "hydra/launcher/slurm")
 
 _EXPECTED = {
     int: "a whole number",
