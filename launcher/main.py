@@ -1,6 +1,6 @@
 """The only place that wires. Read top to bottom, it is the program:
 
-    config -> cluster -> model -> plan -> devices -> executor -> training loop
+config -> cluster -> model -> plan -> devices -> executor -> training loop
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def run(config: Config, run_dir: Path) -> int:
     optimizer = build_optimizer(config.optimizer, config.train.steps)
 
     planned = make_plan(config, model, cluster, optimizer, console)
-    save_plan(planned, cluster, run_dir)
+    save_plan(planned, model, cluster, run_dir)
     if not trains:
         return 0
 
@@ -60,9 +60,7 @@ def run(config: Config, run_dir: Path) -> int:
     meter = make_meter(planned, model, cluster)
     sinks = make_sinks(config, planned, meter, run_dir, console)
     log.info("training on %s", dataset.name)
-    train_loop.run(
-        executor, dataset, settings, meter, sinks, learning_rate=optimizer.schedule
-    )
+    train_loop.run(executor, dataset, settings, meter, sinks, learning_rate=optimizer.schedule)
     executor.close()
     return 0
 
@@ -134,12 +132,13 @@ def plan_options(
     )
 
 
-def save_plan(planned: Planned, cluster: Cluster, run_dir: Path) -> None:
+def save_plan(planned: Planned, model: Model, cluster: Cluster, run_dir: Path) -> None:
     """Print the plan, and write it for people (plan.html) and for machines (plan.json)."""
-    log.info("plan:\n%s", summarize(planned.plan, cluster))
+    log.info("plan:\n%s", summarize(planned.plan, cluster, model.abstract_params))
     write_plan(planned.plan, run_dir / "plan.json")
-    write_page(planned.plan, planned.outlook.timeline, cluster, run_dir / "plan.html")
-    log.info("written: %s, %s", run_dir / "plan.json", run_dir / "plan.html")
+    page = run_dir / "plan.html"
+    write_page(planned.plan, planned.outlook.timeline, cluster, page, model.abstract_params)
+    log.info("written: %s, %s", run_dir / "plan.json", page)
 
 
 def make_meter(planned: Planned, model: Model, cluster: Cluster) -> Meter:

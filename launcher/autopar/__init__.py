@@ -1,8 +1,8 @@
 """Planning: from a model and a cluster to a `Plan`, without any device.
 
-    make_plan(model, cluster, options)    search, or the degrees that were forced
-    predict(plan, model, cluster)         price any plan on any cluster
-    load_cluster(name)                    a packaged cluster, or a YAML file of one
+make_plan(model, cluster, options)    search, or the degrees that were forced
+predict(plan, model, cluster)         price any plan on any cluster
+load_cluster(name)                    a packaged cluster, or a YAML file of one
 """
 
 from launcher.autopar.cluster import Cluster as Cluster

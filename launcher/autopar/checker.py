@@ -18,7 +18,7 @@ A failure raises `ScheduleError`: one line, then the lists around the place, whi
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 from launcher.autopar.instructions import Instruction, Op
@@ -181,6 +181,10 @@ def _check_channels(program: Program) -> None:
                 raise _error(program, what, (place, other))
 
 
+def _is_next(wanted: Instruction, entries: Sequence[Instruction], position: int) -> bool:
+    return position < len(entries) and entries[position] == wanted
+
+
 def _check_no_deadlock(program: Program) -> None:
     """Play the lists: a compute instruction takes one step, a send and its receive one for both."""
     position = [0] * program.num_stages
@@ -191,9 +195,7 @@ def _check_no_deadlock(program: Program) -> None:
         while position[stage] < len(entries):
             entry = entries[position[stage]]
             if entry.peer is not None:
-                peer_at = position[entry.peer]
-                peer_entries = program.lists[entry.peer]
-                if peer_at == len(peer_entries) or peer_entries[peer_at] != entry.partner:
+                if not _is_next(entry.partner, program.lists[entry.peer], position[entry.peer]):
                     break
                 position[entry.peer] += 1
                 waiting_for_turn.append(entry.peer)

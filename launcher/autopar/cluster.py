@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from launcher.autopar.strict_reader import Node
+from launcher.autopar.wording import count
 from launcher.config import ClusterConfig, conf_dir
 from launcher.errors import ConfigError
 
@@ -320,8 +321,3 @@ def _guess(kind: str) -> Cluster:
         nominal=True,
         sources={"device": guess, "intra_host": guess, "inter_host": guess},
     )
-
-
-def count(number: int, noun: str) -> str:
-    """Write a number with its noun: 1 host, 2 hosts."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -24,6 +24,7 @@ from launcher.autopar.work import aval_bytes, op_flops
 
 # Alpa takes 0.5; where no cut keeps that (a head as heavy as half a block), the next one is tried.
 SLACKS = (0.5, 1.0, 2.0, np.inf)
+_DEFAULT_LAYERS = 16
 _EXPENSIVE = frozenset({"random_bits", "rng_bit_generator", "threefry2x32"})
 
 
@@ -41,14 +42,15 @@ def cluster(traced: TracedModel, num_layers: int | None = None) -> Clustering:
     free_results = {result for op in free for result in op.results}
     ops = [op for op in traced.graph.ops if free_results.isdisjoint(op.results)]
     crossing = crossing_bytes(traced.graph, ops, free_results)
-    atoms = _atoms(ops, crossing)
-    flops = np.array([sum(op_flops(op) for op in ops[start:end]) for start, end in atoms])
-    wanted = num_layers or _natural_number_of_layers(flops)
-    boundaries = np.array([start for start, _ in atoms])
-    cuts = best_cuts(flops, crossing[boundaries], min(wanted, len(atoms)))
-    starts = [atoms[cut][0] for cut in cuts]
-    ends = [*starts[1:], len(ops)]
-    layers = tuple(tuple(ops[a:b]) for a, b in zip(starts, ends, strict=True))
+    runs = [_in_phase(run, crossing) for run in find_repeats([op_signature(op) for op in ops])]
+    flops = np.array([op_flops(op) for op in ops], np.float64)
+    natural = _natural_number_of_layers(runs, flops)
+    wanted = num_layers or natural
+    atoms = _atoms(runs if wanted <= natural else (), len(ops))
+    starts = np.array([start for start, _ in atoms])
+    cuts = best_cuts(np.add.reduceat(flops, starts), crossing[starts], min(wanted, len(atoms)))
+    firsts = [atoms[cut][0] for cut in cuts]
+    layers = tuple(tuple(ops[a:b]) for a, b in zip(firsts, [*firsts[1:], len(ops)], strict=True))
     return Clustering(layers, tuple(free))
 
 
@@ -87,19 +89,15 @@ def crossing_bytes(graph: Graph, ops: Sequence[Op], free_results: set[Value]) ->
     return np.cumsum(change)[: len(ops) + 1]
 
 
-def _atoms(ops: Sequence[Op], crossing: np.ndarray) -> list[tuple[int, int]]:
+def _atoms(runs: Sequence[Run], num_ops: int) -> list[tuple[int, int]]:
     """Half-open ranges of ops that stay together: each repetition of a run, and single other ops."""
     atoms: list[tuple[int, int]] = []
     position = 0
-    for run in find_repeats([op_signature(op) for op in ops]):
-        run = _in_phase(run, crossing)
+    for run in runs:
         atoms += [(i, i + 1) for i in range(position, run.start)]
-        atoms += [
-            (run.start + k * run.period, run.start + (k + 1) * run.period)
-            for k in range(run.count)
-        ]
         position = run.start + run.count * run.period
-    return atoms + [(i, i + 1) for i in range(position, len(ops))]
+        atoms += [(i, i + run.period) for i in range(run.start, position, run.period)]
+    return atoms + [(i, i + 1) for i in range(position, num_ops)]
 
 
 def _in_phase(run: Run, crossing: np.ndarray) -> Run:
@@ -111,16 +109,17 @@ def _in_phase(run: Run, crossing: np.ndarray) -> Run:
     return Run(run.start + offset, run.period, run.end)
 
 
-def _natural_number_of_layers(flops: np.ndarray) -> int:
-    """As many layers as there are heavy atoms of the commonest size; at least 2, at most 128."""
-    heavy = flops[flops > 0]
-    if not len(heavy):
-        return 1
-    values, counts = np.unique(heavy, return_counts=True)
-    weight = values * counts
-    share = weight / weight.sum()
-    repeated = int(counts[share > 0.05].sum())
-    return int(np.clip(repeated, 2, 128))
+def _natural_number_of_layers(runs: Sequence[Run], flops: np.ndarray) -> int:
+    """As many layers as fit in if each is as heavy as a repetition of what repeats.
+
+    Where little repeats, 16, as Alpa takes for its Wide-ResNets.
+    """
+    total = flops.sum()
+    repeated = [flops[run.start : run.start + run.count * run.period].sum() for run in runs]
+    if total == 0 or sum(repeated) < total / 2:
+        return int(min(_DEFAULT_LAYERS, max(1, np.count_nonzero(flops))))
+    mean = sum(repeated) / sum(run.count for run in runs)
+    return max(2, int(total / mean))
 
 
 def best_cuts(flops: np.ndarray, crossing: np.ndarray, num_layers: int) -> tuple[int, ...]:

@@ -200,7 +200,9 @@ class _StageInputs:
 def _derive_keys(emitter: StageEmitter, key_data) -> dict[Value, jax.Array]:
     """The random keys of all layers, from the microbatch's key; every device computes them whole."""
     traced = emitter.model.traced
-    values: dict[Value, jax.Array] = {v: jax.numpy.asarray(a) for v, a in traced.graph.constants.items()}
+    values: dict[Value, jax.Array] = {
+        v: jax.numpy.asarray(a) for v, a in traced.graph.constants.items()
+    }
     values |= {v: key_data for v, i in traced.inputs.items() if i.role is Role.RANDOM}
     for op in emitter.model.random_ops:
         operands = [values[o] if isinstance(o, Value) else o.val for o in op.operands]
@@ -223,4 +225,3 @@ class _Cotangents:
         if traced_value in self._external:
             parts.append(self._external[traced_value])
         return sum(parts[1:], start=parts[0]) if parts else None
-

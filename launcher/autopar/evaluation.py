@@ -19,15 +19,15 @@ from launcher.autopar.trace import Role, TracedModel, trace_evaluation
 from launcher.models.model import Model
 
 
-def realize_evaluation(realized: RealizedPlan, model: Model, batch_size: int) -> list[RealizedStage]:
+def realize_evaluation(
+    realized: RealizedPlan, model: Model, batch_size: int
+) -> list[RealizedStage]:
     """Plan the evaluation of a batch on the stages of a plan, one entry per stage."""
     traced = trace_evaluation(model, batch_size)
     holders = [{*stage.layout.params, *stage.layout.state} for stage in realized.stages]
     layered = build_layers(traced, _cut_by_stage(traced, holders))
     planner = IntraOpPlanner(layered)
-    return [
-        _plan_stage(planner, stage, index) for index, stage in enumerate(realized.stages)
-    ]
+    return [_plan_stage(planner, stage, index) for index, stage in enumerate(realized.stages)]
 
 
 def _plan_stage(planner: IntraOpPlanner, stage: RealizedStage, index: int) -> RealizedStage:
@@ -74,7 +74,9 @@ def _cut_by_stage(traced: TracedModel, holders: Sequence[set[str]]) -> Clusterin
     return Clustering(layers, tuple(free))
 
 
-def _earliest_stage(op: Op, traced: TracedModel, holders, stage_of: Mapping[Value, int]) -> int | None:
+def _earliest_stage(
+    op: Op, traced: TracedModel, holders, stage_of: Mapping[Value, int]
+) -> int | None:
     after = [stage_of[value] for value in op.values if value in stage_of]
     paths = {
         traced.inputs[value].path

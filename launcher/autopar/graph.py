@@ -27,9 +27,9 @@ CALLS = frozenset({prim.jit_p, prim.closed_call_p})
 CUSTOM_CALLS = frozenset({prim.custom_jvp_call_p, prim.custom_vjp_call_p, prim.remat_p})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Op:
-    """One equation, with numbered operands and results."""
+    """One equation, with numbered operands and results; equal only to itself."""
 
     eqn: core.JaxprEqn
     operands: tuple[Operand, ...]

@@ -55,7 +55,10 @@ class Seconds:
 
     def __mul__(self, times: float) -> "Seconds":
         return Seconds(
-            self.forward * times, self.backward * times, self.synchronize * times, self.update * times
+            self.forward * times,
+            self.backward * times,
+            self.synchronize * times,
+            self.update * times,
         )
 
 
@@ -136,7 +139,9 @@ class IntraOpPlanner:
         picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
         return _priced(problem, picks, solution.gap_fraction)
 
-    def reprice(self, first: int, last: int, settings: StageSettings, picks: Picks) -> StageSharding:
+    def reprice(
+        self, first: int, last: int, settings: StageSettings, picks: Picks
+    ) -> StageSharding:
         """Price known picks for other settings, or another range of the same family."""
         return _priced(self.problem(first, last, settings), picks, 0.0)
 
@@ -150,7 +155,9 @@ class IntraOpPlanner:
             self._connect_layers(problem, group)
         for group in wiring.states:
             source, output, target, slot = group
-            self._connect(problem, source, output, ("slot", target, slot), Part(forward=True), group)
+            self._connect(
+                problem, source, output, ("slot", target, slot), Part(forward=True), group
+            )
         for name, output in wiring.exports:
             self._add_boundary(problem, ("export", name, output), Part(forward=True))
         for name, slot in wiring.imports:

@@ -213,7 +213,8 @@ def _differentiate(
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
     closed = jax.make_jaxpr(joint)(
-        [abstract(v) for v in forward.inputs], [abstract(forward.outputs[k]) for k in with_cotangent]
+        [abstract(v) for v in forward.inputs],
+        [abstract(forward.outputs[k]) for k in with_cotangent],
     )
     graph = renumber(eliminate_dead_code(from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS)))
     first, second, residuals = _split(graph, num_outputs)

@@ -45,7 +45,7 @@ def find_plan(
     for candidate in found.candidates[:_JUDGED]:
         progress(f"simulating {candidate.num_microbatches} microbatches")
         plan = _as_plan(candidate, found, model, cluster, options)
-        realized = realize(plan, model, cluster)
+        realized = realize(plan, model, cluster, candidate.planner)
         judged.append((realized, foresee(realized, model, cluster, options.optimizer)))
     judged.sort(key=lambda pair: pair[1].prediction.step_s)
     realized, outlook = judged[0]

@@ -8,7 +8,7 @@ rules allow.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.plan import Stage
@@ -16,6 +16,7 @@ from launcher.autopar.rules import Strategy
 from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, from_dims, to_dims
 from launcher.autopar.stage_problem import Key, StageSettings
 from launcher.autopar.trace import Role
+from launcher.autopar.wiring import Place
 from launcher.errors import PlanError
 
 _ENTRY = {REPLICATED: "R", PARTIAL: "P"}
@@ -89,24 +90,29 @@ def _matching(choices, wanted: str, key: Key, stage: Stage) -> list:
 
 def _param_specs(planner: IntraOpPlanner, stage: Stage, settings: StageSettings) -> dict[Key, Spec]:
     """Slot key -> spec, for the parameters that the plan places."""
-    aliases = planner.wiring(*stage.layers).aliases
-    traced = planner.model.traced
     found: dict[Key, Spec] = {}
+    for path, place in _param_places(planner, stage):
+        if path not in stage.params:
+            continue
+        dims = [_names(dim) for dim in stage.params[path]]
+        spec = from_dims(dims, settings.mesh.axis_names)
+        if found.setdefault(("slot", *place), spec) != spec:
+            raise PlanError(
+                f"'{path}' must lie as in the other layers like it (stages[].params): layers of one "
+                f"kind share their sharding within a stage"
+            )
+    return found
+
+
+def _param_places(planner: IntraOpPlanner, stage: Stage) -> Iterator[tuple[str, Place]]:
+    """Every parameter's path with the (class, slot) that stands for it."""
+    aliases = planner.wiring(*stage.layers).aliases
+    inputs = planner.model.traced.inputs
     for layer in planner.model.layers[stage.layers[0] : stage.layers[1]]:
         for slot, value in enumerate(layer.inputs):
-            if layer.cls.slots[slot].role is not Role.PARAM:
-                continue
-            path = traced.inputs[value].path
-            if path in stage.params:
-                dims = [_names(dim) for dim in stage.params[path]]
-                where = aliases.get((layer.cls.name, slot), (layer.cls.name, slot))
-                spec = from_dims(dims, settings.mesh.axis_names)
-                if found.setdefault(("slot", *where), spec) != spec:
-                    raise PlanError(
-                        f"'{path}' must lie as in the other layers like it (stages[].params): layers "
-                        f"of one kind share their sharding within a stage"
-                    )
-    return found
+            if layer.cls.slots[slot].role is Role.PARAM:
+                place = (layer.cls.name, slot)
+                yield inputs[value].path, aliases.get(place, place)
 
 
 def _names(dim) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ class Stage:
         hosts: Of the cluster; the submesh is their product with `devices`, indices in each host.
         mesh: Axis name and length, the last axis varying fastest over the devices.
         recompute: What the backward pass computes again: "none", "layer" or "full".
-        zero: What the data axis shards: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights.
+        zero: What the data axis shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 all.
         params: Parameter path -> how it lies on the mesh.
         optimizer_state: The same for what the optimizer keeps of it.
         strategies: Group of ops -> one text per op, as `picks` writes and reads it.

@@ -5,14 +5,13 @@ that names the place and the cure. Writing is stable: the same plan gives the sa
 line per parameter, and a reader never meets half a file.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.cluster import ClusterRef
 from launcher.autopar.plan import (
     AXIS_NAMES,
@@ -27,7 +26,7 @@ from launcher.autopar.plan import (
     Stage,
 )
 from launcher.autopar.strict_reader import Node
-from launcher.errors import PlanError, StorageError
+from launcher.errors import PlanError
 
 LARGEST_FILE_BYTES = 64 * 2**20
 _LINE = 96  # a list or a flat object that is no longer stands on one line
@@ -57,20 +56,7 @@ def read_plan(path: Path) -> Plan:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan file: the new one appears whole, or the old one stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(to_json(plan))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}, {error.strerror or error} (hydra.run.dir={path.parent}): "
-            "free some space, or choose a folder that can be written"
-        ) from error
+    write_atomically(path, to_json(plan))
 
 
 def to_json(plan: Plan) -> str:

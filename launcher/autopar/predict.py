@@ -1,4 +1,4 @@
-"""What a plan promises: step time, bubble, memory, bytes sent, rate. The same for every plan, whoever made it.
+"""What a plan promises: step time, bubble, memory, bytes sent, rate; for every plan, whoever made it.
 
 The simulator runs the very program that the executor will run, with the durations that the intra-operator
 planner priced.
@@ -36,7 +36,10 @@ class Outlook:
 
 
 def predict(
-    plan: Plan, model: Model, cluster: Cluster, optimizer: optax.GradientTransformation | None = None
+    plan: Plan,
+    model: Model,
+    cluster: Cluster,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Prediction:
     """Price a plan on a cluster, also one that was made by hand or for another cluster."""
     realized = realize(plan, model, cluster)
@@ -130,7 +133,9 @@ def _communicated_bytes(realized: RealizedPlan) -> float:
     total = 0.0
     for stage in realized.stages:
         sent = _bytes_sent(realized, stage)
-        per_device = plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
+        per_device = (
+            plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
+        )
         total += per_device * len(stage.stage.hosts) * len(stage.stage.devices)
     avals = realized.planner.model.traced.graph.avals
     crossing = [*realized.sent.values(), *realized.returned.values()]

@@ -17,7 +17,7 @@ from launcher.autopar.compute import ComputeModel
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
-from launcher.autopar.layers import build_layers
+from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.picks import pins_of_stage
 from launcher.autopar.plan import Plan, Stage
@@ -82,27 +82,43 @@ def restrictions(mesh: LogicalMesh, experts: Experts = Experts.FREE) -> Restrict
     return Restrictions(held, experts)
 
 
-def realize(plan: Plan, model: Model, cluster: Cluster) -> RealizedPlan:
-    """Work out everything that a plan implies, and prove its program."""
-    microbatch_size = plan.global_batch // plan.num_microbatches
-    layered = layered_model(model, microbatch_size, plan.num_layers)
-    if plan.stages[-1].layers[1] != len(layered.layers):
-        raise PlanError(
-            f"the plan's stages cover {plan.stages[-1].layers[1]} layers, the model has "
-            f"{len(layered.layers)} (parallel.path): plan again, or set num_layers in the plan"
-        )
-    planner = IntraOpPlanner(layered)
+def realize(
+    plan: Plan, model: Model, cluster: Cluster, planner: IntraOpPlanner | None = None
+) -> RealizedPlan:
+    """Work out everything that a plan implies, and prove its program.
+
+    Args:
+        planner: the one that made the plan, if it is at hand: it has done half of the work.
+    """
+    planner = planner or IntraOpPlanner(_layers_of(plan, model))
     stages = tuple(_realize_stage(stage, plan, planner, cluster) for stage in plan.stages)
     owner, users = _owners(stages)
     sent, returned = _messages(stages)
     tied = sorted({(owner[path], user) for path, others in users.items() for user in others})
     wiring = Wiring(
-        edges=tuple(sorted(sent)), differentiable=tuple(sorted(returned)), tied=tuple(tied), with_norm=True
+        edges=tuple(sorted(sent)),
+        differentiable=tuple(sorted(returned)),
+        tied=tuple(tied),
+        with_norm=True,
     )
     lists = schedule_by_name(plan.schedule).build(len(stages), plan.num_microbatches)
     program = add_communication(lists, wiring)
     checker.check(program, wiring)
     return RealizedPlan(plan, planner, stages, owner, users, sent, returned, wiring, program)
+
+
+def _layers_of(plan: Plan, model: Model) -> LayeredModel:
+    microbatch_size = plan.global_batch // plan.num_microbatches
+    layered = layered_model(model, microbatch_size)
+    if plan.num_layers not in (None, len(layered.layers)):
+        layered = layered_model(model, microbatch_size, plan.num_layers)
+    covered = plan.stages[-1].layers[1]
+    if covered != len(layered.layers):
+        raise PlanError(
+            f"the plan's stages cover {covered} layers, the model has {len(layered.layers)} "
+            f"(parallel.path): plan again, or set num_layers in the plan"
+        )
+    return layered
 
 
 def _realize_stage(stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster):

@@ -12,14 +12,17 @@ added or removed, since the shards must stay contiguous. Axes are never reduced 
 """
 
 import heapq
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import cache
+
+import numpy as np
 
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.spec import PARTIAL, REPLICATED, Shape, Spec, fits, local_shape
+from launcher.autopar.spec import PARTIAL, REPLICATED, Shape, Spec, all_specs, fits, local_shape
 
 
 class Kind(Enum):
@@ -48,40 +51,88 @@ class Step:
     num_bytes: int  # per device: what an all-gather ends with, what the others begin with
 
 
-@lru_cache(maxsize=None)
-def reshard(shape: Shape, itemsize: int, source: Spec, target: Spec, mesh: LogicalMesh):
-    """Return the cheapest steps from one spec to another, as a tuple; () where they agree."""
-    if source == target:
-        return ()
-    paths = _shortest_paths(shape, itemsize, source, mesh)
-    return paths[target][1]
+@cache
+def reshard(
+    shape: Shape, itemsize: int, source: Spec, target: Spec, mesh: LogicalMesh
+) -> tuple[Step, ...]:
+    """Return the cheapest steps from one spec to another; () where they agree."""
+    return () if source == target else _shortest_paths(shape, itemsize, source, mesh)[target]
 
 
-@lru_cache(maxsize=None)
-def reshard_cost(shape: Shape, itemsize: int, source: Spec, target: Spec, mesh: LogicalMesh):
-    """What `reshard` costs, in the mesh's unit; infinite where no path leads there."""
-    if source == target:
-        return 0.0
-    paths = _shortest_paths(shape, itemsize, source, mesh)
-    return paths[target][0] if target in paths else math.inf
+def reshard_cost(
+    shape: Shape, itemsize: int, source: Spec, target: Spec, mesh: LogicalMesh
+) -> float:
+    """What `reshard` costs, in the mesh's unit."""
+    costs = reshard_costs(shape, itemsize, mesh)
+    return float(costs.between[costs.number[source], costs.number[target]])
 
 
-@lru_cache(maxsize=None)
+@dataclass(frozen=True, slots=True, eq=False)
+class ReshardCosts:
+    """The costs between all specs of a tensor: `between[number[source], number[target]]`."""
+
+    number: Mapping[Spec, int]
+    between: np.ndarray
+
+
+@cache
+def reshard_costs(shape: Shape, itemsize: int, mesh: LogicalMesh) -> ReshardCosts:
+    """The cost of `reshard` for every pair of specs, by Floyd's algorithm."""
+    splits = tuple(
+        tuple(size % count == 0 for count in _split_counts(mesh.shape)) for size in shape
+    )
+    number, per_message, per_byte = _single_steps(splits, mesh)
+    between = per_message + per_byte * (itemsize * math.prod(shape))
+    for via in range(len(number)):
+        np.minimum(between, between[:, via, None] + between[None, via, :], out=between)
+    return ReshardCosts(number, between)
+
+
+def _split_counts(mesh_shape: Shape) -> tuple[int, ...]:
+    """Into how many shards a dim may be cut, by one axis or several."""
+    chosen = itertools.product((False, True), repeat=len(mesh_shape))
+    return tuple(math.prod(itertools.compress(mesh_shape, mask)) for mask in chosen)
+
+
+@cache
+def _single_steps(splits: tuple[tuple[bool, ...], ...], mesh: LogicalMesh):
+    """Costs of single steps between the specs of all tensors with the same evenly divisible dims.
+
+    Returns the specs' numbers, and for each pair what it costs by itself and per byte of the tensor.
+    """
+    counts = _split_counts(mesh.shape)
+    divisors = [math.lcm(*itertools.compress(counts, even)) for even in splits]
+    shape = tuple(divisors)  # the smallest tensor with just these dims divisible
+    specs = all_specs(shape, mesh.shape, partial=True)
+    number = {spec: i for i, spec in enumerate(specs)}
+    per_message = np.full((len(specs), len(specs)), np.inf)
+    np.fill_diagonal(per_message, 0.0)
+    per_byte = np.zeros_like(per_message)
+    latency_only = replace(mesh, beta=(0.0,) * mesh.num_axes)
+    bytes_only = replace(mesh, alpha=(0.0,) * mesh.num_axes)
+    for spec in specs:
+        for step in _steps_from(shape, 1, spec, mesh):
+            pair = number[spec], number[step.target]
+            per_message[pair] = step_cost(step, latency_only)
+            per_byte[pair] = step_cost(step, bytes_only) / math.prod(shape)
+    return number, per_message, per_byte
+
+
+@cache
 def _shortest_paths(shape: Shape, itemsize: int, source: Spec, mesh: LogicalMesh):
-    """Dijkstra's algorithm from `source`: spec -> (cost, steps). Ties go to fewer steps."""
-    settled: dict[Spec, tuple[float, tuple[Step, ...]]] = {}
+    """Dijkstra's algorithm from `source`: spec -> steps. Ties go to fewer steps."""
+    settled: dict[Spec, tuple[Step, ...]] = {}
     queue: list[tuple[float, int, int, Spec, tuple[Step, ...]]] = [(0.0, 0, 0, source, ())]
     pushed = 0
     while queue:
         cost, _, _, spec, steps = heapq.heappop(queue)
         if spec in settled:
             continue
-        settled[spec] = (cost, steps)
+        settled[spec] = steps
         for step in _steps_from(shape, itemsize, spec, mesh):
-            if step.target not in settled:
-                pushed += 1
-                entry = (cost + step_cost(step, mesh), len(steps) + 1, pushed, step.target)
-                heapq.heappush(queue, (*entry, (*steps, step)))
+            pushed += 1
+            entry = (cost + step_cost(step, mesh), len(steps) + 1, pushed, step.target)
+            heapq.heappush(queue, (*entry, (*steps, step)))
     return settled
 
 
@@ -107,7 +158,9 @@ def _steps_from(shape: Shape, itemsize: int, spec: Spec, mesh: LogicalMesh) -> I
             continue
         for target_entry in (REPLICATED, PARTIAL, *range(len(shape))):
             kind = _kind(entry, target_entry)
-            if kind is None or not (_is_minor(spec, axis, entry) and _is_minor(spec, axis, target_entry)):
+            if kind is None or not (
+                _is_minor(spec, axis, entry) and _is_minor(spec, axis, target_entry)
+            ):
                 continue
             target = (*spec[:axis], target_entry, *spec[axis + 1 :])
             if fits(target, shape, mesh.shape):

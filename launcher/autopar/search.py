@@ -11,8 +11,9 @@ Left out: schedules other than the one asked for, which the simulator judges in 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import optax
@@ -94,37 +95,16 @@ def search(
     """Find the best arrangement for each number of microbatches worth trying."""
     start = time.perf_counter()
     space = make_space(options, cluster)
-    ratio = optimizer_ratio(model, options.optimizer)
-    found: dict[int, Candidate] = {}
-    failures: dict[int, InfeasiblePlanError] = {}
-
-    def attempt(num_microbatches: int) -> bool:
-        if num_microbatches in found or num_microbatches in failures:
-            return num_microbatches in found
-        progress(f"{num_microbatches} microbatches")
-        try:
-            found[num_microbatches] = _candidate(model, cluster, options, space, num_microbatches, ratio)
-        except InfeasiblePlanError as error:
-            failures[num_microbatches] = error
-        return num_microbatches in found
-
-    best_s = math.inf
-    for num_microbatches in _microbatch_counts(options, space):
-        if attempt(num_microbatches):
-            total_s = found[num_microbatches].result.total_s
-            if total_s > best_s:
-                break  # past the best size
-            best_s = total_s
-        elif found:
-            break  # larger microbatches need more memory
-    if found and options.num_microbatches is None:
-        best = min(found.values(), key=lambda c: c.result.total_s).num_microbatches
+    attempts = _Attempts(model, cluster, options, space, progress)
+    attempts.walk(_microbatch_counts(options, space))
+    if attempts.found and options.num_microbatches is None:
+        best = min(attempts.found.values(), key=lambda c: c.result.total_s).num_microbatches
         for neighbour in (best * 2, best // 2):
             if neighbour and options.global_batch % neighbour == 0:
-                attempt(neighbour)
-    if not found:
-        raise failures[max(failures)]
-    candidates = sorted(found.values(), key=lambda candidate: candidate.result.total_s)
+                attempts.total_s(neighbour)
+    if not attempts.found:
+        raise attempts.failures[max(attempts.failures)]
+    candidates = sorted(attempts.found.values(), key=lambda candidate: candidate.result.total_s)
     return Search(
         candidates=tuple(candidates),
         space=space,
@@ -134,17 +114,54 @@ def search(
     )
 
 
+class _Attempts:
+    """What has been tried: the best arrangement by number of microbatches, or why there is none."""
+
+    def __init__(
+        self, model: Model, cluster: Cluster, options: PlanOptions, space: Space, progress
+    ):
+        self._plan = partial(_candidate, model, cluster, options, space)
+        self._progress = progress
+        self.found: dict[int, Candidate] = {}
+        self.failures: dict[int, InfeasiblePlanError] = {}
+
+    def total_s(self, num_microbatches: int) -> float:
+        """The step time of the best arrangement; infinite where none fits."""
+        tried = (*self.found, *self.failures)
+        if num_microbatches not in tried:
+            self._progress(f"{num_microbatches} microbatches")
+            try:
+                self.found[num_microbatches] = self._plan(num_microbatches)
+            except InfeasiblePlanError as error:
+                self.failures[num_microbatches] = error
+        known = self.found.get(num_microbatches)
+        return known.result.total_s if known else math.inf
+
+    def walk(self, counts: Iterable[int]) -> None:
+        """Try falling counts until the best is behind.
+
+        Larger microbatches need more memory: once one does not fit, none after it will.
+        """
+        best_s = math.inf
+        for num_microbatches in counts:
+            total_s = self.total_s(num_microbatches)
+            if self.found and total_s > best_s:
+                return
+            best_s = min(best_s, total_s)
+
+
 def _candidate(
     model: Model, cluster: Cluster, options: PlanOptions, space: Space, num_microbatches: int,
-    ratio: float,
 ) -> Candidate:  # fmt: skip
     microbatch_size = options.global_batch // num_microbatches
     layered = layered_model(model, microbatch_size)
+    if space.num_stages is not None and space.num_stages > len(layered.layers):
+        layered = layered_model(model, microbatch_size, space.num_stages)
     planner = IntraOpPlanner(layered)
     cuts = _cuts(len(layered.layers), space.num_stages)
     costs = StageCosts(
-        planner, cluster, space.submeshes, cuts=cuts, num_microbatches=num_microbatches,
-        choices=space.choices, optimizer_ratio=ratio, microbatch_size=microbatch_size,
+        planner, cluster, space.submeshes, num_microbatches=num_microbatches,
+        choices=space.choices, optimizer_ratio=optimizer_ratio(model, options.optimizer), microbatch_size=microbatch_size,
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
@@ -233,7 +250,11 @@ def make_space(options: PlanOptions, cluster: Cluster) -> Space:
     schedule = options.schedule or "1f1b"
     if options.mode == "auto":
         choices = Choices(
-            zero=zero, recompute=recompute, tensor=options.tp, data=options.dp, experts=_experts(options)
+            zero=zero,
+            recompute=recompute,
+            tensor=options.tp,
+            data=options.dp,
+            experts=_experts(options),
         )
         submeshes = tuple((s.hosts, s.devices) for s in cluster.submeshes())
         return Space(
@@ -291,4 +312,3 @@ def _submesh(num_devices: int, cluster: Cluster) -> tuple[int, int]:
         f"a stage of {num_devices} devices is no rectangle of hosts with {per_host} devices "
         f"(parallel.dp x parallel.tp = {num_devices}); choose a divisor or a multiple of {per_host}"
     )
-

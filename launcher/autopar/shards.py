@@ -90,7 +90,9 @@ class ShardedValues:
         for op in ops:
             strategy = strategies[op.results]
             operands = [
-                self.get(operand, strategy.operand_spec(i)) if isinstance(operand, Value) else operand.val
+                self.get(operand, strategy.operand_spec(i))
+                if isinstance(operand, Value)
+                else operand.val
                 for i, operand in enumerate(op.operands)
             ]
             results = run_local(op, strategy, self.mesh, operands)

@@ -1,18 +1,15 @@
 """Every way to run a range of layers on a submesh, priced: what the inter-operator DP chooses from.
 
 For each logical view of the submesh the intra-operator ILP is solved; ZeRO stages and recomputation are
-then priced on top of its solution. Ranges that consist of the same classes of layers, connected in the same
-way, differ only in how often each class occurs. For a given choice of strategies the cost is linear in
-those counts, so the optimum is concave in them: a choice that is optimal at both ends of a family of
-ranges is optimal in between. So each family is solved at its smallest and its largest member, and for the
-others the better of the two is taken. Where a model repeats little and has too many families, one solution
-for the whole model on a mesh serves all its ranges.
+then priced on top of its solution. For given strategies the cost of a range is linear in how often each
+class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges.
 
-Left out: tensor axes that leave a host, and choosing strategies anew for ZeRO-1 and -2 or recomputation.
+Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO-1 and -2, and for
+recomputation.
 """
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.autopar.cluster import Cluster
@@ -23,9 +20,6 @@ from launcher.autopar.memory import class_memories, stage_memory
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import StageSettings
-
-
-_MOST_FAMILIES = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +49,12 @@ class StageCosts:
     """Prices ranges of layers on submeshes, on demand.
 
     Args:
-        cuts: where stages may begin and end; decides the members of each family of ranges.
         optimizer_ratio: bytes of optimizer state per byte of parameters.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
-        cuts: Sequence[int], num_microbatches: int, choices: Choices, optimizer_ratio: float,
+        num_microbatches: int, choices: Choices, optimizer_ratio: float,
         microbatch_size: int,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
@@ -69,9 +62,8 @@ class StageCosts:
         self.optimizer_ratio, self.microbatch_size = optimizer_ratio, microbatch_size
         self.compute = ComputeModel(cluster.device)
         self._ideal_s = self._ideal_microbatch_s()
-        self._families = _families(planner, cuts)
-        self._whole = ((cuts[0], cuts[-1]),) if len(self._families) > _MOST_FAMILIES else None
-        self._solved: dict[tuple, list] = {}
+        self._whole = (0, len(planner.model.layers))
+        self._priced: dict[tuple, tuple] = {}
         self._strategies: dict[tuple, StageSharding] = {}
         self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
         self.largest_gap_fraction = 0.0
@@ -112,11 +104,8 @@ class StageCosts:
     def _price_mesh(self, first: int, last: int, settings: StageSettings):
         wiring = self.planner.wiring(first, last)
         counts = wiring.counts
-        solved = self._solved_family(wiring.family, settings)
-        sharding, memories = min(
-            ((s.for_counts(counts, settings), memories) for s, memories in solved),
-            key=lambda pair: pair[0].microbatch_s,
-        )
+        whole, memories = self._solved(settings)
+        sharding = whole.for_counts(counts, settings)
         for recompute in self.choices.recompute:
             again = replace(settings, recompute=recompute != "none")
             priced = replace(sharding, settings=again)
@@ -141,39 +130,21 @@ class StageCosts:
             memory_s_per_byte=weight * self._ideal_s / self.cluster.device.memory_bytes,
         )
 
-    def _solved_family(self, family: Hashable, settings: StageSettings):
-        """The strategies found for the smallest and the largest range of a family, with their memory.
+    def _solved(self, settings: StageSettings):
+        """The whole model on a mesh: its strategies, and the memory of a layer of each class.
 
         ZeRO-1 and -2 take the strategies of no ZeRO.
         """
-        members = self._whole or tuple(dict.fromkeys(self._families[family]))
-        key = (members, settings.mesh, settings.zero, settings.memory_s_per_byte)
-        if key not in self._solved:
-            self._solved[key] = [self._price_member(*member, settings) for member in members]
-        return self._solved[key]
-
-    def _price_member(self, first: int, last: int, settings: StageSettings):
-        plain = replace(settings, zero=3 if settings.zero == 3 else 0)
-        key = (first, last, plain.mesh, plain.zero, plain.memory_s_per_byte)
-        if key not in self._strategies:
-            self._strategies[key] = self.planner.solve(first, last, plain)
-        solved = self._strategies[key]
-        self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
-        sharding = self.planner.reprice(first, last, settings, solved.picks)
-        wiring = self.planner.wiring(first, last)
-        return sharding, class_memories(self.planner, sharding, wiring, self.optimizer_ratio)
-
-
-def _families(planner: IntraOpPlanner, cuts: Sequence[int]) -> dict[Hashable, tuple]:
-    """Family -> its smallest and its largest range."""
-    members: dict[Hashable, list[tuple[int, int]]] = {}
-    for i, first in enumerate(cuts):
-        for last in cuts[i + 1 :]:
-            members.setdefault(planner.wiring(first, last).family, []).append((first, last))
-    return {
-        family: (
-            min(ranges, key=lambda r: r[1] - r[0]),
-            max(ranges, key=lambda r: r[1] - r[0]),
-        )
-        for family, ranges in members.items()
-    }
+        key = (settings.mesh, settings.zero, settings.memory_s_per_byte)
+        if key not in self._priced:
+            plain = replace(settings, zero=3 if settings.zero == 3 else 0)
+            solved_key = (plain.mesh, plain.zero, plain.memory_s_per_byte)
+            if solved_key not in self._strategies:
+                self._strategies[solved_key] = self.planner.solve(*self._whole, plain)
+            solved = self._strategies[solved_key]
+            self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
+            sharding = self.planner.reprice(*self._whole, settings, solved.picks)
+            wiring = self.planner.wiring(*self._whole)
+            memories = class_memories(self.planner, sharding, wiring, self.optimizer_ratio)
+            self._priced[key] = sharding, memories
+        return self._priced[key]

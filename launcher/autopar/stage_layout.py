@@ -87,9 +87,7 @@ class _Layouter:
         """The first reader decides where a batch leaf lies; parameters and state agree everywhere."""
         found: dict[str, Spec] = {}
         for layer, slot, value in self._slots(role):
-            found.setdefault(
-                self.model.traced.inputs[value].path, self.slot_spec(layer.cls, slot)
-            )
+            found.setdefault(self.model.traced.inputs[value].path, self.slot_spec(layer.cls, slot))
         return dict(sorted(found.items()))
 
     def _accumulators(self) -> dict[str, Spec]:

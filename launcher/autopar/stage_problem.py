@@ -28,7 +28,7 @@ from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.layers import LayerClass
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.reshard import reshard_cost
+from launcher.autopar.reshard import reshard_cost, reshard_costs
 from launcher.autopar.restrictions import ClassTags, Restrictions
 from launcher.autopar.rules import Strategy, axis_choices, shapes_of, strategies
 from launcher.autopar.solver import PairwiseProblem
@@ -326,12 +326,10 @@ def optimizer_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:
 
 def reshard_matrix(aval, sources, targets, mesh: LogicalMesh) -> np.ndarray:
     """Resharding cost from each source spec (rows) to each target spec (columns)."""
-    itemsize = aval.dtype.itemsize
-    rows, columns = list(dict.fromkeys(sources)), list(dict.fromkeys(targets))
-    table = np.array([[reshard_cost(aval.shape, itemsize, s, t, mesh) for t in columns] for s in rows])
-    row_of = {spec: i for i, spec in enumerate(rows)}
-    column_of = {spec: i for i, spec in enumerate(columns)}
-    return table[np.ix_([row_of[s] for s in sources], [column_of[t] for t in targets])]
+    costs = reshard_costs(aval.shape, aval.dtype.itemsize, mesh)
+    rows = [costs.number[spec] for spec in sources]
+    columns = [costs.number[spec] for spec in targets]
+    return costs.between[np.ix_(rows, columns)]
 
 
 def synchronize_matrix(aval, accumulators, homes, mesh: LogicalMesh, zero: int) -> np.ndarray:

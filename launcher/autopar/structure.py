@@ -4,24 +4,28 @@ The launcher plans and compiles a repeated layer once. Two ops are alike when th
 primitive with the same parameters to operands of the same shapes, dtypes and literal values.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.graph import Op
+from launcher.autopar.graph import Op, evaluate_op
 
 
 def op_signature(op: Op) -> Hashable:
     """Equal for two ops exactly when they are alike.
 
     A custom_vjp call is like no other: its rules are functions, whose equality cannot be decided.
+    The rule of a custom_jvp call counts by what it traces to.
     """
     if op.primitive is prim.custom_vjp_call_p:
         return ("unique", id(op.eqn))
+    rule = _traced_rule(op) if op.primitive is prim.custom_jvp_call_p else ()
     params = tuple((name, _frozen(value)) for name, value in sorted(op.eqn.params.items()))
     operands = tuple(
         ("literal", str(operand.val), str(operand.aval))
@@ -29,11 +33,32 @@ def op_signature(op: Op) -> Hashable:
         else str(atom.aval)
         for operand, atom in zip(op.operands, op.eqn.invars, strict=True)
     )
-    return (str(op.primitive), params, operands, tuple(str(v.aval) for v in op.eqn.outvars))
+    results = tuple(str(var.aval) for var in op.eqn.outvars)
+    return (str(op.primitive), params, rule, operands, results)
+
+
+def _traced_rule(op: Op) -> Hashable:
+    """The derivative of a custom_jvp call: its equations, and the arrays its rule closes over."""
+    avals = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in op.eqn.invars]
+    is_float = [jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals]
+
+    def derivative(floats, tangents, others):
+        def run(*chosen):
+            left = {True: iter(chosen), False: iter(others)}
+            results = evaluate_op(op, [next(left[kind]) for kind in is_float])
+            return [r for r in results if jnp.issubdtype(r.dtype, jnp.floating)]
+
+        return jax.jvp(run, tuple(floats), tuple(tangents))
+
+    floats = [aval for aval, kind in zip(avals, is_float, strict=True) if kind]
+    others = [aval for aval, kind in zip(avals, is_float, strict=True) if not kind]
+    closed = jax.make_jaxpr(derivative)(floats, floats, others)
+    arrays = [np.asarray(const) for const in closed.consts]
+    return str(closed.jaxpr), tuple((str(a.dtype), a.shape, a.tobytes()) for a in arrays)
 
 
 def _frozen(value) -> Hashable:
-    """A parameter as something comparable. Functions (the rule of a custom_jvp) count by their name."""
+    """A parameter as something comparable, except for functions."""
     if isinstance(value, core.ClosedJaxpr):
         return (str(value.jaxpr), tuple(str(const) for const in value.consts))
     return str(value) if not callable(value) or isinstance(value, type) else "function"
@@ -56,9 +81,9 @@ class Run:
 def find_repeats(signatures: Sequence[Hashable], minimum_period: int = 8) -> tuple[Run, ...]:
     """The repeated runs of a sequence, longest first found, without overlaps, in order.
 
-    For every period the longest stretch that equals itself shifted by the period is looked up; the run
-    that covers the most positions wins (the shortest period at a tie), and the search goes on left and
-    right of it.
+    For every period the longest stretch that equals itself shifted by the period is looked up (one
+    op repeated is no block, and passed over); the run that covers the most positions wins (the
+    shortest period at a tie), and the search goes on left and right of it.
     """
     numbers: dict[Hashable, int] = {}
     sequence = np.array([numbers.setdefault(s, len(numbers)) for s in signatures], np.int64)
@@ -82,23 +107,22 @@ def _longest_run(sequence: np.ndarray, minimum_period: int) -> Run | None:
     for period in range(minimum_period, len(sequence) // 2 + 1):
         if best is not None and best.period * best.count >= len(sequence):
             break
-        stretch_start, stretch = _longest_true(sequence[:-period] == sequence[period:])
-        count = stretch // period + 1
-        if count < 2 or not _has_variety(sequence[stretch_start : stretch_start + period]):
-            continue
-        if best is None or count * period > best.count * best.period:
-            best = Run(stretch_start, period, stretch_start + stretch + period)
+        for start, length in _true_stretches(sequence[:-period] == sequence[period:]):
+            count = length // period + 1
+            if count < 2 or (best is not None and count * period <= best.count * best.period):
+                break
+            if _has_variety(sequence[start : start + period]):
+                best = Run(start, period, start + length + period)
+                break
     return best
 
 
-def _longest_true(flags: np.ndarray) -> tuple[int, int]:
-    """Start and length of the longest stretch of true values."""
+def _true_stretches(flags: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Start and length of every stretch of true values, the longest first."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
-    if not len(edges):
-        return 0, 0
     lengths = edges[1::2] - edges[::2]
-    longest = int(np.argmax(lengths))
-    return int(edges[2 * longest]), int(lengths[longest])
+    for index in np.argsort(-lengths, kind="stable"):
+        yield int(edges[2 * index]), int(lengths[index])
 
 
 def _has_variety(period: np.ndarray) -> bool:

@@ -50,15 +50,15 @@ def _best_match(op: Op, wanted: Mapping[int, int]):
 
 def expert_dims(ops: Iterable[Op], parameters: set[Value]) -> Tags:
     """The dim of each parameter that is a batch dim of a matrix product: one matrix per expert."""
-    origin = {value: value for value in parameters}
+    origin = {value: value for value in parameters}  # casts lead back to the parameter
     found: Tags = {}
     for op in ops:
-        if op.primitive is prim.dot_general_p:
-            _, (lhs_batch, rhs_batch) = op.eqn.params["dimension_numbers"]
-            for operand, batch in zip(op.operands, (lhs_batch, rhs_batch), strict=True):
-                if operand in origin and len(batch) and origin[operand] not in found:
-                    found[origin[operand]] = batch[0]
-        elif op.primitive in (prim.convert_element_type_p, prim.copy_p) and op.values:
-            if op.values[0] in origin:
-                origin[op.results[0]] = origin[op.values[0]]
+        if op.primitive in (prim.convert_element_type_p, prim.copy_p):
+            known = [origin[value] for value in op.values if value in origin]
+            origin |= dict(zip(op.results, known, strict=False))
+        elif op.primitive is prim.dot_general_p:
+            _, batch_dims = op.eqn.params["dimension_numbers"]
+            for operand, batch in zip(op.operands, batch_dims, strict=True):
+                if len(batch) and not isinstance(operand, Literal) and operand in origin:
+                    found.setdefault(origin[operand], batch[0])
     return found

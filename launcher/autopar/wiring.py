@@ -1,7 +1,7 @@
 """How the layers of a stage hang together, with classes of layers standing for layers."""
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from launcher.autopar.graph import Value
@@ -36,18 +36,6 @@ class StageWiring:
     def counts(self) -> dict[Group, int]:
         """How often each group of costs occurs."""
         return {**self.classes, **self.internal, **self.states, ONCE_IN_STAGE: 1}
-
-    @property
-    def family(self) -> Hashable:
-        """What stages have in common whose problems differ in counts only."""
-        return (
-            frozenset(self.classes),
-            frozenset(self.internal),
-            frozenset(self.states),
-            self.exports,
-            self.imports,
-            tuple(sorted(self.aliases.items())),
-        )
 
 
 def wire(model: LayeredModel, producer: Mapping[Value, tuple[int, int]], first: int, last: int):

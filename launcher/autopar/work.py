@@ -1,6 +1,7 @@
 """How much an op does: floating-point operations and bytes moved, from its shapes alone."""
 
 import math
+from functools import lru_cache
 
 from jax.extend.core import ClosedJaxpr, Literal, jaxprs_in_params
 from jax.extend.core import primitives as prim
@@ -10,6 +11,7 @@ from launcher.autopar.graph import CALLS, Op, from_jaxpr
 _MULTIPLY_ADD = 2  # a fused multiply-add counts as two operations, as everybody counts
 
 
+@lru_cache(maxsize=2**16)
 def op_flops(op: Op) -> float:
     """Operations of the matrix products and convolutions; loops count their body once per trip."""
     match op.primitive:

@@ -119,7 +119,10 @@ class LocalExecutor(Executor):
         for index, stage in enumerate(self.realized.stages):
             progress(f"stage {index + 1} of {len(self.realized.stages)}")
             programs = self._programs(index, optimizer, grid)
-            own = {p: jax.device_put(params[p], programs.param_sharding(p)) for p in stage.layout.params}
+            own = {
+                p: jax.device_put(params[p], programs.param_sharding(p))
+                for p in stage.layout.params
+            }
             owned = {path: own[path] for path in sorted(programs.owned)}
             own_state = {
                 path: jax.device_put(state[path], programs.sharding(spec, state[path].ndim))
@@ -205,9 +208,18 @@ class LocalExecutor(Executor):
         """accumulators, returns = backward(params, stash, cotangents, accumulators)"""
         k, stash = instruction.microbatch, stage.stash.pop(instruction.microbatch)
         received = stage.cotangents.pop(k, {})
-        cotangents = {value: self._cotangent(stage, value, received) for value in stage.programs.layout.cotangents}
+        cotangents = {
+            value: self._cotangent(stage, value, received)
+            for value in stage.programs.layout.cotangents
+        }
         stage.accumulators, stage.returns[k] = stage.compiled.backward(
-            stage.params, stash.batch, stash.key, stash.imports, stash.kept, cotangents, stage.accumulators
+            stage.params,
+            stash.batch,
+            stash.key,
+            stash.imports,
+            stash.kept,
+            cotangents,
+            stage.accumulators,
         )
         stage.exports.pop(k, None)
 
@@ -220,7 +232,9 @@ class LocalExecutor(Executor):
         parts = received.get(value)
         if not parts:
             aval = stage.programs.avals.values[value]
-            where = stage.programs.sharding(stage.programs.layout.cotangents[value], len(aval.shape))
+            where = stage.programs.sharding(
+                stage.programs.layout.cotangents[value], len(aval.shape)
+            )
             return jax.device_put(jnp.zeros(aval.shape, aval.dtype), where)
         return sum(parts[1:], start=parts[0])
 

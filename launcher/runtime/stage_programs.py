@@ -200,7 +200,10 @@ class StagePrograms:
             partial(self._synchronize, accumulators, targets),
             (
                 self._specs(accumulators, params),
-                {path: [spec] * self.tied[path] for path, spec in self._specs(received, params).items()},
+                {
+                    path: [spec] * self.tied[path]
+                    for path, spec in self._specs(received, params).items()
+                },
             ),
             (self._specs(targets, params), PartitionSpec()),
         )

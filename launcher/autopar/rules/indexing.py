@@ -61,7 +61,9 @@ def local_gather(op, strategy, mesh, values):
     spec = strategy.operand_spec(0)
     whole = op.eqn.invars[0].aval.shape
     sizes = tuple(
-        operand.shape[dim] if size == whole[dim] and dim not in numbers.collapsed_slice_dims else size
+        operand.shape[dim]
+        if size == whole[dim] and dim not in numbers.collapsed_slice_dims
+        else size
         for dim, size in enumerate(op.eqn.params["slice_sizes"])
     )
     looked_up = _single_indexed_dim(numbers.start_index_map, numbers.collapsed_slice_dims)

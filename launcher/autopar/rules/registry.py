@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 from jax.extend import core
@@ -94,6 +95,7 @@ def local(*primitives: core.Primitive) -> Callable[[Local], Local]:
     return register
 
 
+@lru_cache(maxsize=2**16)
 def axis_choices(op: Op) -> tuple[AxisStrategy, ...]:
     """All choices of an op along one axis, replicated first, without repetitions."""
     choices = _CHOICES.get(str(op.primitive))
@@ -119,7 +121,9 @@ def source_of(op: Op) -> str:
         ),
         None,
     )
-    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})" if frame else "source unknown"
+    return (
+        f"{frame.file_name}:{frame.line_num} ({frame.function_name})" if frame else "source unknown"
+    )
 
 
 def strategies(
@@ -185,9 +189,7 @@ def _combine(result: jax.Array, strategy: Strategy, mesh: LogicalMesh) -> jax.Ar
 
 def local_result_shape(op: Op, strategy: Strategy, mesh: LogicalMesh, index: int = 0) -> Shape:
     """The shape of one device's shard of a result."""
-    return local_shape(
-        strategy.result_spec(index), op.eqn.outvars[index].aval.shape, mesh.shape
-    )
+    return local_shape(strategy.result_spec(index), op.eqn.outvars[index].aval.shape, mesh.shape)
 
 
 def shard_index(spec: Spec, dim: int, mesh: LogicalMesh) -> jax.Array:
@@ -204,4 +206,3 @@ def bind_with(op: Op, values: Sequence[jax.Array], **changed) -> tuple[jax.Array
     params = op.primitive.get_bind_params(op.eqn.params) | changed
     results = op.primitive.bind(*values, **params)
     return tuple(results) if op.primitive.multiple_results else (results,)
-

@@ -64,31 +64,43 @@ def plan_order(problem: PairwiseProblem) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+class _Tables:
+    """All cost tables, found by the nodes they mention."""
+
+    def __init__(self, num_nodes: int):
+        self._by_node: list[dict[int, Table]] = [{} for _ in range(num_nodes)]
+        self._added = 0
+
+    def add(self, table: Table) -> None:
+        self._added += 1
+        for node in table.scope:
+            self._by_node[node][self._added] = table
+
+    def take(self, node: int) -> list[Table]:
+        """Remove and return the tables that mention a node."""
+        taken = self._by_node[node]
+        for number, table in taken.items():
+            for other in table.scope:
+                if other != node:
+                    del self._by_node[other][number]
+        self._by_node[node] = {}
+        return list(taken.values())
+
+
 def solve_by_elimination(problem: PairwiseProblem, order: Sequence[int]) -> Solution:
     """Return an optimal choice, eliminating the nodes in the given order."""
-    tables: list[dict[int, Table]] = [{} for _ in problem.node_costs]  # node -> tables that mention it
-
-    def add(number: int, table: Table) -> None:
-        for node in table.scope:
-            tables[node][number] = table
-
-    number = 0
+    tables = _Tables(len(problem.node_costs))
     scoped = [((node,), costs) for node, costs in enumerate(problem.node_costs)]
     for scope, costs in (*scoped, *problem.edge_costs.items()):
-        add(number := number + 1, _without_singletons(scope, np.asarray(costs, np.float64)))
+        tables.add(_without_singletons(scope, np.asarray(costs, np.float64)))
     answers: list[Table] = []
     for node in order:
         if len(problem.node_costs[node]) == 1:
             answers.append(Table((node,), np.zeros((), np.int64)))
             continue
-        mentioned = tables[node]
-        total = _add_up(node, list(mentioned.values()))
-        for table_number, table in mentioned.items():
-            for other in table.scope:
-                if other != node:
-                    del tables[other][table_number]
+        total = _add_up(node, tables.take(node))
         answers.append(Table((node, *total.scope[:-1]), total.costs.argmin(axis=-1)))
-        add(number := number + 1, Table(total.scope[:-1], total.costs.min(axis=-1)))
+        tables.add(Table(total.scope[:-1], total.costs.min(axis=-1)))
     picks: dict[int, int] = {}
     for answer in reversed(answers):
         node, *others = answer.scope

@@ -1,0 +1,254 @@
+"""A step's timeline as SVG: one row per stage, time from left to right.
+
+A short step is drawn whole, every instruction a box. A long one (a pipeline of 1024 microbatches)
+is drawn three times: the whole step in slices, where the height of a colour is its share of the
+slice, and its beginning and its end with every instruction.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.autopar import svg
+from launcher.autopar.instructions import SENDS, Op
+from launcher.autopar.timeline import Event, EventKind, Timeline
+from launcher.autopar.wording import seconds
+
+COMPUTE = (EventKind.FORWARD, EventKind.BACKWARD, EventKind.SYNCHRONIZE, EventKind.UPDATE)
+_DRAWN_SENDS = SENDS - {Op.SEND_NORM}  # one number from each stage to every other: a thicket
+_WIDTH, _GUTTER, _RIGHT = 1120, 66, 16  # px: all, the names at the left, air at the right
+_MOST_BOXES = 220  # per stage; beyond, boxes of the whole step would be too thin to see
+_ZOOM_BOXES = 64  # that a zoom shows per stage, if the pipeline has filled by then
+_LONGEST_ZOOM_BOXES = 260
+_MOST_NAMED_BOXES = 4000
+_MOST_TRANSFERS = 500  # lines that still tell something
+_PAIRS_PER_SLICE = 6  # of a forward and a backward; in fewer, their beat would show as ripples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Frame:
+    """A span of time and where it is drawn."""
+
+    start_s: float
+    end_s: float
+    top: float
+    row: float
+    num_stages: int
+
+    @property
+    def height(self) -> float:
+        return self.num_stages * (self.row + self.gap)
+
+    @property
+    def gap(self) -> float:
+        return 3.0 if self.row >= 12 else 1.0
+
+    def x(self, time_s: float) -> float:
+        """Return the place of a time, and of one outside at the border."""
+        inside_s = min(max(time_s, self.start_s), self.end_s)
+        share = (inside_s - self.start_s) / (self.end_s - self.start_s)
+        return _GUTTER + (_WIDTH - _GUTTER - _RIGHT) * share
+
+    def y(self, stage: int) -> float:
+        return self.top + stage * (self.row + self.gap)
+
+
+def timeline_svg(timeline: Timeline, *, alone: bool = True) -> str:
+    """Draw a timeline; `alone` as a file of its own, else as part of a page with `svg.STYLE`."""
+    num_stages = len(timeline.stash_peak)
+    boxes = [event for event in timeline.events if event.end_s > event.start_s]
+    if not boxes or timeline.step_s <= 0:
+        empty = svg.text(8, 20, "This timeline holds no events.", "faint")
+        return svg.picture(_WIDTH, 32, empty, label="an empty timeline", alone=alone)
+    row = min(24.0, max(5.0, 420 / num_stages))
+    body = [_legend()]
+    top = 30.0
+    for start_s, end_s, title, is_sliced in _panels(timeline, boxes):
+        frame = _Frame(start_s=start_s, end_s=end_s, top=top + 24, row=row, num_stages=num_stages)
+        body.append(svg.text(_GUTTER, top + 14, title, "title"))
+        body += _rows(frame)
+        body += _slices(frame, boxes) if is_sliced else _boxes(frame, boxes)
+        body += _axis(frame)
+        top = frame.top + frame.height + 34
+    return svg.picture(_WIDTH, top, "".join(body), label="timeline of a step", alone=alone)
+
+
+def _panels(timeline: Timeline, boxes: Sequence[Event]) -> Iterator[tuple[float, float, str, bool]]:
+    """Yield what to draw: from, to, title, and whether in slices."""
+    step_s = timeline.step_s
+    passes = [event for event in boxes if event.kind in COMPUTE[:2]]
+    most = max(_per_stage(passes, len(timeline.stash_peak)))
+    if most <= _MOST_BOXES:
+        yield 0.0, step_s, f"One step: {seconds(step_s)}", False
+        return
+    title = f"One step: {seconds(step_s)}, {most // 2} microbatches; height: share of the time"
+    yield 0.0, step_s, title, True
+    typical_s = float(np.median([event.end_s - event.start_s for event in passes]))
+    first_s = min(
+        (event.end_s for event in passes if event.stage == 0 and event.kind is EventKind.BACKWARD),
+        default=0.0,
+    )
+    zoom_s = min(
+        max(_ZOOM_BOXES * typical_s, 1.3 * first_s), _LONGEST_ZOOM_BOXES * typical_s, step_s
+    )
+    yield 0.0, zoom_s, f"Its first {seconds(zoom_s)}: the pipeline fills", False
+    yield step_s - zoom_s, step_s, f"Its last {seconds(zoom_s)}: it drains, and updates", False
+
+
+def _per_stage(events: Sequence[Event], num_stages: int) -> list[int]:
+    counts = [0] * num_stages
+    for event in events:
+        counts[event.stage] += 1
+    return counts
+
+
+def _legend() -> str:
+    items, x = [], float(_GUTTER)
+    for kind, name in (
+        (EventKind.FORWARD, "forward"),
+        (EventKind.BACKWARD, "backward"),
+        (EventKind.SYNCHRONIZE, "synchronize gradients"),
+        (EventKind.UPDATE, "update"),
+        ("idle", "idle: the bubble"),
+    ):
+        items.append(svg.rectangle(x, 9, 12, 12, str(kind), round_px=2))
+        items.append(svg.text(x + 17, 19, name))
+        x += 38 + 5.4 * len(name)
+    items.append(svg.line(x, 10, x + 14, 20))
+    items.append(svg.text(x + 20, 19, "transfer"))
+    return "".join(items)
+
+
+def _rows(frame: _Frame) -> Iterator[str]:
+    """The empty rows, which stay visible where a stage is idle, and their names."""
+    every = max(1, math.ceil(10 / (frame.row + frame.gap)))
+    for stage in range(frame.num_stages):
+        y = frame.y(stage)
+        yield svg.rectangle(_GUTTER, y, _WIDTH - _GUTTER - _RIGHT, frame.row, "idle")
+        if stage % every == 0:
+            middle = y + frame.row / 2 + 3.5
+            yield svg.text(_GUTTER - 8, middle, f"stage {stage}", "faint", anchor="end")
+
+
+def _boxes(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
+    """Every instruction in the frame; messages as lines from row to row."""
+    seen = [box for box in boxes if box.end_s > frame.start_s and box.start_s < frame.end_s]
+    transfers = [box for box in seen if box.instruction.op in _DRAWN_SENDS]
+    if len(transfers) <= _MOST_TRANSFERS:  # first, so that they show between the boxes only
+        yield from (_transfer(frame, box) for box in transfers)
+    computing = [box for box in seen if box.kind in COMPUTE]
+    if len(computing) > _MOST_NAMED_BOXES:
+        yield from _crowd(frame, computing)
+        return
+    for box in computing:
+        yield from _box(frame, box)
+
+
+def _crowd(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
+    """Boxes without names, a stage's boxes of a kind as one path: a tenth of the bytes."""
+    for (stage, kind), spans in _spans(boxes).items():
+        y, row = svg.number(frame.y(stage)), svg.number(frame.row)
+        edges = [(frame.x(start_s), frame.x(end_s)) for start_s, end_s in spans]
+        yield svg.path(
+            "".join(
+                f"M{svg.number(start)} {y}H{svg.number(max(end, start + 0.2))}v{row}"
+                f"H{svg.number(start)}z"
+                for start, end in edges
+            ),
+            kind,
+        )
+
+
+def _spans(boxes: Sequence[Event]) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    spans = defaultdict(list)
+    for box in boxes:
+        spans[box.stage, box.kind].append((box.start_s, box.end_s))
+    return spans
+
+
+def _box(frame: _Frame, box: Event) -> Iterator[str]:
+    start, y = frame.x(box.start_s), frame.y(box.stage)
+    width = frame.x(box.end_s) - start
+    air = 0.6 if width > 4 else 0.0
+    title = f"stage {box.stage} {box.label}: {seconds(box.end_s - box.start_s)}"
+    yield svg.rectangle(start, y, width - air, frame.row, box.kind, title=title)
+    names = (box.label, box.label[1:])  # `F12`, or only the microbatch: the colour says the rest
+    name = next((name for name in names if width >= 6 * len(name) + 2), "")
+    if name and frame.row >= 12:
+        yield svg.text(start + width / 2, y + frame.row / 2 + 3, name, "on")
+
+
+def _transfer(frame: _Frame, box: Event) -> str:
+    source, target = box.stage, box.instruction.peer
+    down = target > source
+    y1 = frame.y(source) + (frame.row if down else 0)
+    y2 = frame.y(target) + (0 if down else frame.row)
+    return svg.line(frame.x(box.start_s), y1, frame.x(box.end_s), y2)
+
+
+def _slices(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
+    """Per stage and kind an area over time, the kinds on top of one another."""
+    passes = max(_per_stage([b for b in boxes if b.kind in COMPUTE[:2]], frame.num_stages))
+    num_slices = int(min(max(passes / 2 / _PAIRS_PER_SLICE, 60), 420))
+    edges_s = np.linspace(frame.start_s, frame.end_s, num_slices + 1)
+    spans = _spans(boxes)
+    for stage in range(frame.num_stages):
+        below = np.zeros(num_slices)
+        for kind in COMPUTE:
+            shares = _busy_s(spans.get((stage, kind), ()), edges_s) / np.diff(edges_s)
+            yield _area(frame, stage, edges_s, below, below + shares, kind)
+            below = below + shares
+
+
+def _busy_s(spans: Sequence[tuple[float, float]], edges_s: np.ndarray) -> np.ndarray:
+    """The time of each slice that spans, which do not overlap, take of it."""
+    times = [0.0, *itertools.chain.from_iterable(sorted(spans))]
+    steps = np.diff(times)
+    steps[::2] = 0.0  # between the spans
+    return np.diff(np.interp(edges_s, times, np.concatenate(([0.0], np.cumsum(steps)))))
+
+
+def _area(
+    frame: _Frame, stage: int, edges_s: np.ndarray, low: np.ndarray, high: np.ndarray, css: str
+) -> str:
+    if not (high > low).any():
+        return ""
+    bottom = frame.y(stage) + frame.row
+    xs = [svg.number(frame.x(edge_s)) for edge_s in edges_s]
+    tops = [svg.number(bottom - share * frame.row) for share in high]
+    floors = [svg.number(bottom - share * frame.row) for share in low]
+    commands = [f"M{xs[0]} {tops[0]}"]
+    commands += [f"H{x}V{y}" for x, y in zip(xs[1:-1], tops[1:], strict=True)]
+    commands.append(f"H{xs[-1]}V{floors[-1]}")
+    commands += [f"H{x}V{y}" for x, y in zip(xs[-2:0:-1], floors[-2::-1], strict=True)]
+    return svg.path(f"{''.join(commands)}H{xs[0]}Z", css)
+
+
+def _axis(frame: _Frame) -> Iterator[str]:
+    """Ticks at round times."""
+    span_s = frame.end_s - frame.start_s
+    tick_s = _round_step(span_s / 9)
+    y = frame.top + frame.height
+    first = math.ceil(frame.start_s / tick_s - 1e-9)
+    for index in range(first, math.floor(frame.end_s / tick_s + 1e-9) + 1):
+        x = frame.x(index * tick_s)
+        yield svg.line(x, y, x, y + 4)
+        yield svg.text(x, y + 16, _tick_text(index * tick_s, tick_s), "faint", anchor="middle")
+
+
+def _round_step(least: float) -> float:
+    """The least of 1, 2, 5, 10, ... that is not below a number."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))
+
+
+def _tick_text(time_s: float, tick_s: float) -> str:
+    """A time with as many digits as tell it from the next tick."""
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns"))
+    scale, unit = next(((k, name) for k, name in units if tick_s * k >= 0.01), units[-1])
+    decimals = max(0, -math.floor(math.log10(tick_s * scale) + 1e-9))
+    return f"{time_s * scale:.{decimals}f} {unit}"

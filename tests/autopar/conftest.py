@@ -1,0 +1,97 @@
+"""Models that the planner's tests share: tiny GPTs, and models that are no more than their loss."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launcher import models
+from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.config import GptConfig
+from launcher.models.model import Model
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ToyModel:
+    """What the planner reads of a `Model`, around a loss(params, state, batch, key_data)."""
+
+    loss: Callable
+    abstract_params: Shapes
+    batch: Callable[[int], Shapes]
+    abstract_state: Shapes = field(default_factory=dict)
+    name: str = "toy"
+    size: str = "tiny"
+    dtype: str = "fp32"
+    fingerprint: str = "toy"
+
+    def example_batch(self, batch_size: int) -> Shapes:
+        return self.batch(batch_size)
+
+
+def make_perceptron(*, hidden: int, inner: int, blocks: int = 1, dtype: str = "float32"):
+    """Blocks of two matrix products, and a squared error."""
+    widths = {"up": (hidden, inner), "down": (inner, hidden)}
+    shapes = {
+        f"{k}/{name}": jax.ShapeDtypeStruct(shape, dtype)
+        for k in range(blocks)
+        for name, shape in widths.items()
+    }
+
+    def loss(params, state, batch, key_data):
+        x = batch["x"]
+        for k in range(blocks):
+            x = jax.nn.relu(x @ params[f"{k}/up"]) @ params[f"{k}/down"]
+        return jnp.mean((x - batch["y"]) ** 2), (state, {})
+
+    def batch(size):
+        return {name: jax.ShapeDtypeStruct((size, hidden), dtype) for name in ("x", "y")}
+
+    return ToyModel(loss=loss, abstract_params=shapes, batch=batch)
+
+
+@pytest.fixture(scope="session")
+def perceptron() -> Callable[..., ToyModel]:
+    return make_perceptron
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> type[ToyModel]:
+    return ToyModel
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt() -> Callable[..., Model]:
+    """A GPT of the tiny size, with fields of the config as they are given; the same for the same."""
+
+    @functools.cache
+    def build(**fields) -> Model:
+        return models.build(GptConfig(**{"size": "tiny", "dtype": "fp32", **fields}))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def cpu8() -> Cluster:
+    return load_cluster("cpu8")
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable:
+    """Random values for a tree of shapes; integers are below 3."""
+
+    def drawn(shapes, seed: int = 0):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda leaf: rng.integers(0, 3, leaf.shape).astype(leaf.dtype)
+            if jnp.issubdtype(leaf.dtype, jnp.integer)
+            else rng.normal(size=leaf.shape).astype(leaf.dtype),
+            shapes,
+        )
+
+    return drawn

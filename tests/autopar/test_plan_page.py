@@ -1,0 +1,199 @@
+"""plan.html and its pictures: well-formed, self-contained, and of a size that opens."""
+
+import dataclasses
+import pathlib
+import re
+import xml.etree.ElementTree as ElementTree
+
+import jax
+import numpy as np
+import pytest
+
+from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster_picture import cluster_svg
+from launcher.autopar.plan import Plan
+from launcher.autopar.plan_file import read_plan
+from launcher.autopar.plan_page import page, write_page
+from launcher.autopar.program import Wiring, add_communication
+from launcher.autopar.schedules import schedule_by_name
+from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.stage_bars import memory_bar, shares_of_step
+from launcher.autopar.timeline import Timeline
+from launcher.autopar.timeline_picture import timeline_svg
+from launcher.errors import StorageError
+
+SVG = "{http://www.w3.org/2000/svg}"
+BLOCK = {"up/kernel": (64, 256), "up/bias": (256,)}
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plans"
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
+    return read_plan(GOLDEN / "two_stages.json")
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return load_cluster("cpu8")
+
+
+@pytest.fixture
+def params() -> dict[str, jax.ShapeDtypeStruct]:
+    blocks = {f"blocks/{i}/mlp/{name}": shape for i in range(4) for name, shape in BLOCK.items()}
+    shapes = {"embedding/token": (256, 64), **blocks}
+    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+
+
+def make_timeline(num_stages: int, num_microbatches: int) -> Timeline:
+    """The step of a pipeline whose later stages are slower, with transfers."""
+    lists = schedule_by_name("1f1b").build(num_stages, num_microbatches)
+    edges = [(stage, stage + 1) for stage in range(num_stages - 1)]
+    durations = Durations(
+        forward_s=tuple(0.001 + 0.0002 * stage for stage in range(num_stages)),
+        backward_s=tuple(0.002 + 0.0004 * stage for stage in range(num_stages)),
+        synchronize_s=(0.003, *(0.0 for _ in edges)),
+        update_s=(0.0005,) * num_stages,
+        activation_s=dict.fromkeys(edges, 0.0004),
+        cotangent_s={(later, earlier): 0.0004 for earlier, later in edges},
+    )
+    return simulate(add_communication(lists, Wiring.chain(num_stages)), durations)
+
+
+@pytest.fixture
+def timeline() -> Timeline:
+    return make_timeline(2, 8)
+
+
+@pytest.fixture
+def long_timeline() -> Timeline:
+    return make_timeline(6, 200)
+
+
+def boxes(picture: str, css: str) -> list[ElementTree.Element]:
+    return [
+        node
+        for node in ElementTree.fromstring(picture).iter(f"{SVG}rect")
+        if node.get("class") == css
+    ]
+
+
+def texts(picture: str) -> list[str]:
+    return [node.text for node in ElementTree.fromstring(picture).iter(f"{SVG}text")]
+
+
+def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cluster, params, tmp_path):
+    path = tmp_path / "plan.html"
+    write_page(plan, timeline, cluster, path, params)
+    text = path.read_text()
+    assert text.startswith("<!doctype html>")
+    for part in (
+        "41.2 ms",
+        "15.8 %",
+        "blocks/*/mlp/up/kernel",
+        "[-, tensor=2]",
+        "nominal",
+        "1,482",
+    ):
+        assert part in text, part
+    for outside in ("<script", "<link", "<img", "url(", "@import", "src="):
+        assert outside not in text
+    assert set(re.findall(r'https?://[^"\s<]+', text)) == {"http://www.w3.org/2000/svg"}
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
+
+
+def test_every_picture_of_the_page_is_well_formed(plan, timeline, cluster, params):
+    pictures = re.findall(r"<svg.*?</svg>", page(plan, timeline, cluster, params), re.DOTALL)
+    assert len(pictures) > 6
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+
+
+def test_names_cannot_break_the_page(plan, timeline, cluster, params):
+    model = dataclasses.replace(plan.model, name="<script>alert(1)</script>")
+    text = page(dataclasses.replace(plan, model=model), timeline, cluster, params)
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_plan_without_a_price_has_a_page(plan, cluster):
+    bare = dataclasses.replace(
+        plan,
+        predicted=None,
+        search=None,
+        runners_up=(),
+        stages=tuple(dataclasses.replace(stage, params={}) for stage in plan.stages),
+    )
+    empty = Timeline(
+        events=(), step_s=0.0, bubble_fraction=0.0, exposed_s=(0, 0), stash_peak=(0, 0)
+    )
+    text = page(bare, empty, cluster)
+    assert "This timeline holds no events." in text
+    assert "Where the tensors lie" not in text
+
+
+def test_a_page_that_cannot_be_written(plan, timeline, cluster, tmp_path):
+    with pytest.raises(StorageError, match="cannot write .*hydra.run.dir="):
+        write_page(plan, timeline, cluster, tmp_path / "none" / "plan.html")
+
+
+def test_a_short_step_has_a_box_for_every_instruction(timeline):
+    picture = timeline_svg(timeline)
+    assert len(boxes(picture, "forward")) == 16 + 1  # 2 stages x 8 microbatches, and the legend
+    assert len(boxes(picture, "backward")) == 16 + 1
+    assert {"F0", "F7", "B0", "B7", "stage 0", "stage 1"} <= set(texts(picture))
+    assert boxes(picture, "forward")[1].find(f"{SVG}title").text == "stage 0 F0: 1 ms"
+
+
+def test_a_long_step_is_cut_to_what_can_be_seen(long_timeline):
+    picture = timeline_svg(long_timeline)
+    titles = [text for text in texts(picture) if text.startswith(("One step", "Its"))]
+    assert [title.split(":")[0].split()[0:2] for title in titles] == [
+        ["One", "step"], ["Its", "first"], ["Its", "last"],
+    ]  # fmt: skip
+    assert "200 microbatches" in titles[0]
+    assert len(boxes(picture, "forward")) < 6 * 200
+    assert len(picture) < 400_000
+
+
+def test_slices_have_the_area_of_what_they_stand_for(long_timeline):
+    """The whole step's forward path of stage 0 covers its share of the row."""
+    picture = ElementTree.fromstring(timeline_svg(long_timeline))
+    path = next(node for node in picture.iter(f"{SVG}path") if node.get("class") == "forward")
+    moves = re.findall(r"([MHV])([\d.]+)(?: ([\d.]+))?", path.get("d"))
+    x, y = float(moves[0][1]), float(moves[0][2])
+    left, points = x, [(x, y)]
+    for command, value, _ in moves[1:]:
+        x, y = (float(value), y) if command == "H" else (x, float(value))
+        points.append((x, y))
+    area = sum(
+        (x2 - x1) * (y1 + y2) / 2
+        for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True)
+    )
+    row_px, width_px = 24.0, max(x for x, _ in points) - left
+    shown = shares_of_step(long_timeline)[0]["forward"]
+    assert abs(area) / (row_px * width_px) == pytest.approx(shown, rel=0.02)
+
+
+def test_shares_of_a_step_add_up(timeline):
+    for shares in shares_of_step(timeline):
+        assert sum(shares.values()) == pytest.approx(1.0)
+        assert min(shares.values()) >= 0
+    assert shares_of_step(timeline)[0]["forward"] == pytest.approx(8 * 0.001 / timeline.step_s)
+
+
+def test_memory_beyond_the_limit_is_shown_as_such():
+    assert boxes(memory_bar(12e9, 16e9), "update")
+    beyond = memory_bar(32e9, 16e9)
+    assert boxes(beyond, "limit")
+    assert not boxes(beyond, "update")
+
+
+def test_the_map_shows_who_has_which_device(plan, cluster):
+    picture = cluster_svg(plan, cluster)
+    titles = [node.text for node in ElementTree.fromstring(picture).iter(f"{SVG}title")]
+    assert titles[0] == "host 0, device 0: stage 0"
+    assert titles[-1] == "host 1, device 3: stage 1"
+    larger = cluster_svg(plan, load_cluster("8xp3").replace(hosts=384))
+    assert larger.count("not used") == 384 * 8 - 8
