@@ -181,8 +181,12 @@ def _check_channels(program: Program) -> None:
                 raise _error(program, what, (place, other))
 
 
-def _is_next(wanted: Instruction, entries: Sequence[Instruction], position: int) -> bool:
-    return position < len(entries) and entries[position] == wanted
+def _meets(entry: Instruction, program: Program, position: Sequence[int]) -> bool:
+    """Whether a message finds its partner next in the peer's list; compute needs no partner."""
+    if entry.peer is None:
+        return True
+    entries, index = program.lists[entry.peer], position[entry.peer]
+    return index < len(entries) and entries[index] == entry.partner
 
 
 def _check_no_deadlock(program: Program) -> None:
@@ -194,9 +198,9 @@ def _check_no_deadlock(program: Program) -> None:
         entries = program.lists[stage]
         while position[stage] < len(entries):
             entry = entries[position[stage]]
+            if not _meets(entry, program, position):
+                break
             if entry.peer is not None:
-                if not _is_next(entry.partner, program.lists[entry.peer], position[entry.peer]):
-                    break
                 position[entry.peer] += 1
                 waiting_for_turn.append(entry.peer)
             position[stage] += 1

@@ -161,7 +161,8 @@ def _candidate(
     cuts = _cuts(len(layered.layers), space.num_stages)
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
-        choices=space.choices, optimizer_ratio=optimizer_ratio(model, options.optimizer), microbatch_size=microbatch_size,
+        choices=space.choices, optimizer_ratio=optimizer_ratio(model, options.optimizer),
+        microbatch_size=microbatch_size,
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host

@@ -56,9 +56,16 @@ def expert_dims(ops: Iterable[Op], parameters: set[Value]) -> Tags:
         if op.primitive in (prim.convert_element_type_p, prim.copy_p):
             known = [origin[value] for value in op.values if value in origin]
             origin |= dict(zip(op.results, known, strict=False))
-        elif op.primitive is prim.dot_general_p:
-            _, batch_dims = op.eqn.params["dimension_numbers"]
-            for operand, batch in zip(op.operands, batch_dims, strict=True):
-                if len(batch) and not isinstance(operand, Literal) and operand in origin:
-                    found.setdefault(origin[operand], batch[0])
+        for operand, dim in _batch_dims(op):
+            if operand in origin:
+                found.setdefault(origin[operand], dim)
     return found
+
+
+def _batch_dims(op: Op) -> list[tuple[Value, int]]:
+    """The operands of a matrix product that have batch dims, with the first of them."""
+    if op.primitive is not prim.dot_general_p:
+        return []
+    _, batch_dims = op.eqn.params["dimension_numbers"]
+    pairs = zip(op.operands, batch_dims, strict=True)
+    return [(v, batch[0]) for v, batch in pairs if len(batch) and not isinstance(v, Literal)]
