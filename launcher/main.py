@@ -46,7 +46,11 @@ def run(config: Config, run_dir: Path) -> int:
     if not trains:
         return 0
 
-    grid = devices.acquire(cluster, f"model={config.model.name} cluster={cluster.name}")
+    grid = devices.acquire(
+        cluster,
+        emulated=emulates(config),
+        command=f"model={config.model.name} cluster={cluster.name}",
+    )
     with phase(console, "compiling") as progress:
         executor = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress
@@ -57,7 +61,7 @@ def run(config: Config, run_dir: Path) -> int:
         eval_every=config.train.eval_every,
         eval_batches=config.train.eval_batches,
     )
-    meter = make_meter(planned, model, cluster)
+    meter = make_meter(planned, model, cluster, emulated=emulates(config))
     sinks = make_sinks(config, planned, meter, run_dir, console)
     log.info("training on %s", dataset.name)
     train_loop.run(executor, dataset, settings, meter, sinks, learning_rate=optimizer.schedule)
@@ -67,20 +71,25 @@ def run(config: Config, run_dir: Path) -> int:
 
 def find_cluster(config: Config) -> Cluster:
     """The cluster of the config; `local` is whatever this machine has."""
-    if config.cluster.name == "local" and config.runtime.name != "emulate":
+    if config.cluster.name == "local" and not emulates(config):
         found = devices.discover()
         cluster = Cluster.local(kind=found.kind, count=found.count, memory_bytes=found.memory_bytes)
     else:
         cluster = Cluster.from_config(config.cluster)
-        if config.runtime.name == "emulate":
+        if emulates(config):
             devices.emulate(cluster.num_devices)
     log.info("cluster: %s", cluster.describe())
     return cluster
 
 
+def emulates(config: Config) -> bool:
+    """Whether CPU devices stand for the cluster's."""
+    return config.runtime.name == "emulate"
+
+
 def build_model(config: Config, cluster: Cluster) -> Model:
     """The model, its size and dtype decided by the cluster where the config leaves them open."""
-    emulated = config.runtime.name == "emulate" or not cluster.device.accelerator
+    emulated = emulates(config) or not cluster.device.accelerator
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "fp32" if emulated else cluster.default_dtype
@@ -141,14 +150,14 @@ def save_plan(planned: Planned, model: Model, cluster: Cluster, run_dir: Path) -
     log.info("written: %s, %s", run_dir / "plan.json", page)
 
 
-def make_meter(planned: Planned, model: Model, cluster: Cluster) -> Meter:
-    """How step times become throughput and MFU."""
+def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bool) -> Meter:
+    """How step times become throughput and MFU; emulated devices have no peak."""
     plan = planned.plan
     traced = planned.realized.planner.model.traced
     return Meter(
         model_flops_per_step=model_flops_per_step(traced, plan.num_microbatches),
         num_devices=sum(len(stage.hosts) * len(stage.devices) for stage in plan.stages),
-        peak_flops_per_s=cluster.peak_flops_per_s(model.dtype),
+        peak_flops_per_s=None if emulated else cluster.peak_flops_per_s(model.dtype),
         global_batch=plan.global_batch,
         units_per_sample=model.units_per_sample,
         sample_unit=model.sample_unit,

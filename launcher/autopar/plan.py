@@ -120,8 +120,8 @@ class Plan:
     """How a model trains on a cluster.
 
     Attributes:
-        num_layers: Into how many layers the model's ops are clustered; None: as many as the last
-            stage ends with.
+        num_layers: Into how many layers the model's ops are clustered; None leaves it to the
+            planner. In a file that leaves it out it is where the last stage ends.
         predicted: None until the plan has been priced.
         search: None for a plan that was not searched for.
     """

@@ -106,6 +106,8 @@ def _plan(top: Node) -> Plan:
         ),
         ("virtual_stages", "num_layers", "predicted", "search", "runners_up"),
     )  # fmt: skip
+    stages = tuple(_stage(node) for node in found["stages"].items())
+    covered = stages[-1].layers[1] if stages else None
     return Plan(
         version=PLAN_VERSION,
         model=_model(found["model"]),
@@ -114,8 +116,8 @@ def _plan(top: Node) -> Plan:
         num_microbatches=found["num_microbatches"].integer(1),
         schedule=found["schedule"].text(),
         virtual_stages=_optional(found["virtual_stages"], lambda node: node.integer(1), 1),
-        num_layers=_optional(found["num_layers"], lambda node: node.integer(1), None),
-        stages=tuple(_stage(node) for node in found["stages"].items()),
+        num_layers=_optional(found["num_layers"], lambda node: node.integer(1), covered),
+        stages=stages,
         predicted=_optional(found["predicted"], _prediction, None),
         search=_optional(found["search"], _search, None),
         runners_up=_optional(

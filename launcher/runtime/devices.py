@@ -51,18 +51,19 @@ def discover() -> Found:
     )
 
 
-def acquire(cluster: Cluster, command: str) -> np.ndarray:
+def acquire(cluster: Cluster, *, emulated: bool, command: str) -> np.ndarray:
     """The devices of a cluster as an array, hosts by devices per host.
 
     Args:
+        emulated: whether CPU devices may stand for the cluster's.
         command: the user's overrides, to be repeated in the ways on.
 
     Raises:
         ClusterError: they are not there; the message names the ways on.
     """
     found = jax.devices()
-    wants_cpu = not cluster.device.accelerator
-    if len(found) < cluster.num_devices or (found[0].platform == "cpu") != wants_cpu:
+    fits_kind = emulated or (found[0].platform == "cpu") != cluster.device.accelerator
+    if len(found) < cluster.num_devices or not fits_kind:
         raise ClusterError(
             f"cluster={cluster.name} needs {cluster.num_hosts} hosts x {cluster.devices_per_host} "
             f"{cluster.device.kind} ({cluster.num_devices} devices), and this machine has {len(found)} "

@@ -88,9 +88,11 @@ def draw() -> Callable:
     def drawn(shapes, seed: int = 0):
         rng = np.random.default_rng(seed)
         return jax.tree.map(
-            lambda leaf: rng.integers(0, 3, leaf.shape).astype(leaf.dtype)
-            if jnp.issubdtype(leaf.dtype, jnp.integer)
-            else rng.normal(size=leaf.shape).astype(leaf.dtype),
+            lambda leaf: (
+                rng.integers(0, 3, leaf.shape).astype(leaf.dtype)
+                if jnp.issubdtype(leaf.dtype, jnp.integer)
+                else rng.normal(size=leaf.shape).astype(leaf.dtype)
+            ),
             shapes,
         )
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,7 +60,10 @@ def test_the_cuts_are_those_of_an_exhaustive_search(seed):
 
 def test_few_bytes_matter_more_than_balance_until_a_layer_has_too_much():
     crossing = np.array([0.0, 9, 1, 9, 9, 9])
-    assert best_cuts(np.ones(6), crossing.copy(), 2) == (0, 2)  # 2 + 4 of 6: within 1.5 times a half
+    assert best_cuts(np.ones(6), crossing.copy(), 2) == (
+        0,
+        2,
+    )  # 2 + 4 of 6: within 1.5 times a half
     assert best_cuts(np.ones(6), np.array([0.0, 1, 9, 9, 9, 9]), 2) == (0, 3)  # 1 + 5 would not be
 
 
@@ -100,9 +104,11 @@ def test_every_op_is_in_exactly_one_layer_or_free_and_the_order_stays(traced, nu
     assert all(found.layers)
 
 
-def test_more_layers_than_blocks_cannot_be_had(traced):
-    """A block is one atom: what repeats is never cut."""
-    assert len(cluster(traced, 12).layers) <= 12
+def test_more_layers_than_blocks_cut_the_blocks_alike(traced):
+    layered = build_layers(traced, cluster(traced, 12))
+    names = [layer.cls.name for layer in layered.layers]
+    assert len(names) == 12
+    assert names[1:9] == names[1:3] * 4
 
 
 def test_free_ops_are_those_that_no_input_of_the_model_reaches(traced):
@@ -143,11 +149,9 @@ def test_crossing_bytes_count_every_value_alive_at_a_boundary(traced):
 
 
 def test_a_model_without_matrix_products_is_one_layer(toy_model):
-    import jax
-
     model = toy_model(
         loss=lambda p, s, b, k: (jnp.sum(p["w"] * b["x"]), (s, {})),
         abstract_params={"w": jax.ShapeDtypeStruct((4,), jnp.float32)},
-        batch=lambda n: {"x": jax.ShapeDtypeStruct((4,), jnp.float32)},
+        batch=lambda size: {"x": jax.ShapeDtypeStruct((4,), jnp.float32)},
     )
     assert len(cluster(trace_model(model, 1)).layers) == 1

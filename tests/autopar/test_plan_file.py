@@ -70,7 +70,7 @@ def test_the_layout_is_stable_and_readable(plan, golden):
 def test_a_plan_by_hand_leaves_out_what_the_solver_knows(cluster):
     plan = from_json(json.dumps(BY_HAND))
     plan.check(None, cluster)
-    assert (plan.num_layers, plan.predicted, plan.virtual_stages) == (None, None, 1)
+    assert (plan.num_layers, plan.predicted, plan.virtual_stages) == (4, None, 1)
     assert (plan.model.fingerprint, plan.model.dtype) == (None, None)
     assert plan.stages[0].params == {}
     assert plan.stages[0].mesh == (("data", 1), ("tensor", 4))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.reshard import Kind, reshard, reshard_cost, step_cost
+from launcher.autopar.reshard import reshard, reshard_cost, step_cost
 from launcher.autopar.shards import pack, reshard_local
 from launcher.autopar.spec import (
     PARTIAL,
@@ -72,7 +72,9 @@ def test_paths_are_no_dearer_than_any_detour():
     specs = all_specs(SHAPE, MESH.shape, partial=True)
     for a, b, c in itertools.product(specs, repeat=3):
         direct = reshard_cost(SHAPE, ITEMSIZE, a, c, MESH)
-        detour = reshard_cost(SHAPE, ITEMSIZE, a, b, MESH) + reshard_cost(SHAPE, ITEMSIZE, b, c, MESH)
+        detour = reshard_cost(SHAPE, ITEMSIZE, a, b, MESH) + reshard_cost(
+            SHAPE, ITEMSIZE, b, c, MESH
+        )
         assert direct <= detour + 1e-9
 
 

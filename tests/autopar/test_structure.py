@@ -155,5 +155,7 @@ def test_the_longest_run_is_that_of_brute_force(seed):
     for run in found:
         assert run.period >= minimum_period
         assert repeats(sequence, run.start, run.period, run.count)
-        assert all(sequence[i] == sequence[i + run.period] for i in range(run.start, run.end - run.period))
+        assert all(
+            sequence[i] == sequence[i + run.period] for i in range(run.start, run.end - run.period)
+        )
     assert all(left.end <= right.start for left, right in itertools.pairwise(found))

@@ -6,6 +6,7 @@ a gradient that is zero in truth (a key's bias) is all rounding, so the scale is
 the largest gradient of all.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -40,10 +41,14 @@ PLANS = {
     "auto": {"mode": "auto"},
 }  # fmt: skip
 # MoE and WRN take longer to compile; these four cover what GPT's plans do not show for them.
-CASES = [
-    ("gpt", plan) for plan in PLANS
-] + [(family, plan) for family in ("moe", "wrn") for plan in ("data", "data x tensor", "all three", "auto")]
-SLOW = [(family, plan) for family in ("moe", "wrn") for plan in PLANS if (family, plan) not in CASES]
+CASES = [("gpt", plan) for plan in PLANS] + [
+    (family, plan)
+    for family in ("moe", "wrn")
+    for plan in ("data", "data x tensor", "all three", "auto")
+]
+SLOW = [
+    (family, plan) for family in ("moe", "wrn") for plan in PLANS if (family, plan) not in CASES
+]
 
 
 @functools.cache
@@ -53,9 +58,7 @@ def cluster(hosts: int, devices: int):
 
 
 def _cut(whole, hosts: int, devices: int):
-    from dataclasses import replace
-
-    return replace(whole, num_hosts=hosts, devices_per_host=devices)
+    return dataclasses.replace(whole, num_hosts=hosts, devices_per_host=devices)
 
 
 @functools.cache
@@ -81,7 +84,9 @@ def reference(family: str, dtype: str, num_microbatches: int, step: int = 0):
     run = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
     total, sums = 0.0, None
     for k in range(num_microbatches):
-        part = {name: np.split(leaf, num_microbatches)[k] for name, leaf in draw_batch(model).items()}
+        part = {
+            name: np.split(leaf, num_microbatches)[k] for name, leaf in draw_batch(model).items()
+        }
         key = np.array([SEED, step * num_microbatches + k], np.uint32)
         (loss, (new_state, _)), gradients = run(params, state, part, key)
         state = {**state, **new_state}
@@ -171,7 +176,7 @@ def test_steps_update_as_one_device_does_with_clipping_and_a_tied_embedding():
                 key = np.array([SEED, step * count + k], np.uint32)
                 _, gradients = run(params, state, part, key)
                 sums = gradients if sums is None else jax.tree.map(jnp.add, sums, gradients)
-            mean = jax.tree.map(lambda g: g / count, sums)
+            mean = {path: gradient / count for path, gradient in sums.items()}
             updates, memory = transform.update(mean, memory, params)
             params = optax.apply_updates(params, updates)
             assert float(result.grad_norm) == pytest.approx(float(optax.tree.norm(mean)), rel=1e-9)

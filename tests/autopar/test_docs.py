@@ -1,0 +1,25 @@
+"""The examples of docs/plan-file.md and docs/clusters.md are what they say."""
+
+import pathlib
+import re
+
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.plan_file import from_json
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def example(name: str, language: str) -> str:
+    return re.search(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)[1]
+
+
+def test_the_smallest_plan_is_one():
+    plan = from_json(example("plan-file.md", "json"))
+    plan.check(5, load_cluster("cpu8"))
+    assert [stage.num_devices for stage in plan.stages] == [4, 4]
+
+
+def test_the_cluster_of_ones_own_is_one(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(example("clusters.md", "yaml"))
+    assert load_cluster(path).num_devices == 32
