@@ -71,13 +71,15 @@ def run(config: Config, run_dir: Path) -> int:
 
 def find_cluster(config: Config) -> Cluster:
     """The cluster of the config; `local` is whatever this machine has."""
-    if config.cluster.name == "local" and not emulates(config):
-        found = devices.discover()
-        cluster = Cluster.local(kind=found.kind, count=found.count, memory_bytes=found.memory_bytes)
-    else:
-        cluster = Cluster.from_config(config.cluster)
-        if emulates(config):
-            devices.emulate(cluster.num_devices)
+    cluster = Cluster.from_config(config.cluster)
+    if emulates(config):
+        devices.emulate(cluster.num_devices)
+    elif cluster.name == "local":
+        found = devices.discover(cluster.num_devices)
+        if found.count:
+            cluster = Cluster.local(
+                kind=found.kind, count=found.count, memory_bytes=found.memory_bytes
+            )
     log.info("cluster: %s", cluster.describe())
     return cluster
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.inter_op import Placement, StageChoice
+from launcher.autopar.mesh import DATA
 from launcher.autopar.picks import specs_as_dims, strategies_of
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
@@ -13,7 +14,7 @@ from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.search import Candidate, PlanOptions, Search, search
 from launcher.autopar.stage_layout import layout
 from launcher.autopar.stage_problem import optimizer_spec
-from launcher.errors import InfeasiblePlanError
+from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,11 @@ def find_plan(
 
 def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
     """Take a plan as it is, completing what it leaves out and pricing it anew."""
-    plan.check(num_layers=None, cluster=cluster)
+    plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
+    _check_batch(plan)
     realized = realize(plan, model, cluster)
     outlook = foresee(realized, model, cluster, options.optimizer)
-    plan = replace(_completed(realized), predicted=outlook.prediction)
+    plan = replace(_completed(realized, model), predicted=outlook.prediction)
     return Planned(plan, replace(realized, plan=plan), outlook)
 
 
@@ -92,9 +94,7 @@ def _as_plan(
     )
     return Plan(
         version=PLAN_VERSION,
-        model=ModelRef(
-            name=model.name, size=model.size, fingerprint=model.fingerprint, dtype=model.dtype
-        ),
+        model=_model_ref(model),
         cluster=cluster.ref(),
         global_batch=options.global_batch,
         num_microbatches=candidate.num_microbatches,
@@ -143,12 +143,34 @@ def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     )
 
 
-def _completed(realized: RealizedPlan) -> Plan:
+def _completed(realized: RealizedPlan, model: Model) -> Plan:
     """A plan with everything written down that realizing it decided."""
     stages = tuple(
         _with_shardings(stage.stage, realized.planner, stage.sharding) for stage in realized.stages
     )
-    return replace(realized.plan, stages=stages, num_layers=len(realized.planner.model.layers))
+    return replace(
+        realized.plan,
+        model=_model_ref(model),
+        stages=stages,
+        num_layers=len(realized.planner.model.layers),
+    )
+
+
+def _check_batch(plan: Plan) -> None:
+    """Each stage's data axis takes an equal part of a microbatch."""
+    for index, stage in enumerate(plan.stages):
+        data = dict(stage.mesh)[DATA]
+        if plan.microbatch_size % data:
+            raise PlanError(
+                f"a microbatch of {plan.microbatch_size} samples cannot be cut into {data} equal parts "
+                f"(stages[{index}].mesh.{DATA}={data}); change the mesh or num_microbatches"
+            )
+
+
+def _model_ref(model: Model) -> ModelRef:
+    return ModelRef(
+        name=model.name, size=model.size, fingerprint=model.fingerprint, dtype=model.dtype
+    )
 
 
 def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:

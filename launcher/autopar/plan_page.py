@@ -5,6 +5,7 @@ step, where the tensors lie, and what the runners-up would have cost. Pictures a
 page; there are no scripts.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -31,7 +32,7 @@ body{margin:0;background:var(--page);color:var(--ink);font:14px/1.45 system-ui,s
 @media(prefers-color-scheme:dark){body{--page:#15181d;--card:#1e2228;--rule:#343a43}}
 main{max-width:1160px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:22px;margin:0}h2{font-size:16px;margin:34px 0 10px}
-p{margin:4px 0 10px;color:var(--faint);max-width:80ch}
+p{margin:4px 0 10px;color:var(--faint);max-width:110ch}
 .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:18px 0 0}
 .tile{background:var(--card);border-radius:8px;padding:10px 16px;min-width:104px}
 .tile b{display:block;font-size:20px;font-weight:600;white-space:nowrap}
@@ -86,6 +87,10 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> str:
         f"{plan.num_microbatches}, of {count(plan.microbatch_size, 'sample')} each; "
         f"schedule {plan.schedule}"
     )
+    if plan.search is not None:
+        batch += (
+            f"; found in {seconds(plan.search.wall_s)} among {plan.search.candidates:,} candidates"
+        )
     tiles = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
         for name, value in _promises(plan, cluster)
@@ -114,8 +119,6 @@ def _promises(plan: Plan, cluster: Cluster) -> Iterator[tuple[str, str]]:
         yield "MFU", "unknown" if share is None else percent(share)
         yield f"of {size(cluster.device.memory_bytes)} per device", size(peak_bytes)
         yield "sent per step", size(predicted.communicated_bytes)
-    if plan.search is not None:
-        yield f"search of {plan.search.candidates:,} candidates", seconds(plan.search.wall_s)
 
 
 def _machine(plan: Plan, cluster: Cluster) -> str:
@@ -168,8 +171,8 @@ def _tensors(plan: Plan, params: Shapes) -> str:
     if not groups:
         return ""
     lead = (
-        "[-, tensor=4]: dim 0 is whole, dim 1 is split over the 4 devices of the tensor axis. In "
-        "the pictures, the last two dims of a tensor; the filled part is what one device holds."
+        "[-, tensor=4]: dim 0 is whole, dim 1 is split over the 4 devices of the tensor axis. A "
+        "square is a tensor, its last dim from left to right; what one device holds is filled."
     )
     rows = [row for group in groups[:_MOST_GROUPS] for row in _tensor_rows(group)]
     if len(groups) > _MOST_GROUPS:
@@ -201,8 +204,8 @@ def _split(split: Split) -> str:
 
 
 def _glyph(split: Split) -> str:
-    """The last two dims as a square, cut as the tensor is."""
-    rows, columns = (1, 1, *split.shards)[-2:]
+    """A square cut as the tensor is: the last dim across, all others down."""
+    rows, columns = math.prod(split.shards[:-1]), math.prod(split.shards[-1:])
     width, height = _GLYPH / min(columns, _MOST_CUTS), _GLYPH / min(rows, _MOST_CUTS)
     cuts = [
         svg.rectangle(1, 1, _GLYPH, _GLYPH, "idle"),

@@ -13,9 +13,6 @@ import numpy as np
 from launcher.autopar.cluster import Cluster
 from launcher.errors import ClusterError
 
-# What `cluster=local` becomes without accelerators: conf/cluster/cpu8.yaml.
-DEFAULT_CPU_DEVICES = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
@@ -38,10 +35,10 @@ def _give_threads(num_devices: int) -> None:
     os.environ.setdefault("NPROC", str(2 * num_devices + 4))
 
 
-def discover() -> Found:
-    """Look for accelerators; starts JAX's backends, with CPU devices for the case of none."""
-    _give_threads(DEFAULT_CPU_DEVICES)
-    jax.config.update("jax_num_cpu_devices", DEFAULT_CPU_DEVICES)
+def discover(num_cpu_devices: int) -> Found:
+    """Look for accelerators; starts JAX's backends, with so many CPU devices for the case of none."""
+    _give_threads(num_cpu_devices)
+    jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
         return Found(kind="cpu", count=0, memory_bytes=None)

@@ -185,7 +185,7 @@ def test_one_layer_for_every_op(model, draw):
 def test_a_gpt_with_dropout_and_tied_embeddings(tiny_gpt, draw):
     model = tiny_gpt(layers=3, dropout=0.1, dtype="fp64", hidden=16, heads=2, seq_len=8)
     traced = trace_model(model, BATCH)
-    layered = build_layers(traced, cluster(traced))
+    layered = build_layers(traced, cluster(traced, 3))
     assert len(layered.layers) == 3
     check(model, layered, draw, bound=1e-10)
 

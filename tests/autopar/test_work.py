@@ -1,0 +1,201 @@
+"""FLOPs and bytes of ops against formulas by hand, and the roofline that turns them into seconds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from launcher.autopar.cluster import Device
+from launcher.autopar.compute import ComputeModel
+from launcher.autopar.graph import CALLS, CUSTOM_CALLS, from_jaxpr
+from launcher.autopar.work import aval_bytes, op_flops, operand_bytes, result_bytes
+
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def ops_of(function, *shapes, inline=CALLS):
+    return from_jaxpr(jax.make_jaxpr(function)(*shapes), inline=inline).ops
+
+
+def flops_of(function, *shapes, inline=CALLS):
+    return sum(op_flops(op) for op in ops_of(function, *shapes, inline=inline))
+
+
+PRODUCTS = {
+    "matrix times matrix": ("mk,kn->mn", (3, 5), (5, 7), 2 * 3 * 5 * 7),
+    "batched": ("bmk,bkn->bmn", (2, 3, 5), (2, 5, 7), 2 * 2 * 3 * 5 * 7),
+    "attention scores": ("bsnd,btnd->bnst", (2, 6, 3, 8), (2, 4, 3, 8), 2 * 2 * 3 * 6 * 4 * 8),
+    "two contracted dims": ("abc,abd->cd", (2, 3, 5), (2, 3, 7), 2 * 2 * 3 * 5 * 7),
+    "outer product": ("m,n->mn", (3,), (7,), 2 * 3 * 7),
+    "inner product": ("k,k->", (5,), (5,), 2 * 5),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_matrix_product_multiplies_and_adds(name):
+    letters, left, right, expected = PRODUCTS[name]
+
+    def product(x, y):
+        return jnp.einsum(letters, x, y)
+
+    assert flops_of(product, shape(*left), shape(*right)) == expected
+    # The gradients are two products of the same size.
+    both = jax.value_and_grad(lambda x, y: product(x, y).sum(), (0, 1))
+    assert flops_of(both, shape(*left), shape(*right)) == 3 * expected
+
+
+def convolution(x, w, *, stride=1, groups=1, padding="SAME"):
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), padding, feature_group_count=groups,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+
+N, SIZE, IN, OUT, K = 2, 12, 8, 16, 3
+CONVOLUTIONS = {
+    "plain": ({}, N * SIZE * SIZE),
+    "strided": ({"stride": 2}, N * (SIZE // 2) ** 2),
+    "without padding": ({"padding": "VALID"}, N * (SIZE - K + 1) ** 2),
+    "grouped": ({"groups": 4}, N * SIZE * SIZE),
+    "grouped and strided": ({"groups": 2, "stride": 3}, N * (SIZE // 3) ** 2),
+    "by channel": ({"groups": IN}, N * SIZE * SIZE),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_sums_over_its_window_and_the_channels_of_a_group(name):
+    options, places = CONVOLUTIONS[name]
+    shapes = shape(N, SIZE, SIZE, IN), shape(K, K, IN // options.get("groups", 1), OUT)
+    expected = 2 * places * OUT * K * K * IN // options.get("groups", 1)
+    assert flops_of(lambda x, w: convolution(x, w, **options), *shapes) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if name != "without padding"])
+@pytest.mark.parametrize("argument", [0, 1])
+def test_a_gradient_of_a_convolution_costs_what_the_convolution_costs(name, argument):
+    options, places = CONVOLUTIONS[name]
+    shapes = shape(N, SIZE, SIZE, IN), shape(K, K, IN // options.get("groups", 1), OUT)
+    expected = 2 * places * OUT * K * K * IN // options.get("groups", 1)
+    both = jax.value_and_grad(lambda x, w: convolution(x, w, **options).sum(), argument)
+    assert flops_of(both, *shapes) == pytest.approx(2 * expected)
+
+
+def test_a_loop_costs_what_it_costs_unrolled():
+    def step(carry, row):
+        return jnp.tanh(carry @ carry.T @ carry) + row, carry.sum()
+
+    def looped(x, rows):
+        return lax.scan(step, x, rows)[0]
+
+    def unrolled(x, rows):
+        for row in rows:
+            x, _ = step(x, row)
+        return x
+
+    shapes = shape(3, 5), shape(4, 3, 5)
+    expected = 4 * (2 * 3 * 5 * 3 + 2 * 3 * 3 * 5)
+    assert flops_of(looped, *shapes) == flops_of(unrolled, *shapes) == expected
+
+
+def square(x):
+    return x @ x
+
+
+def with_custom_jvp():
+    function = jax.custom_jvp(square)
+    function.defjvp(lambda primals, tangents: (square(*primals), tangents[0]))
+    return function
+
+
+def with_custom_vjp():
+    function = jax.custom_vjp(square)
+    function.defvjp(lambda x: (square(x), None), lambda _, g: (g,))
+    return function
+
+
+WRAPPED = {
+    "nested loops": (lambda x: lax.fori_loop(0, 3, lambda i, c: lax.fori_loop(0, 2, lambda j, d: d @ d, c), x), 6),
+    "custom_jvp": (with_custom_jvp(), 1),
+    "custom_vjp": (with_custom_vjp(), 1),
+    "remat": (jax.checkpoint(square), 1),
+    "jit in a loop": (lambda x: lax.fori_loop(0, 3, lambda i, c: jax.jit(square)(c), x), 3),
+    "the dearer branch": (lambda x: lax.cond(x[0, 0] > 0, lambda c: c @ c @ c, square, x), 2),
+    "a loop of unknown length, once": (lambda x: lax.while_loop(lambda c: c[0, 0] > 0, square, x), 1),
+    "nothing to multiply": (jnp.tanh, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_is_inside_counts(name):
+    function, products = WRAPPED[name]
+    assert flops_of(function, shape(5, 5)) == products * 2 * 5**3
+
+
+def test_bytes_by_dtype_and_for_typed_keys():
+    assert aval_bytes(shape(3, 5, dtype=jnp.bfloat16)) == 30
+    assert aval_bytes(shape(dtype=jnp.int32)) == 4
+    assert aval_bytes(jax.eval_shape(jax.random.key, 0)) == 8
+    (op,) = ops_of(lambda x: x * 2.0, shape(3, 5))
+    assert (operand_bytes(op), result_bytes(op)) == (60, 60)  # literals cost nothing
+
+
+DEVICE = Device(
+    kind="test",
+    memory_bytes=2**30,
+    peak_flops_per_s={"fp32": 1e12, "bf16": 4e12},
+    matmul_efficiency={"fp32": 0.5, "bf16": 0.25},
+    memory_bytes_per_s=1e11,
+    has_bf16=True,
+    accelerator=True,
+)
+
+
+def seconds(function, *shapes, device=DEVICE):
+    (op,) = ops_of(function, *shapes, inline=CALLS | CUSTOM_CALLS)
+    return ComputeModel(device).op_s(op)
+
+
+def test_the_roofline_takes_the_longer_of_computing_and_moving():
+    large = seconds(jnp.matmul, shape(1000, 1000), shape(1000, 1000))
+    assert large == pytest.approx(2 * 1000**3 / 0.5e12)
+    thin = seconds(jnp.matmul, shape(1000, 1), shape(1, 1000))
+    assert thin == pytest.approx(4 * (1000 + 1000 + 1000**2) / 1e11)
+
+
+def test_other_ops_are_bound_by_memory_and_fused():
+    assert seconds(jnp.tanh, shape(1000, 1000)) == pytest.approx(0.25 * 4e6 / 1e11)
+    whole = seconds(lambda x: jnp.sum(x, axis=1), shape(1000, 1000))
+    assert whole == pytest.approx(4000 / 1e11)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate"),
+    [
+        (jnp.float32, 1e12 * 0.5),
+        (jnp.bfloat16, 4e12 * 0.25),
+        (jnp.float16, 1e12 * 0.5),  # no figure: as fp32
+        (jnp.float64, 1e12 * 0.5 / 2),  # wider than fp32
+        (jnp.int8, 1e12 * 0.5),
+    ],
+)
+def test_the_rate_depends_on_the_dtype(dtype, rate):
+    with jax.enable_x64(True):
+        found = seconds(jnp.matmul, shape(4000, 4000, dtype=dtype), shape(4000, 4000, dtype=dtype))
+    assert found == pytest.approx(2 * 4000**3 / rate)
+
+
+def test_a_peak_without_an_efficiency_takes_the_lowest_of_the_others():
+    device = dataclasses.replace(DEVICE, matmul_efficiency={"fp32": 0.5})
+    assert ComputeModel(device).flops_per_s("bfloat16") == 4e12 * 0.5
+
+
+def test_models_with_equal_figures_have_equal_keys():
+    faster = dataclasses.replace(DEVICE, memory_bytes_per_s=2e11)
+    again = dataclasses.replace(DEVICE, kind="another name")
+    assert ComputeModel(DEVICE).key == ComputeModel(again).key
+    assert ComputeModel(DEVICE).key != ComputeModel(faster).key
+    assert hash(ComputeModel(DEVICE).key) == hash(ComputeModel(again).key)

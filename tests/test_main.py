@@ -1,0 +1,116 @@
+"""The whole path through `main.run`, in this process, on the eight emulated devices of the tests."""
+
+import json
+
+import pytest
+
+from launcher import main
+from launcher.cli.compose import load
+from launcher.errors import ClusterError, ConfigError, InfeasiblePlanError, PlanError
+
+QUICK = ("logger=jsonl", "train.steps=2", "train.eval_batches=1", "parallel.num_microbatches=2")
+
+
+@pytest.fixture(autouse=True)
+def no_new_backend(monkeypatch):
+    """The devices of this process are there already; their number cannot change any more."""
+    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)
+    found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
+    monkeypatch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir):
+    return [row["loss"] for row in rows_of(run_dir) if "loss" in row]
+
+
+def test_a_run_writes_what_the_interface_lists(tmp_path):
+    status = main.run(load([*QUICK, "parallel=manual", "parallel.tp=2", "parallel.pp=2"]), tmp_path)
+    assert status == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"plan.json", "plan.html", "metrics.jsonl", "summary.json"} <= names
+    row = rows_of(tmp_path)[0]
+    assert {
+        "step", "loss", "learning_rate", "grad_norm", "step_s", "tokens_per_s", "tflops_per_device",
+        "mfu", "predicted_step_s", "peak_bytes_per_device",
+    } <= row.keys()  # fmt: skip
+    assert row["mfu"] is None
+    assert "eval_loss" in rows_of(tmp_path)[-1]
+
+
+def test_a_plan_file_replays_the_run_it_came_from(tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    first.mkdir()
+    again.mkdir()
+    main.run(load([*QUICK, "parallel=manual", "parallel.dp=2", "parallel.tp=4"]), first)
+    path = first / "plan.json"
+    replay = [key for key in QUICK if not key.startswith("parallel.")]
+    main.run(load([*replay, "parallel=from_file", f"parallel.path={path}"]), again)
+    assert losses(again) == losses(first)
+
+
+def test_a_hand_written_plan_is_completed_and_runs(tmp_path):
+    stage = {"hosts": [0], "devices": [0, 1], "mesh": {"data": 1, "tensor": 2}}
+    plan = {
+        "version": 1,
+        "model": {"name": "gpt", "size": "tiny"},
+        "cluster": {"name": "cpu8", "hosts": 2, "devices_per_host": 4},
+        "global_batch": 32,
+        "num_microbatches": 4,
+        "schedule": "gpipe",
+        "stages": [
+            {**stage, "layers": [0, 3], "recompute": "full", "zero": 0},
+            {**stage, "layers": [3, 4], "hosts": [1], "mesh": {"data": 2}, "recompute": "none", "zero": 2},
+        ],
+    }
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    out = tmp_path / "run"
+    out.mkdir()
+    quick = [key for key in QUICK if not key.startswith("parallel.")]
+    assert main.run(load([*quick, "parallel=from_file", f"parallel.path={path}"]), out) == 0
+    completed = json.loads((out / "plan.json").read_text())
+    assert completed["stages"][0]["params"]
+    assert completed["stages"][1]["strategies"]
+
+
+def test_planning_alone_needs_no_device_and_no_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(main.devices, "acquire", None)
+    monkeypatch.setattr(main.data, "build", None)
+    overrides = ["mode=plan", "cluster=1xp3", "model.size=350m", "parallel=data", "logger=jsonl"]
+    assert main.run(load(overrides), tmp_path) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["model"]["size"] == "350m"
+
+
+def test_a_cluster_that_is_not_there_ends_with_the_ways_on(tmp_path):
+    overrides = ["cluster=1xp3", "model.size=tiny", "parallel=data", "logger=jsonl"]
+    with pytest.raises(ClusterError, match=r"needs 1 hosts x 8 V100.*runtime=emulate"):
+        main.run(load(overrides), tmp_path)
+    assert (tmp_path / "plan.json").is_file()
+
+
+def test_emulation_runs_any_cluster(tmp_path):
+    overrides = [*QUICK, "cluster=1xp3", "runtime=emulate", "model.size=tiny", "parallel=zero"]
+    assert main.run(load(overrides), tmp_path) == 0
+    assert rows_of(tmp_path)[0]["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["parallel=manual", "parallel.tp=3"], ConfigError, "parallel.tp=3"),
+        (["parallel.num_microbatches=5"], ConfigError, "parallel.num_microbatches=5"),
+        (["model.heads=7"], ConfigError, "model.heads=7"),
+        (["parallel=manual", "parallel.tp=8"], ConfigError, "parallel.tp=8"),
+        (["parallel=from_file", "parallel.path=/nowhere.json"], PlanError, "nowhere"),
+        (["model.size=6.7b", "parallel=data", "train.global_batch=8"], InfeasiblePlanError, "GiB"),
+    ],
+)
+def test_what_the_user_got_wrong_is_said_in_one_line(tmp_path, overrides, error, words):
+    with pytest.raises(error, match=words) as caught:
+        main.run(load(["logger=jsonl", "mode=plan", *overrides]), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "plan.json").exists()
