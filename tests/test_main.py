@@ -63,7 +63,14 @@ def test_a_hand_written_plan_is_completed_and_runs(tmp_path):
         "schedule": "gpipe",
         "stages": [
             {**stage, "layers": [0, 3], "recompute": "full", "zero": 0},
-            {**stage, "layers": [3, 4], "hosts": [1], "mesh": {"data": 2}, "recompute": "none", "zero": 2},
+            {
+                **stage,
+                "layers": [3, 4],
+                "hosts": [1],
+                "mesh": {"data": 2},
+                "recompute": "none",
+                "zero": 2,
+            },
         ],
     }
     path = tmp_path / "plan.json"

@@ -8,10 +8,10 @@ Counted from the shardings that the solver chose, value by value. Left out: frag
 allocate for themselves, and the order in which XLA computes inside a program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from launcher.autopar.graph import Value, used_values
+from launcher.autopar.graph import Op, Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayerClass
 from launcher.autopar.spec import Spec, num_shards
@@ -44,14 +44,25 @@ class StageMemory:
         return self.state_bytes + max(running, self.gradient_bytes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClassMemory:
-    """Bytes per device of one layer of a class."""
+    """Bytes per device of one layer of a class.
+
+    Attributes:
+        residual_bytes: what its forward ops make and its backward ops read.
+        input_bytes: slot -> an activation that it reads.
+        backward_slots: those of the slots that its backward ops read, without recomputation.
+        batch_bytes: its leaves of the batch.
+        statistics_bytes: the state that its backward ops read, without and with recomputation.
+    """
 
     state_bytes: float
     gradient_bytes: float
     residual_bytes: float
-    input_bytes: float
+    input_bytes: Mapping[int, float]
+    backward_slots: frozenset[int]
+    batch_bytes: float
+    statistics_bytes: tuple[float, float]
 
 
 def class_memories(
@@ -63,12 +74,10 @@ def class_memories(
         optimizer_ratio: bytes of optimizer state per byte of parameters.
     """
     count = _Counter(sharding)
-    found = {}
-    for name in wiring.classes:
-        cls = planner.classes[name]
-        state, gradients = count.state(cls, wiring.aliases, optimizer_ratio)
-        found[name] = ClassMemory(state, gradients, count.residuals(cls), count.inputs(cls))
-    return found
+    return {
+        name: count.layer(planner.classes[name], wiring.aliases, optimizer_ratio)
+        for name in wiring.classes
+    }
 
 
 def stage_memory(
@@ -77,23 +86,40 @@ def stage_memory(
     """Add up a stage, for `recompute` "none", "layer" or "full"."""
     counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    inputs = sum(layers * memory.input_bytes for memory, layers in counted)
-    largest = max(memory.residual_bytes + memory.input_bytes for memory, _ in counted)
+    largest = max(memory.residual_bytes + sum(memory.input_bytes.values()) for memory, _ in counted)
+    passed_on = _passed_on_bytes(memories, wiring, recompute)
     match recompute:
         case "none":
-            stash, workspace = residuals + inputs, largest
+            stash, workspace = residuals + passed_on, largest
         case "layer":
-            stash, workspace = inputs, largest
+            stash, workspace = passed_on, largest
         case "full":
-            imported = {name for name, _ in wiring.imports}
-            stash = sum(memories[name].input_bytes for name in imported)
-            workspace = residuals + inputs
+            stash, workspace = 0.0, residuals + _passed_on_bytes(memories, wiring, "layer")
     return StageMemory(
         state_bytes=sum(layers * memory.state_bytes for memory, layers in counted),
-        stash_bytes=stash,
+        stash_bytes=stash + _received_bytes(memories, wiring, recompute),
         workspace_bytes=workspace,
         gradient_bytes=sum(layers * memory.gradient_bytes for memory, layers in counted),
     )
+
+
+def _passed_on_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str):
+    """The activations that layers of the stage read of one another in their backward passes."""
+    return sum(
+        pairs * memories[name].input_bytes[slot]
+        for (_, _, name, slot), pairs in wiring.internal.items()
+        if recompute != "none" or slot in memories[name].backward_slots
+    )
+
+
+def _received_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str):
+    """What a microbatch in flight holds, read again or not: its batch, state, and what was sent."""
+    again = recompute != "none"
+    own = sum(
+        layers * (memories[name].batch_bytes + memories[name].statistics_bytes[again])
+        for name, layers in wiring.classes.items()
+    )
+    return own + sum(memories[name].input_bytes[slot] for name, slot in wiring.imports)
 
 
 class _Counter:
@@ -130,11 +156,36 @@ class _Counter:
             self.local(cls, value, produced_spec(cls, value, self.picks)) for value in cls.residuals
         )
 
-    def inputs(self, cls: LayerClass) -> float:
-        """The activations and batch leaves that a layer's backward pass reads again."""
-        read = used_values(cls.backward_ops)
-        return sum(
-            self.local(cls, value, self.picks["slot", cls.name, slot])
+    def layer(self, cls: LayerClass, aliases, optimizer_ratio: float) -> ClassMemory:
+        state, gradients = self.state(cls, aliases, optimizer_ratio)
+        slots = {
+            slot: self.local(cls, value, self.picks["slot", cls.name, slot])
             for slot, value in enumerate(cls.joint.inputs[: cls.num_slots])
-            if cls.slots[slot].role in (None, Role.BATCH) and value in read
+            if cls.slots[slot].role in (None, Role.BATCH, Role.STATE)
+        }
+        backward = self._read(cls, cls.backward_ops) & slots.keys()
+        either = self._read(cls, cls.forward_ops) & slots.keys() | backward
+
+        def of(role: Role | None, read: Iterable[int]) -> dict[int, float]:
+            return {slot: slots[slot] for slot in read if cls.slots[slot].role is role}
+
+        return ClassMemory(
+            state_bytes=state,
+            gradient_bytes=gradients,
+            residual_bytes=self.residuals(cls),
+            input_bytes=of(None, slots),
+            backward_slots=frozenset(of(None, backward)),
+            batch_bytes=sum(of(Role.BATCH, slots).values()),
+            statistics_bytes=(
+                sum(of(Role.STATE, backward).values()),
+                sum(of(Role.STATE, either).values()),
+            ),
         )
+
+    def _read(self, cls: LayerClass, ops: Sequence[Op]) -> set[int]:
+        """The slots that some op reads, or that are a gradient as they are."""
+        gradients = (value for value in cls.gradients.values() if isinstance(value, Value))
+        read = used_values(ops).union(gradients)
+        return {
+            slot for slot, value in enumerate(cls.joint.inputs[: cls.num_slots]) if value in read
+        }

@@ -104,7 +104,9 @@ def check_class(cls, batch, draw):
 
 FAMILIES = {
     "gpt": GptConfig(size="tiny", dtype="fp64", layers=3, hidden=16, heads=2, seq_len=8),
-    "moe": MoeConfig(size="tiny", dtype="fp64", hidden=16, heads=2, seq_len=16, layers=2, expert_group_size=16),
+    "moe": MoeConfig(
+        size="tiny", dtype="fp64", hidden=16, heads=2, seq_len=16, layers=2, expert_group_size=16
+    ),
     "wrn": WrnConfig(size="tiny", dtype="fp64"),
 }
 

@@ -117,8 +117,12 @@ def with_custom_vjp():
     return function
 
 
+def nested_loops(x):
+    return lax.fori_loop(0, 3, lambda i, c: lax.fori_loop(0, 2, lambda j, d: d @ d, c), x)
+
+
 WRAPPED = {
-    "nested loops": (lambda x: lax.fori_loop(0, 3, lambda i, c: lax.fori_loop(0, 2, lambda j, d: d @ d, c), x), 6),
+    "nested loops": (nested_loops, 6),
     "custom_jvp": (with_custom_jvp(), 1),
     "custom_vjp": (with_custom_vjp(), 1),
     "remat": (jax.checkpoint(square), 1),
