@@ -115,22 +115,22 @@ def make_plan(
     config: Config, model: Model, cluster: Cluster, optimizer: Optimizer, console: Console
 ) -> Planned:
     """Search for a plan, or take the one of a file."""
-    options = plan_options(config.parallel, config.train.global_batch, model, optimizer)
+    batch = config.train.global_batch
     with phase(console, "planning") as progress:
         if config.parallel.name == "from_file":
             plan = read_plan(Path(config.parallel.path))
+            options = plan_options(config.parallel, batch or plan.global_batch, optimizer)
             return adopt_plan(plan, model, cluster, options)
+        options = plan_options(config.parallel, batch or model.default_global_batch, optimizer)
         return find_plan(model, cluster, options, progress)
 
 
-def plan_options(
-    parallel: ParallelConfig, global_batch: int | None, model: Model, optimizer: Optimizer
-) -> PlanOptions:
+def plan_options(parallel: ParallelConfig, global_batch: int, optimizer: Optimizer) -> PlanOptions:
     """What the config asks of the planner."""
     count = parallel.num_microbatches
     return PlanOptions(
         mode=parallel.name,
-        global_batch=global_batch or model.default_global_batch,
+        global_batch=global_batch,
         num_microbatches=None if count == "auto" else int(count),
         dp=parallel.dp,
         tp=parallel.tp,

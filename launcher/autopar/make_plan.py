@@ -48,7 +48,7 @@ def find_plan(
         plan = _as_plan(candidate, found, model, cluster, options)
         realized = realize(plan, model, cluster, candidate.planner)
         judged.append((realized, foresee(realized, model, cluster, options.optimizer)))
-    judged.sort(key=lambda pair: pair[1].prediction.step_s)
+    judged.sort(key=lambda pair: (not _fits(pair[1], cluster), pair[1].prediction.step_s))
     realized, outlook = judged[0]
     _check_memory(outlook, cluster)
     plan = replace(
@@ -67,6 +67,11 @@ def find_plan(
 
 def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
     """Take a plan as it is, completing what it leaves out and pricing it anew."""
+    if options.global_batch != plan.global_batch:
+        raise PlanError(
+            f"the plan is for a global batch of {plan.global_batch} samples "
+            f"(train.global_batch={options.global_batch}): leave it out, or plan again"
+        )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
     _check_batch(plan)
     realized = realize(plan, model, cluster)
@@ -75,9 +80,14 @@ def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions)
     return Planned(plan, replace(realized, plan=plan), outlook)
 
 
+def _fits(outlook: Outlook, cluster: Cluster) -> bool:
+    return max(outlook.prediction.peak_bytes_per_device) <= cluster.device.memory_bytes
+
+
 def _check_memory(outlook: Outlook, cluster: Cluster) -> None:
-    needed, limit = max(outlook.prediction.peak_bytes_per_device), cluster.device.memory_bytes
-    if needed > limit:
+    if not _fits(outlook, cluster):
+        needed = max(outlook.prediction.peak_bytes_per_device)
+        limit = cluster.device.memory_bytes
         raise InfeasiblePlanError(
             f"the best plan needs {needed / 2**30:.2f} GiB on a device that has {limit / 2**30:.2f} GiB "
             f"(cluster.device.memory_gib); set parallel.recompute=layer or parallel.zero=3, or raise "

@@ -18,7 +18,7 @@ from launcher.autopar.spec import Spec, num_shards
 from launcher.autopar.stage_layout import produced_spec
 from launcher.autopar.stage_problem import optimizer_spec
 from launcher.autopar.trace import Role
-from launcher.autopar.wiring import StageWiring
+from launcher.autopar.wiring import Place, StageWiring
 from launcher.autopar.work import aval_bytes
 
 
@@ -66,16 +66,24 @@ class ClassMemory:
 
 
 def class_memories(
-    planner: IntraOpPlanner, sharding: StageSharding, wiring: StageWiring, optimizer_ratio: float
+    planner: IntraOpPlanner,
+    sharding: StageSharding,
+    wiring: StageWiring,
+    optimizer_ratio: float,
+    *,
+    shared: bool = True,
 ) -> dict[str, ClassMemory]:
     """Count one layer of each class of a stage.
 
     Args:
         optimizer_ratio: bytes of optimizer state per byte of parameters.
+        shared: whether a parameter that several classes read counts once. In a range of the stage that
+            has only one of them it counts there, whichever that is.
     """
-    count = _Counter(sharding)
+    count = _Counter(sharding, wiring.aliases)
+    left_out = wiring.aliases if shared else {}
     return {
-        name: count.layer(planner.classes[name], wiring.aliases, optimizer_ratio)
+        name: count.layer(planner.classes[name], left_out, optimizer_ratio)
         for name in wiring.classes
     }
 
@@ -125,8 +133,8 @@ def _received_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, re
 class _Counter:
     """Local bytes of the values of a class under a stage's picks."""
 
-    def __init__(self, sharding: StageSharding):
-        self.sharding, self.picks = sharding, sharding.picks
+    def __init__(self, sharding: StageSharding, aliases: Mapping[Place, Place]):
+        self.sharding, self.picks, self.aliases = sharding, sharding.picks, aliases
         self.mesh_shape = sharding.settings.mesh.shape
 
     def local(self, cls: LayerClass, value: Value, spec: Spec) -> float:
@@ -137,12 +145,13 @@ class _Counter:
         total = gradients = 0.0
         settings = self.sharding.settings
         for slot, value in enumerate(cls.joint.inputs[: cls.num_slots]):
-            key = ("slot", cls.name, slot)
-            if cls.slots[slot].role not in (Role.PARAM, Role.STATE) or key[1:] in aliases:
+            place = (cls.name, slot)
+            if cls.slots[slot].role not in (Role.PARAM, Role.STATE) or place in aliases:
                 continue
-            home = self.picks[key]
+            place = self.aliases.get(place, place)
+            home = self.picks["slot", *place]
             total += self.local(cls, value, home)
-            accumulator = self.picks.get(("accumulator", cls.name, slot))
+            accumulator = self.picks.get(("accumulator", *place))
             if accumulator is not None:
                 shape = cls.joint.avals[value].shape
                 where = optimizer_spec(home, shape, settings.mesh, settings.zero)

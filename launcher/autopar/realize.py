@@ -7,7 +7,7 @@ leaves out (strategies, specs) is completed by the intra-operator planner here.
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from launcher.autopar import checker
@@ -132,10 +132,24 @@ def _realize_stage(stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: C
         recompute=stage.recompute != "none",
     )
     first, last = stage.layers
-    sharding = planner.solve(first, last, settings, pins=pins_of_stage(planner, stage, settings))
+    settings, pins = _pins(planner, stage, settings)
+    sharding = planner.solve(first, last, settings, pins=pins)
     described = layout(planner, sharding, first, last, stage.recompute)
     emitter = StageEmitter(planner, sharding, described)
     return RealizedStage(stage, settings, sharding, described, emitter)
+
+
+def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):
+    """What the plan fixes, under the restrictions that it was made with: a plan does not name them."""
+    experts = list(Experts)
+    for choice in experts:
+        tried = replace(settings, restrictions=replace(settings.restrictions, experts=choice))
+        try:
+            return tried, pins_of_stage(planner, stage, tried)
+        except PlanError:
+            if choice is experts[-1]:
+                raise
+    raise AssertionError("Experts has no members")
 
 
 def _owners(stages: tuple[RealizedStage, ...]):

@@ -6,7 +6,7 @@ whole or partial along it. Where a model has experts, their dim is the alternati
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from launcher.autopar.graph import Op
@@ -88,9 +88,18 @@ class Restrictions:
         return frozenset(expert_dim if self.experts is Experts.FORCED else allowed | expert_dim)
 
     def op_choices(self, op: Op, tags: ClassTags, num_axes: int) -> list[tuple[AxisStrategy, ...]]:
-        """The choices of an op for each axis; all of them where the restriction would leave none."""
+        """The choices of an op for each axis; all of them where the restriction would leave none.
+
+        What the experts leave none of is taken as if they were free, so that every choice of a plan is
+        one of `Experts.FREE`, whatever was asked for.
+        """
         free = axis_choices(op)
-        held = tuple(choice for choice in free if self._admits(op, tags, choice)) or free
+        relaxed = replace(self, experts=Experts.FREE)
+        for restrictions in (self, relaxed):
+            held = tuple(choice for choice in free if restrictions._admits(op, tags, choice))
+            if held:
+                break
+        held = held or free
         return [held if axis in self.batch_axes else free for axis in range(num_axes)]
 
     def _admits(self, op: Op, tags: ClassTags, choice: AxisStrategy) -> bool:

@@ -109,7 +109,7 @@ class StageCosts:
         for recompute in self.choices.recompute:
             again = replace(settings, recompute=recompute != "none")
             priced = replace(sharding, settings=again)
-            memory = stage_memory(memories, wiring, recompute)
+            memory = stage_memory(memories[bool(wiring.aliases)], wiring, recompute)
             floor = max(memory.workspace_bytes, memory.gradient_bytes - memory.stash_bytes)
             yield StageOption(
                 seconds=priced.forward_s + priced.backward_s,
@@ -131,7 +131,8 @@ class StageCosts:
         )
 
     def _solved(self, settings: StageSettings):
-        """The whole model on a mesh: its strategies, and the memory of a layer of each class.
+        """The whole model on a mesh: its strategies, and the memory of a layer of each class,
+        for ranges without and with parameters that several classes share.
 
         ZeRO-1 and -2 take the strategies of no ZeRO.
         """
@@ -145,6 +146,9 @@ class StageCosts:
             self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
             sharding = self.planner.reprice(*self._whole, settings, solved.picks)
             wiring = self.planner.wiring(*self._whole)
-            memories = class_memories(self.planner, sharding, wiring, self.optimizer_ratio)
+            memories = [
+                class_memories(self.planner, sharding, wiring, self.optimizer_ratio, shared=shared)
+                for shared in (False, True)
+            ]
             self._priced[key] = sharding, memories
         return self._priced[key]

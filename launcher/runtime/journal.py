@@ -62,7 +62,8 @@ class Journal:
         return Dispatched(step=step, result=result, completed_s=completed_s)
 
     def record(self, dispatched: Dispatched, peak_bytes_per_device: int | None) -> None:
-        """Wait for a step's numbers and pass them on; raise TrainingError for a non-finite loss."""
+        """Wait for a step's numbers and pass them on; raise TrainingError for a loss or a
+        gradient norm that is not finite."""
         step, result = dispatched.step, dispatched.result
         step_s = self._timer.lap(dispatched.completed_s.result())
         loss, grad_norm, model_metrics = jax.device_get(
@@ -137,7 +138,7 @@ class Journal:
             sink.write(row)
 
     def _check(self, loss: float, grad_norm: float, learning_rate: float | None) -> None:
-        if math.isfinite(loss):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         before = "" if self._loss is None else f"{self._loss:.6g} one step before, "
         raise TrainingError(

@@ -22,7 +22,6 @@ from launcher.autopar.rules import axis_choices
 from launcher.autopar.spec import PARTIAL, REPLICATED, num_shards
 from launcher.autopar.stage_problem import StageSettings, optimizer_spec
 from launcher.autopar.trace import Role, trace_model
-from launcher.errors import InfeasiblePlanError
 
 R, P = REPLICATED, PARTIAL
 DEVICE = Device(
@@ -350,18 +349,6 @@ def test_folding_equal_layers_loses_nothing(tiny_gpt, shape, alpha):
     assert other.microbatch_s <= one.microbatch_s * (1 + 1e-9)
 
 
-def test_costs_of_the_same_picks_are_linear_in_the_number_of_layers(tiny_gpt):
-    planner = planner_for(tiny_gpt(layers=8), 4)
-    chosen = settings(mesh_of(2, 2))
-    seconds = [
-        planner.reprice(1, last, chosen, planner.solve(1, 4, chosen).picks).microbatch_s
-        for last in (4, 5, 6)
-    ]
-    assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0], rel=1e-9)
-    counted = planner.solve(1, 4, chosen).for_counts(planner.wiring(1, 6).counts, chosen)
-    assert counted.microbatch_s == pytest.approx(seconds[2], rel=1e-9)
-
-
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_puts_state_on_the_data_axis(perceptron, zero):
     planner = planner_for(perceptron(hidden=16, inner=32), 8, num_layers=1)
@@ -403,14 +390,3 @@ def test_a_price_on_memory_splits_more_and_is_no_part_of_the_cost(perceptron):
     assert cheap.microbatch_s <= splitting.microbatch_s < 1.0
     walked = Walk(planner, splitting).price()
     assert splitting.seconds.forward == pytest.approx(walked.forward)
-
-
-def test_a_node_without_choices_is_an_error_that_names_it(perceptron, monkeypatch):
-    planner = planner_for(perceptron(hidden=16, inner=32), 8, num_layers=1)
-    problem = planner.problem(0, 1, settings(mesh_of(2, 2)))
-    problem.choices["op", "layer0", 0] = ()
-    monkeypatch.setattr(planner, "problem", lambda *_: problem)
-    with pytest.raises(
-        InfeasiblePlanError, match=r"mesh \(2, 2\) leaves no sharding for .*op.*parallel\.dp"
-    ):
-        planner.solve(0, 1, settings(mesh_of(2, 2)))

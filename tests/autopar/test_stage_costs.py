@@ -10,6 +10,7 @@ from launcher.autopar.layers import build_layers
 from launcher.autopar.memory import class_memories, stage_memory
 from launcher.autopar.stage_costs import Choices, StageCosts
 from launcher.autopar.trace import trace_model
+from launcher.errors import InfeasiblePlanError
 
 BATCH, MICROBATCHES = 8, 4
 SUBMESHES = ((1, 1), (1, 2), (1, 4), (2, 4))
@@ -150,3 +151,12 @@ def test_zero_needs_a_data_axis_unless_it_is_forced(planner, cpu8):
     assert meshes(some, 0) == {((1, 1), 0)}
     forced = costs_of(planner, cpu8, replace(PLAIN, zero=(2,)))
     assert meshes(forced, 0) == {((1, 1), 2)}
+
+
+def test_a_node_without_choices_is_an_error_that_names_it(planner, costs, monkeypatch):
+    settings = options_of(costs, 0, 7)[-1].tag.sharding.settings
+    problem = planner.problem(0, 7, settings)
+    problem.choices["op", "layer0", 0] = ()
+    monkeypatch.setattr(planner, "problem", lambda *_: problem)
+    with pytest.raises(InfeasiblePlanError, match=r"leaves no sharding for .*op.*parallel\.dp"):
+        planner.solve(0, 7, settings)

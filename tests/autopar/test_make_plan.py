@@ -1,0 +1,239 @@
+"""From options to a plan: what was forced is in it, it holds together, and it replays."""
+
+from dataclasses import replace
+
+import pytest
+
+from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
+from launcher.autopar.plan import ModelRef, Plan, Stage
+from launcher.autopar.plan_file import from_json, to_json
+from launcher.autopar.predict import predict
+from launcher.autopar.realize import realize
+from launcher.autopar.search import PlanOptions
+from launcher.errors import InfeasiblePlanError, PlanError
+
+BATCH, MICROBATCHES = 32, 4
+
+
+def options(mode, **fields):
+    given = {"global_batch": BATCH, "num_microbatches": MICROBATCHES, **fields}
+    return PlanOptions(mode=mode, **given)
+
+
+@pytest.fixture(scope="module")
+def gpt(tiny_gpt):
+    return tiny_gpt(layers=4)
+
+
+def planned(model, cluster, mode, **fields):
+    return find_plan(model, cluster, options(mode, **fields), lambda text: None)
+
+
+FORCED = {
+    "single": ("single", {}),
+    "data": ("data", {}),
+    "zero-3": ("zero", {"zero": 3}),
+    "all degrees": ("manual", {"dp": 2, "tp": 2, "pp": 2}),
+    "gpipe with recomputation": (
+        "manual", {"dp": 1, "tp": 4, "pp": 2, "zero": 1, "recompute": "full", "schedule": "gpipe"},
+    ),
+    "another number of microbatches": ("manual", {"tp": 4, "num_microbatches": 8}),
+    "auto with tp": ("auto", {"tp": 4}),
+    "auto with dp and zero": ("auto", {"dp": 4, "zero": 3}),
+    "auto with pp and recomputation": ("auto", {"pp": 4, "recompute": "layer", "schedule": "gpipe"}),
+    "auto with eight stages": ("auto", {"pp": 8, "num_microbatches": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_what_is_forced_is_in_the_plan(name, gpt, cpu8):
+    mode, fields = FORCED[name]
+    plan = make_plan(gpt, cpu8, options(mode, **fields))
+    plan.check(num_layers=None, cluster=cpu8, fingerprint=gpt.fingerprint)
+    assert plan.num_microbatches == fields.get("num_microbatches", MICROBATCHES)
+    assert plan.schedule == fields.get("schedule", "1f1b")
+    assert plan.num_devices == (1 if mode == "single" else 8)
+    for stage in plan.stages:
+        mesh = dict(stage.mesh)
+        assert mesh["data"] == fields.get("dp", mesh["data"])
+        assert mesh["tensor"] == fields.get("tp", mesh["tensor"])
+        assert stage.zero == fields.get("zero", stage.zero)
+        assert stage.recompute == fields.get("recompute", stage.recompute)
+    assert len(plan.stages) == fields.get("pp", len(plan.stages))
+
+
+def test_a_found_plan_holds_together(gpt, cpu8):
+    found = planned(gpt, cpu8, "manual", tp=2, pp=2)
+    plan = found.plan
+    assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 4)
+    assert plan.model == ModelRef(
+        name="gpt", size="tiny", fingerprint=gpt.fingerprint, dtype="fp32"
+    )
+    assert {path for stage in plan.stages for path in stage.params} == set(gpt.abstract_params)
+    for stage in plan.stages:
+        assert stage.params.keys() == stage.optimizer_state.keys()
+        assert all(
+            len(dims) == len(gpt.abstract_params[p].shape) for p, dims in stage.params.items()
+        )
+    assert plan.predicted == found.outlook.prediction
+    assert plan.predicted.step_s == found.outlook.timeline.step_s
+    assert plan.search.ilp_solved >= 1
+    assert plan.search.candidates >= 1
+    assert plan.search.optimality_gap == pytest.approx(0.0, abs=1e-6)
+    assert found.realized.plan == plan
+
+
+def test_zero_2_puts_optimizer_state_on_the_data_axis(gpt, cpu8):
+    (stage,) = make_plan(gpt, cpu8, options("zero")).stages
+    assert all(dims.count("data") == 1 for dims in stage.optimizer_state.values())
+    assert all(set(dims) == {None} for dims in stage.params.values())
+
+
+def test_zero_3_puts_the_parameters_there_too(gpt, cpu8):
+    (stage,) = make_plan(gpt, cpu8, options("zero", zero=3)).stages
+    assert all("data" in dims for dims in stage.params.values())
+
+
+def test_runners_up_are_other_numbers_of_microbatches_and_slower(gpt, cpu8):
+    plan = make_plan(gpt, cpu8, options("data", num_microbatches=None))
+    assert plan.runners_up
+    for runner in plan.runners_up:
+        assert runner.step_s >= plan.predicted.step_s
+        assert f"{runner.step_s / plan.predicted.step_s:.2f} times" in runner.why
+        assert f" {plan.num_microbatches} microbatches" not in runner.description
+
+
+def test_the_simulator_judges_every_plan_alike(gpt, cpu8):
+    """What `predict` says of a plan is what making it promised."""
+    plan = make_plan(gpt, cpu8, options("manual", tp=2, pp=2))
+    assert predict(replace(plan, predicted=None), gpt, cpu8) == plan.predicted
+
+
+def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
+    found = planned(gpt, cpu8, "single")
+    small = replace(cpu8, device=replace(cpu8.device, memory_bytes=2**22))
+    with pytest.raises(
+        InfeasiblePlanError, match=r"needs 0\.\d+ GiB on a device that has 0\.00 GiB .*memory_gib"
+    ):
+        _check_memory(found.outlook, small)
+
+
+def bare(stages, num_layers=None):
+    return Plan(
+        model=ModelRef(name="gpt", size="tiny"),
+        cluster=replace(_REF, name="cpu8"),
+        global_batch=BATCH,
+        num_microbatches=MICROBATCHES,
+        schedule="1f1b",
+        num_layers=num_layers,
+        stages=stages,
+    )
+
+
+def stage(first, last, *, host, mesh, **fields):
+    axes = (("data", mesh[0]), ("tensor", mesh[1]))
+    return Stage(layers=(first, last), hosts=(host,), devices=(0, 1, 2, 3), mesh=axes, **fields)
+
+
+_TWO = (stage(0, 3, host=0, mesh=(2, 2)), stage(3, 4, host=1, mesh=(4, 1), zero=2))
+
+
+@pytest.fixture(autouse=True)
+def _reference(cpu8, monkeypatch):
+    monkeypatch.setitem(globals(), "_REF", cpu8.ref())
+
+
+def test_a_bare_plan_is_completed_by_the_solver(gpt, cpu8):
+    found = adopt_plan(bare(_TWO), gpt, cpu8, options("auto"))
+    for before, after in zip(_TWO, found.plan.stages, strict=True):
+        assert (after.layers, after.mesh, after.zero) == (before.layers, before.mesh, before.zero)
+        assert after.params
+        assert after.strategies
+    assert found.plan.num_layers == 4
+    assert found.plan.predicted.step_s > 0
+    again = adopt_plan(found.plan, gpt, cpu8, options("auto")).plan
+    assert again == found.plan
+    assert adopt_plan(from_json(to_json(found.plan)), gpt, cpu8, options("auto")).plan == again
+
+
+def test_placed_parameters_stay_where_the_plan_puts_them(gpt, cpu8):
+    path = "blocks/3/mlp/up/kernel"
+    dims = (None, ("tensor",))
+    stages = (_TWO[0], stage(3, 4, host=1, mesh=(1, 4), params={path: dims}))
+    found = adopt_plan(bare(stages), gpt, cpu8, options("auto")).plan
+    assert found.stages[1].params[path] == (None, "tensor")
+
+
+BROKEN = {
+    "other layers": (
+        (replace(_TWO[0], layers=(0, 2)), replace(_TWO[1], layers=(2, 3))), None,
+        r"cover 3 layers, the model has 4 .*num_layers",
+    ),
+    "a dim that does not divide": (
+        (_TWO[0], replace(_TWO[1], params={"blocks/3/mlp/up/bias": (None, "data")})), None,
+        r"cannot lie as the plan says .*stages\[\]\.params",
+    ),
+    "blocks that differ": (
+        (replace(_TWO[0], params={
+            "blocks/1/mlp/up/bias": ("tensor",), "blocks/2/mlp/up/bias": (None,)
+        }), _TWO[1]), None,
+        r"'blocks/2/mlp/up/bias' must lie as in the other layers like it",
+    ),
+    "an unknown strategy": (
+        (replace(_TWO[0], strategies={"layer0/op": ("0:nonsense",)}), _TWO[1]), None,
+        r"no strategy 'nonsense' for .*stages\[\]\.strategies.*drop",
+    ),
+    "a strategy of no op": (
+        (replace(_TWO[0], strategies={"layer0/op": ("9999:R>R",)}), _TWO[1]), None,
+        r"no strategy 'R>R' for \('op', 'layer0', 9999\)",
+    ),
+    "a strategy without a number": (
+        (replace(_TWO[0], strategies={"layer0/op": ("R>R",)}), _TWO[1]), None,
+        r"no strategy",
+    ),
+    "a data axis that cuts samples": (
+        (replace(_TWO[0], mesh=(("data", 4), ("tensor", 1))), _TWO[1]), 16,
+        r"microbatch of 2 samples cannot be cut into 4 equal parts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_plans_that_cannot_be(name, gpt, cpu8):
+    stages, num_microbatches, words = BROKEN[name]
+    plan = replace(bare(stages), num_microbatches=num_microbatches or MICROBATCHES)
+    with pytest.raises(PlanError, match=words):
+        adopt_plan(plan, gpt, cpu8, options("auto"))
+
+
+def test_a_plan_may_cut_the_model_into_another_number_of_layers(gpt, cpu8):
+    stages = (replace(_TWO[0], layers=(0, 1)), replace(_TWO[1], layers=(1, 2)))
+    found = adopt_plan(bare(stages, num_layers=2), gpt, cpu8, options("auto"))
+    assert len(found.realized.planner.model.layers) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [2, 8])
+def test_auto_is_no_slower_than_any_plan_by_hand_in_the_simulator(gpt, cpu8, num_microbatches):
+    """To 5 %: the search does not see how transfers overlap with computing."""
+    best = planned(gpt, cpu8, "auto", num_microbatches=num_microbatches).plan.predicted.step_s
+    for tp, pp in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)):
+        dp = 8 // (tp * pp)
+        if (BATCH // num_microbatches) % dp:
+            continue
+        manual = planned(
+            gpt, cpu8, "manual", dp=dp, tp=tp, pp=pp, num_microbatches=num_microbatches
+        )
+        assert best <= 1.05 * manual.plan.predicted.step_s, (dp, tp, pp)
+
+
+def test_a_realized_plan_knows_who_sends_what_to_whom(gpt, cpu8):
+    realized = planned(gpt, cpu8, "manual", tp=2, pp=2).realized
+    avals = realized.planner.model.traced.graph.avals
+    (activation,) = realized.sent[0, 1]
+    assert avals[activation].shape == (BATCH // MICROBATCHES, 64, 64)
+    assert realized.returned[0, 1] == (activation,)
+    tied = [path for path in gpt.abstract_params if "token" in path]
+    assert {path: realized.users[path] for path in tied} == {path: (1,) for path in tied}
+    assert {realized.owner[path] for path in tied} == {0}
+    assert realize(realized.plan, gpt, cpu8).program == realized.program
