@@ -19,6 +19,7 @@ from launcher.autopar.plan_page import write_page
 from launcher.autopar.predict import model_flops_per_step
 from launcher.autopar.search import PlanOptions
 from launcher.autopar.summary import summarize
+from launcher.autopar.wording import large
 from launcher.config import Config, ParallelConfig
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
@@ -46,11 +47,7 @@ def run(config: Config, run_dir: Path) -> int:
     if not trains:
         return 0
 
-    grid = devices.acquire(
-        cluster,
-        emulated=emulates(config),
-        command=f"model={config.model.name} cluster={cluster.name}",
-    )
+    grid = devices.acquire(cluster, emulated=emulates(config))
     with phase(console, "compiling") as progress:
         executor = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress
@@ -104,10 +101,8 @@ def build_model(config: Config, cluster: Cluster) -> Model:
         dtype=dtype,
     )
     model = models.build(resolved)
-    log.info(
-        "model: %s %s, %.4g million parameters, computing in %s",
-        model.name, model.size, model.num_parameters / 1e6, dtype,
-    )  # fmt: skip
+    size = f"{large(model.num_parameters)} parameters"
+    log.info("model: %s %s, %s, computing in %s", model.name, model.size, size, dtype)
     return model
 
 

@@ -94,7 +94,7 @@ def test_planning_alone_needs_no_device_and_no_data(tmp_path, monkeypatch):
 
 def test_a_cluster_that_is_not_there_ends_with_the_ways_on(tmp_path):
     overrides = ["cluster=1xp3", "model.size=tiny", "parallel=data", "logger=jsonl"]
-    with pytest.raises(ClusterError, match=r"needs 1 hosts x 8 V100.*runtime=emulate"):
+    with pytest.raises(ClusterError, match=r"needs 1 x 8 V100.*runtime=emulate"):
         main.run(load(overrides), tmp_path)
     assert (tmp_path / "plan.json").is_file()
 

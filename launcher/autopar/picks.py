@@ -64,6 +64,11 @@ def pins_of_stage(planner: IntraOpPlanner, stage: Stage, settings: StageSettings
         name, _, kind = group.rpartition("/")
         for text in texts:
             index, _, wanted = text.partition(":")
+            if not (index.isascii() and index.isdecimal()):
+                raise PlanError(
+                    f"strategy '{text}' of {group} names no node (stages[].strategies): write it as "
+                    f"number:choice, or drop the strategies, the solver completes them"
+                )
             key = (kind, name, int(index))
             pins[key] = _matching(problem.choices.get(key), wanted, key, stage)
     for key, spec in _param_specs(planner, stage, settings).items():

@@ -1,6 +1,6 @@
 """Every way to run a range of layers on a submesh, priced: what the inter-operator DP chooses from.
 
-For each logical view of the submesh the intra-operator ILP is solved; ZeRO stages and recomputation are
+For each logical view of the submesh the intra-operator problem is solved; ZeRO stages and recomputation are
 then priced on top of its solution. For given strategies the cost of a range is linear in how often each
 class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges.
 
@@ -26,7 +26,7 @@ from launcher.autopar.stage_problem import StageSettings
 class Choices:
     """What the search may choose from; a forced choice is a set of one."""
 
-    zero: tuple[int, ...] = (0, 2, 3)
+    zero: tuple[int, ...] = (0, 2)
     recompute: tuple[str, ...] = ("none", "layer")
     tensor: int | None = None  # forced degree of the tensor axis
     data: int | None = None

@@ -1,6 +1,6 @@
 """Structural identity: when two ops, or two runs of ops, do the same thing to different values.
 
-The launcher plans and compiles a repeated layer once. Two ops are alike when they apply the same
+The launcher differentiates and plans a repeated layer once. Two ops are alike when they apply the same
 primitive with the same parameters to operands of the same shapes, dtypes and literal values.
 """
 

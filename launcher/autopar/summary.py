@@ -72,7 +72,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
         gap = plan.search.optimality_gap
         yield from _wrapped(
             "searched",
-            f"{plan.search.candidates:,} candidates, {count(plan.search.ilp_solved, 'ILP')} in "
+            f"{plan.search.candidates:,} candidates, {count(plan.search.ilp_solved, 'sharding problem')} in "
             f"{seconds(plan.search.wall_s)}"
             f"{'' if gap is None else f', optimality gap {percent(gap)}'}",
         )

@@ -48,12 +48,11 @@ def discover(num_cpu_devices: int) -> Found:
     )
 
 
-def acquire(cluster: Cluster, *, emulated: bool, command: str) -> np.ndarray:
+def acquire(cluster: Cluster, *, emulated: bool) -> np.ndarray:
     """The devices of a cluster as an array, hosts by devices per host.
 
     Args:
         emulated: whether CPU devices may stand for the cluster's.
-        command: the user's overrides, to be repeated in the ways on.
 
     Raises:
         ClusterError: they are not there; the message names the ways on.
@@ -62,11 +61,11 @@ def acquire(cluster: Cluster, *, emulated: bool, command: str) -> np.ndarray:
     fits_kind = emulated or (found[0].platform == "cpu") != cluster.device.accelerator
     if len(found) < cluster.num_devices or not fits_kind:
         raise ClusterError(
-            f"cluster={cluster.name} needs {cluster.num_hosts} hosts x {cluster.devices_per_host} "
-            f"{cluster.device.kind} ({cluster.num_devices} devices), and this machine has {len(found)} "
-            f"{found[0].device_kind} devices; the plan is saved. Ways on: run inside the cluster; submit "
-            f"with mode=submit (a later version); or rehearse the plan on this CPU with "
-            f"`python -m launcher {command} runtime=emulate model.size=tiny`"
+            f"cluster={cluster.name} needs {cluster.num_hosts} x {cluster.devices_per_host} "
+            f"{cluster.device.kind} ({cluster.num_devices} devices), this machine has {len(found)} "
+            f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster; submit it "
+            f"with mode=submit (a later version); or rehearse that cluster's shape on this CPU by adding "
+            f"runtime=emulate model.size=tiny"
         )
     used = np.array(found[: cluster.num_devices], dtype=object)
     return used.reshape(cluster.num_hosts, cluster.devices_per_host)

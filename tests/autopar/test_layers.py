@@ -4,6 +4,7 @@ The forward and the backward ops of every layer run apart, with nothing but the 
 the runtime runs them on microbatches.
 """
 
+import functools
 import itertools
 
 import jax
@@ -148,6 +149,12 @@ def gradients_by_layers(layered, params, state, batch):
     return env[traced.loss], outputs, backward(layered, env, kept)
 
 
+def quickly(function, *arguments):
+    """Compile with little optimization, which would take the most time here."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(function).lower(*arguments).compile(options)(*arguments)
+
+
 def check(model, layered, draw, bound=1e-12):
     params, state, batch = (
         draw(dict(shapes), seed)
@@ -155,10 +162,10 @@ def check(model, layered, draw, bound=1e-12):
             (model.abstract_params, model.abstract_state, model.example_batch(BATCH))
         )
     )
-    (expected, (new_state, metrics)), wanted = jax.jit(
-        jax.value_and_grad(model.loss, has_aux=True)
-    )(params, state, batch, KEY)
-    found, outputs, gradients = gradients_by_layers(layered, params, state, batch)
+    whole = jax.value_and_grad(model.loss, has_aux=True)
+    (expected, (new_state, metrics)), wanted = quickly(whole, params, state, batch, KEY)
+    by_layers = functools.partial(gradients_by_layers, layered)
+    found, outputs, gradients = quickly(by_layers, params, state, batch)
     np.testing.assert_allclose(found, expected, rtol=bound)
     for path, gradient in wanted.items():
         ours = np.broadcast_to(gradients.get(path, 0.0), gradient.shape)

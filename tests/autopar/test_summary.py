@@ -49,7 +49,7 @@ def test_it_says_what_a_plan_promises(plan, cluster, params):
         "MFU ?",
         "nominal",
         "4.96 MiB of 2 GiB",
-        "1,482 candidates, 12 ILPs",
+        "1,482 candidates, 12 sharding problems",
         "2 stages, 16 microbatches: 1.09 times the step time",
     ):
         assert part in text, part

@@ -57,7 +57,7 @@ def test_the_example_of_the_docs_is_a_model(monkeypatch, tmp_path):
     (tmp_path / "example_of_the_docs.py").write_text(example)
     monkeypatch.syspath_prepend(str(tmp_path))
     model = build("example_of_the_docs:build", hidden=16)
-    assert model.abstract_params["head/kernel"].shape == (16, 4)
+    assert model.abstract_params["head/kernel"].shape == (16, 1000)
     assert model.vocab_size == 1000
 
 
