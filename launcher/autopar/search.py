@@ -102,6 +102,12 @@ def search(
         for neighbour in (best * 2, best // 2):
             if neighbour and options.global_batch % neighbour == 0:
                 attempts.total_s(neighbour)
+    if not attempts.found and not attempts.failures:
+        raise ConfigError(
+            f"a global batch of {options.global_batch} samples leaves no microbatch that "
+            f"{space.choices.data} devices of the data axis can share (train.global_batch="
+            f"{options.global_batch}); choose a multiple of {space.choices.data}, or a smaller parallel.dp"
+        )
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
     candidates = sorted(attempts.found.values(), key=lambda candidate: candidate.result.total_s)

@@ -134,7 +134,9 @@ class LocalExecutor(Executor):
 
     def _programs(self, index: int, optimizer: Optimizer, grid: np.ndarray) -> StagePrograms:
         stage = self.realized.stages[index]
-        owned = {path for path in stage.layout.params if self.realized.owner[path] == index}
+        # A parameter that no gradient reaches has no accumulator, and stays as it is.
+        trained = stage.layout.accumulators
+        owned = {path for path in trained if self.realized.owner[path] == index}
         tied = {path: len(users) for path, users in self.realized.users.items() if path in owned}
         return StagePrograms(
             stage.emitter,
@@ -336,8 +338,9 @@ class LocalExecutor(Executor):
     def params(self) -> dict[str, np.ndarray]:
         """All parameters, on the host."""
         found = {}
-        for stage in self.stages:
-            found |= {path: np.asarray(stage.params[path]) for path in stage.programs.owned}
+        for index, stage in enumerate(self.stages):
+            own = [path for path in stage.params if self.realized.owner[path] == index]
+            found |= {path: np.asarray(stage.params[path]) for path in own}
         return found
 
     def state(self) -> dict[str, np.ndarray]:

@@ -186,3 +186,8 @@ def test_the_optimizer_counts(gpt, cpu8):
     assert needed(optax.adamw(1e-3)) - needed(optax.sgd(0.1)) == pytest.approx(
         2 * parameters, rel=1e-3
     )
+
+
+def test_a_batch_that_the_data_axis_cannot_share(gpt, cpu8):
+    with pytest.raises(ConfigError, match=r"global batch of 12 .*multiple of 8"):
+        run(gpt, cpu8, "data", global_batch=12, num_microbatches=None)
