@@ -1,25 +1,48 @@
-"""Text files that appear whole or not at all: whoever reads or dies, half a file is never there."""
+"""Text files that appear whole or not at all: whoever reads or dies, half a file is never there.
+
+A file is written under a temporary name in the same folder and renamed over the old one.
+"""
 
 import contextlib
 import os
+import shutil
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
 from launcher.errors import StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name in the same folder, and rename over the old file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs do not share it
+    """Write a text file so that it is there in full, or the old one still is."""
+    data = text.encode()
+    # The process id keeps two runs apart that were given the same folder.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}, {error.strerror or error} (hydra.run.dir={path.parent}): "
-            "free some space, or choose a folder that can be written"
-        ) from error
+        raise storage_error(path, error, needed_bytes=len(data)) from error
+
+
+def storage_error(path: Path, error: OSError, needed_bytes: int) -> StorageError:
+    """Say which file could not be written, why, and what to do about it."""
+    if error.errno in (EROFS, EACCES, EPERM):
+        cure = "set hydra.run.dir to a folder that can be written"
+    else:
+        cure = "free some space there, or set hydra.run.dir to a folder on another disk"
+    return StorageError(
+        f"cannot write {path} ({error.strerror or error}; {needed_bytes} bytes needed, "
+        f"{_free_bytes(path.parent)} free); hydra.run.dir={path.parent}: {cure}"
+    )
+
+
+def _free_bytes(folder: Path) -> int | str:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return "an unknown number"

@@ -8,8 +8,9 @@ run ended.
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from launcher.autopar.atomic_file import storage_error
 from launcher.runtime.metrics import PlanMetrics, Row, TrainSummary, to_json
-from launcher.runtime.summary_file import storage_error, write_summary
+from launcher.runtime.summary_file import write_summary
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -1,16 +1,8 @@
-"""Files of a run that appear whole or not at all, first of them summary.json.
+"""summary.json: a run's final numbers."""
 
-A file is written under a temporary name in the same folder and renamed over the old one, so a
-reader, or a run that dies, never meets half a file.
-"""
-
-import contextlib
-import os
-import shutil
-from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
-from launcher.errors import StorageError
+from launcher.autopar.atomic_file import write_atomically
 from launcher.runtime.metrics import Row, to_json
 
 SUMMARY_NAME = "summary.json"
@@ -21,39 +13,3 @@ def write_summary(run_dir: Path, row: Row) -> Path:
     path = run_dir / SUMMARY_NAME
     write_atomically(path, to_json(row, indent=2) + "\n")
     return path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that it is there in full, or the old one still is."""
-    data = text.encode()
-    # The process id keeps two runs apart that were given the same folder.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise storage_error(path, error, needed_bytes=len(data)) from error
-
-
-def storage_error(path: Path, error: OSError, needed_bytes: int) -> StorageError:
-    """Say which file could not be written, why, and what to do about it."""
-    if error.errno in (EROFS, EACCES, EPERM):
-        cure = "set hydra.run.dir to a folder that can be written"
-    else:
-        cure = "free some space there, or set hydra.run.dir to a folder on another disk"
-    return StorageError(
-        f"cannot write {path} ({error.strerror or error}; {needed_bytes} bytes needed, "
-        f"{_free_bytes(path.parent)} free); hydra.run.dir={path.parent}: {cure}"
-    )
-
-
-def _free_bytes(folder: Path) -> int | str:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return "an unknown number"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.autopar.atomic_file import write_atomically
 from launcher.errors import StorageError
 from launcher.runtime.metrics import Meter, PlanMetrics, TrainSummary
 from launcher.runtime.sinks import JsonlSink, SummarySink
-from launcher.runtime.summary_file import write_atomically, write_summary
+from launcher.runtime.summary_file import write_summary
 
 METER = Meter(
     model_flops_per_step=1e9,
