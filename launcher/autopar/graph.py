@@ -11,7 +11,7 @@ pieces. Arrays that the traced function closed over are inputs like any other; `
 their values. `check` runs after every construction.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -77,9 +77,15 @@ def trace(function: Callable, *abstract_args) -> tuple[Graph, jax.tree_util.PyTr
     return from_jaxpr(closed, inline=CALLS), jax.tree.structure(shape)
 
 
-def from_jaxpr(closed: core.ClosedJaxpr, *, inline: frozenset[core.Primitive]) -> Graph:
-    """Number the variables of a jaxpr, inlining the calls of the given primitives."""
-    builder = _Builder(inline)
+def from_jaxpr(
+    closed: core.ClosedJaxpr, *, inline: frozenset[core.Primitive], barriers: bool = False
+) -> Graph:
+    """Number the variables of a jaxpr, inlining the calls of the given primitives.
+
+    With `barriers`, what an inlined recomputation (`jax.checkpoint`) reads passes a barrier first, as JAX
+    does it, so that the compiler does not find out that it has computed it before.
+    """
+    builder = _Builder(inline, barriers)
     jaxpr = closed.jaxpr
     inputs = tuple(builder.new(var.aval) for var in jaxpr.invars)
     constant_values = tuple(builder.new(var.aval) for var in jaxpr.constvars)
@@ -98,8 +104,8 @@ def from_jaxpr(closed: core.ClosedJaxpr, *, inline: frozenset[core.Primitive]) -
 class _Builder:
     """Collects ops while walking nested jaxprs."""
 
-    def __init__(self, inline: frozenset[core.Primitive]):
-        self.inline = inline
+    def __init__(self, inline: frozenset[core.Primitive], barriers: bool):
+        self.inline, self.barriers = inline, barriers
         self.avals: list[jax.core.ShapedArray] = []
         self.ops: list[Op] = []
         self.constants: dict[Value, jax.Array] = {}
@@ -120,6 +126,8 @@ class _Builder:
             operands = tuple(read(atom) for atom in eqn.invars)
             if eqn.primitive in self.inline:
                 inner, consts = _body(eqn)
+                if self.barriers and _recomputes(eqn):
+                    operands = tuple(self.behind_barrier(operand) for operand in operands)
                 results = self.run(inner, (*self.constant_values(inner, consts), *operands))
             else:
                 results = tuple(self.new(var.aval) for var in eqn.outvars)
@@ -127,10 +135,26 @@ class _Builder:
             env.update(zip(eqn.outvars, results, strict=True))
         return tuple(read(atom) for atom in jaxpr.outvars)
 
+    def behind_barrier(self, operand: Operand) -> Operand:
+        """The operand again, as a value that the compiler does not see through."""
+        if isinstance(operand, Literal):
+            return operand
+        closed = jax.make_jaxpr(jax.lax.optimization_barrier)(self.avals[operand])
+        result = self.new(self.avals[operand])
+        self.ops.append(Op(closed.eqns[0], (operand,), (result,)))
+        return result
+
     def constant_values(self, jaxpr: core.Jaxpr, consts: Sequence[jax.Array]) -> list[Value]:
         values = [self.new(var.aval) for var in jaxpr.constvars]
         self.constants |= dict(zip(values, consts, strict=True))
         return values
+
+
+def _recomputes(eqn: core.JaxprEqn) -> bool:
+    """Whether a call is a checkpointed function's recomputation, to be kept apart from the original."""
+    return (
+        eqn.primitive is prim.remat_p and eqn.params["differentiated"] and eqn.params["prevent_cse"]
+    )
 
 
 def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[jax.Array]]:
@@ -179,6 +203,37 @@ def eliminate_dead_code(graph: Graph) -> Graph:
     """Drop the ops that no output needs; inputs stay, used or not."""
     ops = live_ops(graph.ops, graph.outputs)
     return Graph(graph.avals, graph.inputs, ops, graph.outputs, graph.constants)
+
+
+def eliminate_common_ops(graph: Graph) -> Graph:
+    """Compute what is computed twice from the same values once, as XLA does; barriers stay apart."""
+    kept: dict[Hashable, Op] = {}
+    ops, same = [], {}
+    for op in graph.ops:
+        operands = tuple(o if isinstance(o, Literal) else same.get(o, o) for o in op.operands)
+        new = Op(op.eqn, operands, op.results)
+        key = _computation(new)
+        known = kept.setdefault(key, new)
+        if known is new:
+            ops.append(new)
+        else:
+            same |= dict(zip(op.results, known.results, strict=True))
+    outputs = tuple(o if isinstance(o, Literal) else same.get(o, o) for o in graph.outputs)
+    return Graph(graph.avals, graph.inputs, tuple(ops), outputs, graph.constants).check()
+
+
+def _computation(op: Op) -> Hashable:
+    """Equal for two ops that compute the same."""
+    if op.eqn.effects or op.primitive is jax.lax.optimization_barrier_p:
+        return id(op)
+    operands = tuple(
+        (str(o.val), str(o.aval)) if isinstance(o, Literal) else o for o in op.operands
+    )
+    params = tuple(
+        (name, value if isinstance(value, Hashable) else id(value))
+        for name, value in sorted(op.eqn.params.items())
+    )
+    return op.primitive, operands, params, tuple(str(var.aval) for var in op.eqn.outvars)
 
 
 def used_values(ops: Sequence[Op]) -> set[Value]:

@@ -108,13 +108,11 @@ def _single_steps(splits: tuple[tuple[bool, ...], ...], mesh: LogicalMesh):
     per_message = np.full((len(specs), len(specs)), np.inf)
     np.fill_diagonal(per_message, 0.0)
     per_byte = np.zeros_like(per_message)
-    latency_only = replace(mesh, beta=(0.0,) * mesh.num_axes)
-    bytes_only = replace(mesh, alpha=(0.0,) * mesh.num_axes)
     for spec in specs:
         for step in _steps_from(shape, 1, spec, mesh):
             pair = number[spec], number[step.target]
-            per_message[pair] = step_cost(step, latency_only)
-            per_byte[pair] = step_cost(step, bytes_only) / math.prod(shape)
+            per_message[pair] = step_cost(replace(step, num_bytes=0), mesh)
+            per_byte[pair] = (step_cost(step, mesh) - per_message[pair]) / math.prod(shape)
     return number, per_message, per_byte
 
 
@@ -158,7 +156,9 @@ def _steps_from(shape: Shape, itemsize: int, spec: Spec, mesh: LogicalMesh) -> I
             continue
         for target_entry in (REPLICATED, PARTIAL, *range(len(shape))):
             kind = _kind(entry, target_entry)
-            if kind is None or not (
+            if kind is None or kind.value in mesh.forbidden:
+                continue
+            if not (
                 _is_minor(spec, axis, entry) and _is_minor(spec, axis, target_entry)
             ):
                 continue

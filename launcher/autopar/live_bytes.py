@@ -1,0 +1,109 @@
+"""How much memory a device holds while it runs a `ShardedGraph`: shards, from making to last use.
+
+Inputs are held throughout and results from when they are made, as a compiled function that donates
+nothing holds them. A loop adds the most that its body holds. Left out: what XLA's fusion never
+materialises (so this is an upper estimate for elementwise chains), and the buffers of collectives.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from jax.extend.core import Literal
+
+from launcher.autopar.graph import Value
+from launcher.autopar.sharded_graph import Apply, Loop, Move, ShardedGraph
+from launcher.autopar.spec import Spec, local_shape
+
+Shard = tuple[Value, Spec]
+
+
+def live_bytes(sharded: ShardedGraph) -> list[int]:
+    """Bytes per device while each instruction runs."""
+    last = _last_uses(sharded)
+    end = len(sharded.instructions)
+    change: dict[int, int] = defaultdict(int)
+    held: set[Shard] = set()
+
+    def make(at: int, value: Value, spec: Spec) -> None:
+        if (value, spec) not in held:
+            held.add((value, spec))
+            num_bytes = shard_bytes(sharded, value, spec)
+            change[at] += num_bytes
+            change[last.get((value, spec), at) + 1] -= num_bytes
+
+    for value, spec in sharded.input_specs.items():
+        last[value, spec] = end
+        make(0, value, spec)
+    extra = [0] * end
+    for at, instruction in enumerate(sharded.instructions):
+        match instruction:
+            case Move(value, step, _):
+                make(at, value, step.target)
+            case Apply(op, strategy):
+                for index, value in enumerate(op.results):
+                    make(at, value, strategy.result_spec(index))
+            case Loop(op, flow, specs, bodies):
+                for crossing, spec in zip(flow.crossings, specs, strict=True):
+                    if crossing.result is not None:
+                        make(at, op.results[crossing.result], crossing.outer_spec(spec))
+                extra[at] = max(peak_bytes(body) for body in bodies)
+    timeline, now = [], 0
+    for at in range(end):
+        now += change[at]
+        timeline.append(now + extra[at])
+    return timeline
+
+
+def peak_bytes(sharded: ShardedGraph) -> int:
+    """The most that a device holds at any time."""
+    inputs = sum(shard_bytes(sharded, v, spec) for v, spec in sharded.input_specs.items())
+    return max(live_bytes(sharded), default=inputs)
+
+
+def shard_bytes(sharded: ShardedGraph, value: Value, spec: Spec) -> int:
+    """Bytes of one device's shard of a value."""
+    aval = sharded.graph.avals[value]
+    return aval.dtype.itemsize * math.prod(local_shape(spec, aval.shape, sharded.mesh.shape))
+
+
+def _last_uses(sharded: ShardedGraph) -> dict[Shard, int]:
+    found: dict[Shard, int] = {}
+    for at, instruction in enumerate(sharded.instructions):
+        found |= dict.fromkeys(_read_by(instruction), at)
+    end = len(sharded.instructions)
+    for operand, spec in zip(sharded.graph.outputs, sharded.output_specs, strict=True):
+        if not isinstance(operand, Literal):
+            found[operand, spec] = end
+    return found
+
+
+def _read_by(instruction: Move | Apply | Loop) -> list[Shard]:
+    match instruction:
+        case Move(value, step, _):
+            return [(value, step.source)]
+        case Apply(op, strategy):
+            pairs = enumerate(op.operands)
+            return [(o, strategy.operand_spec(i)) for i, o in pairs if not isinstance(o, Literal)]
+        case Loop(op, flow, specs, _):
+            reads = [
+                (op.operands[crossing.operand], crossing.outer_spec(spec))
+                for crossing, spec in zip(flow.crossings, specs, strict=True)
+                if crossing.operand is not None
+            ]
+            return [(operand, spec) for operand, spec in reads if not isinstance(operand, Literal)]
+
+
+def live_ranges(sharded: ShardedGraph) -> Mapping[Value, tuple[int, int]]:
+    """Value -> the first and last instruction at which some shard of it is held."""
+    end = len(sharded.instructions)
+    first: dict[Value, int] = dict.fromkeys(sharded.input_specs, 0)
+    for at, instruction in enumerate(sharded.instructions):
+        if not isinstance(instruction, Move):
+            for value in instruction.op.results:
+                first[value] = at
+    final: dict[Value, int] = {}
+    for (value, _), at in _last_uses(sharded).items():
+        final[value] = max(at, final.get(value, 0))
+    final |= dict.fromkeys(sharded.input_specs, end)
+    return {value: (at, final.get(value, at)) for value, at in first.items()}

@@ -1,0 +1,137 @@
+"""A `ShardedGraph` on one device's shards: run inside `jax.shard_map`, instruction by instruction.
+
+Nothing is decided here. What was priced is what is written; XLA is left no sharding to choose.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax import lax
+from jax.extend.core import Literal
+from jax.extend.core import primitives as prim
+
+from launcher.autopar.graph import Operand, Value
+from launcher.autopar.rules import run_local
+from launcher.autopar.sharded_graph import Apply, Loop, Move, ShardedGraph
+from launcher.autopar.shards import apply_step
+from launcher.autopar.spec import PARTIAL, Spec, replicated
+
+
+def run(sharded: ShardedGraph, arguments: Sequence[jax.Array]) -> list[jax.Array]:
+    """Compute the local shards of the outputs from those of the inputs, in the order of the graph."""
+    shards = _Shards(sharded)
+    for value, array in zip(sharded.graph.inputs, arguments, strict=False):
+        shards.put(value, sharded.input_specs[value], array)
+    for instruction in sharded.instructions:
+        match instruction:
+            case Move(value, step, _):
+                shards.move(value, step)
+            case Apply(op, strategy):
+                operands = [shards.get(o, strategy.operand_spec(i)) for i, o in _numbered(op)]
+                results = run_local(op, strategy, sharded.mesh, operands)
+                for index, (value, shard) in enumerate(zip(op.results, results, strict=True)):
+                    shards.put(value, strategy.result_spec(index), shard)
+            case Loop():
+                _run_loop(instruction, shards)
+    outputs = zip(sharded.graph.outputs, sharded.output_specs, strict=True)
+    return [shards.get(operand, spec) for operand, spec in outputs]
+
+
+def _numbered(op) -> list[tuple[int, Operand]]:
+    return list(enumerate(op.operands))
+
+
+class _Shards:
+    """The shards at hand, by value and spec."""
+
+    def __init__(self, sharded: ShardedGraph):
+        self.mesh = sharded.mesh
+        self._at: dict[tuple[Value, Spec], jax.Array] = {}
+        for value, array in sharded.graph.constants.items():
+            self.put(value, replicated(self.mesh.num_axes), jax.numpy.asarray(array))
+
+    def put(self, value: Value, spec: Spec, shard: jax.Array) -> None:
+        self._at[value, spec] = shard
+
+    def move(self, value: Value, step) -> None:
+        self._at[value, step.target] = apply_step(step, self._at[value, step.source], self.mesh)
+
+    def get(self, operand: Operand, spec: Spec):
+        if isinstance(operand, Literal):
+            assert PARTIAL not in spec
+            return operand.val
+        return self._at[operand, spec]
+
+
+def _run_loop(loop: Loop, shards: _Shards) -> None:
+    outer: dict[int, jax.Array] = {}
+    crossings = list(zip(loop.flow.crossings, loop.specs, strict=True))
+    for crossing, spec in crossings:
+        if crossing.operand is not None:
+            operand = loop.op.operands[crossing.operand]
+            shard = shards.get(operand, crossing.outer_spec(spec))
+            outer[crossing.operand] = _array(operand, shard, crossing.aval.dtype)
+    operands = [outer[index] for index in range(len(loop.op.operands))]
+    results = _RUNNERS[loop.op.primitive](loop, operands)
+    for crossing, spec in crossings:
+        if crossing.result is not None:
+            value, shard = loop.op.results[crossing.result], results[crossing.result]
+            shards.put(value, crossing.outer_spec(spec), shard)
+
+
+def _run_scan(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    params = loop.op.eqn.params
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    (body,) = loop.bodies
+    consts, carried, sliced = operands[:first], operands[first:last], operands[last:]
+
+    def trip(carry, slices):
+        outputs = _typed(body, run(body, [*consts, *carry, *slices]))
+        return outputs[: len(carry)], outputs[len(carry) :]
+
+    carry, stacked = lax.scan(
+        trip, list(carried), sliced, length=params["length"],
+        reverse=params["reverse"], unroll=params["unroll"],
+    )  # fmt: skip
+    return [*carry, *stacked]
+
+
+def _typed(body: ShardedGraph, outputs: Sequence) -> list[jax.Array]:
+    """Literals as arrays of the type that the body's output has."""
+    return [
+        _array(operand, output, operand.aval.dtype) if isinstance(operand, Literal) else output
+        for operand, output in zip(body.graph.outputs, outputs, strict=True)
+    ]
+
+
+def _array(operand: Operand, value, dtype) -> jax.Array:
+    return jax.numpy.asarray(value, dtype) if isinstance(operand, Literal) else value
+
+
+def _run_while(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    params = loop.op.eqn.params
+    first = params["cond_nconsts"]
+    last = first + params["body_nconsts"]
+    test, step = loop.bodies
+    return lax.while_loop(
+        lambda carry: run(test, [*operands[:first], *carry])[0],
+        lambda carry: _typed(step, run(step, [*operands[first:last], *carry])),
+        list(operands[last:]),
+    )
+
+
+def _run_cond(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:
+    index, *rest = operands
+    branches = [_branch(body) for body in loop.bodies]
+    return lax.switch(index, branches, *rest)
+
+
+def _branch(body: ShardedGraph):
+    return lambda *arguments: _typed(body, run(body, arguments))
+
+
+_RUNNERS: Mapping[object, object] = {
+    prim.scan_p: _run_scan,
+    prim.while_p: _run_while,
+    prim.cond_p: _run_cond,
+}

@@ -1,0 +1,205 @@
+"""A region with every choice made, written out as the steps that each device takes.
+
+    ShardedGraph ::= input specs, instructions, output specs
+    instruction  ::= Move   one resharding step of a value
+                   | Apply  an op on local shards, by its strategy
+                   | Loop   a loop or branch, with a ShardedGraph per body
+
+This is the list that is priced, counted and shown, and the very list that `run_sharded` executes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from jax.extend.core import Literal
+
+from launcher.autopar.control_flow import Flow
+from launcher.autopar.copies import Copies
+from launcher.autopar.graph import Graph, Op, Operand, Value
+from launcher.autopar.graph_problem import GraphProblem, Key, combines
+from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.regions import Nest, Region
+from launcher.autopar.reshard import Kind, Step, step_cost
+from launcher.autopar.rules import Strategy
+from launcher.autopar.rules.registry import source_of
+from launcher.autopar.spec import Spec, replicated
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One resharding step of a value, and the op (None: an output) that asked for it."""
+
+    value: Value
+    step: Step
+    reader: Op | None
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """An op on local shards."""
+
+    op: Op
+    strategy: Strategy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loop:
+    """A loop or branch; `specs` are those of its crossings, seen from inside."""
+
+    op: Op
+    flow: Flow
+    specs: tuple[Spec, ...]
+    bodies: tuple["ShardedGraph", ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardedGraph:
+    """What each device does, in order. Inputs that are not in `input_specs` are closed-over arrays."""
+
+    graph: Graph
+    mesh: LogicalMesh
+    input_specs: Mapping[Value, Spec]
+    instructions: tuple[Move | Apply | Loop, ...]
+    output_specs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective that is priced, and runs.
+
+    Attributes:
+        kind: as HLO names it: all-gather, all-reduce, reduce-scatter, all-to-all.
+        num_bytes: per device: what an all-gather ends with, what the others begin with.
+        axis: the name of the mesh axis.
+        dtype: as HLO names it.
+        op: the op that it belongs to, with its place in the source.
+        times: how often it runs, for a collective inside a loop.
+        cost: of one run, in the mesh's unit.
+    """
+
+    kind: str
+    num_bytes: int
+    axis: str
+    dtype: str
+    op: str
+    times: float
+    cost: float
+
+
+def write_out(
+    region: Region,
+    problem: GraphProblem,
+    picks: Mapping[Key, object],
+    input_specs: Mapping[Value, Spec],
+    output_specs: tuple[Spec, ...],
+) -> ShardedGraph:
+    """List the instructions of a solved region."""
+    writer = _Writer(region, problem, picks)
+    return writer.write(input_specs, output_specs)
+
+
+class _Writer:
+    def __init__(self, region: Region, problem: GraphProblem, picks: Mapping[Key, object]):
+        self.region, self.problem, self.picks = region, problem, picks
+        self.mesh = problem.admission.mesh
+        via = {
+            value: picks[key]
+            for (path, value), key in problem.copies.items()
+            if path == region.path
+        }
+        self.copies = Copies(region.graph.avals, self.mesh, via)
+        self.instructions: list[Move | Apply | Loop] = []
+
+    def write(self, input_specs: Mapping[Value, Spec], output_specs: tuple[Spec, ...]):
+        graph = self.region.graph
+        for value in graph.inputs:
+            self.copies.put(value, input_specs.get(value, replicated(self.mesh.num_axes)))
+        for position, op in enumerate(graph.ops):
+            leader = self.region.leader(position)
+            if leader in self.region.nests:
+                self._write_loop(op, leader)
+            else:
+                self._write_op(op, self.picks["op", self.region.path, leader])
+        for operand, spec in zip(graph.outputs, output_specs, strict=True):
+            self._read(operand, spec, None)
+        instructions = tuple(self.instructions)
+        return ShardedGraph(graph, self.mesh, dict(input_specs), instructions, output_specs)
+
+    def _read(self, operand: Operand, spec: Spec, reader: Op | None) -> None:
+        if not isinstance(operand, Literal):
+            steps = self.copies.steps(operand, spec)
+            self.instructions += [Move(operand, step, reader) for step in steps]
+
+    def _write_op(self, op: Op, strategy: Strategy) -> None:
+        for index, operand in enumerate(op.operands):
+            self._read(operand, strategy.operand_spec(index), op)
+        self.instructions.append(Apply(op, strategy))
+        for index, value in enumerate(op.results):
+            self.copies.put(value, strategy.result_spec(index))
+
+    def _write_loop(self, op: Op, leader: int) -> None:
+        nest = self.region.nests[leader]
+        specs = tuple(
+            self.picks["crossing", self.region.path, leader, number]
+            for number in range(len(nest.flow.crossings))
+        )
+        for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
+            if crossing.operand is not None:
+                self._read(op.operands[crossing.operand], crossing.outer_spec(spec), op)
+        self.instructions.append(Loop(op, nest.flow, specs, self._bodies(nest, specs)))
+        for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
+            if crossing.result is not None:
+                self.copies.put(op.results[crossing.result], crossing.outer_spec(spec))
+
+    def _bodies(self, nest: Nest, specs: tuple[Spec, ...]) -> tuple[ShardedGraph, ...]:
+        whole = replicated(self.mesh.num_axes)
+        found = []
+        for number, region in enumerate(nest.bodies):
+            inputs: dict[Value, Spec] = {}
+            outputs = [whole] * len(region.graph.outputs)
+            for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
+                places = [index for where, index in crossing.inputs if where == number]
+                inputs |= {region.graph.inputs[index]: spec for index in places}
+                for where, index in crossing.outputs:
+                    if where == number:
+                        outputs[index] = spec
+            writer = _Writer(region, self.problem, self.picks)
+            found.append(writer.write(inputs, tuple(outputs)))
+        return tuple(found)
+
+
+def collectives(sharded: ShardedGraph, times: float = 1.0) -> Iterator[Collective]:
+    """Every collective, in the order in which a device meets them."""
+    mesh = sharded.mesh
+    for instruction in sharded.instructions:
+        match instruction:
+            case Move(value, step, reader) if step.kind.communicates:
+                name, dtype = mesh.axis_names[step.axis], sharded.graph.avals[value].dtype
+                place, cost = describe(reader) if reader else "output", step_cost(step, mesh)
+                kind = step.kind.value
+                yield Collective(kind, step.num_bytes, name, hlo_dtype(dtype), place, times, cost)
+            case Apply(op, strategy):
+                yield from _combines(op, strategy, mesh, times)
+            case Loop(_, flow, _, bodies):
+                for body, inner in zip(flow.bodies, bodies, strict=True):
+                    yield from collectives(inner, times * body.times)
+
+
+def _combines(op: Op, strategy: Strategy, mesh: LogicalMesh, times: float) -> Iterator[Collective]:
+    for axis, num_bytes in combines(op, strategy, mesh):
+        name, cost = mesh.axis_names[axis], mesh.all_reduce(axis, num_bytes)
+        dtype, kind = hlo_dtype(op.eqn.outvars[0].aval.dtype), Kind.ALL_REDUCE.value
+        yield Collective(kind, num_bytes, name, dtype, describe(op), times, cost)
+
+
+def hlo_dtype(dtype) -> str:
+    """A dtype as HLO names it: f32, bf16, s32, u8, pred."""
+    if dtype == bool:
+        return "pred"
+    kinds = {"f": "f", "i": "s", "u": "u", "c": "c"}
+    return "bf16" if dtype == "bfloat16" else f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
+
+
+def describe(op: Op) -> str:
+    """An op by its primitive and its place in the source."""
+    return f"{op.primitive} at {source_of(op)}"
