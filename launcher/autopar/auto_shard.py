@@ -123,7 +123,9 @@ class ShardedFunction:
         structure = jax.tree.structure(self.result)
 
         def local(*arguments):
-            return jax.tree.unflatten(structure, run(self.solved.sharded, jax.tree.leaves(arguments)))
+            return jax.tree.unflatten(
+                structure, run(self.solved.sharded, jax.tree.leaves(arguments))
+            )
 
         mapped = jax.shard_map(
             local, mesh=Mesh(grid, self.mesh.axis_names), in_specs=self.in_specs,

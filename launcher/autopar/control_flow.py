@@ -19,10 +19,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.graph import CALLS, CUSTOM_CALLS, Graph, Op, eliminate_dead_code, from_jaxpr
+from launcher.autopar.graph import (
+    CALLS,
+    CUSTOM_CALLS,
+    Graph,
+    Op,
+    Operand,
+    eliminate_dead_code,
+    from_jaxpr,
+)
 from launcher.autopar.spec import Spec
 
 Place = tuple[int, int]  # (body, index of an input or output)
@@ -102,6 +111,11 @@ def _is_sum(graph: Graph, output: int) -> bool:
     )
 
 
+def _starts_as_sum(operand: Operand) -> bool:
+    """Zero is the sum of zeros; another constant is not a sum."""
+    return not isinstance(operand, Literal) or not np.any(operand.val)
+
+
 def _scan(op: Op) -> Flow:
     params, avals = op.eqn.params, _avals(op)
     graph = _graph(params["jaxpr"])
@@ -113,8 +127,12 @@ def _scan(op: Op) -> Flow:
         at = consts + k
         crossings.append(
             Crossing(
-                avals[at], operand=at, result=k, inputs=((0, at),), outputs=((0, k),),
-                may_be_partial=_is_sum(graph, k) and not isinstance(op.operands[at], Literal),
+                avals[at],
+                operand=at,
+                result=k,
+                inputs=((0, at),),
+                outputs=((0, k),),
+                may_be_partial=_is_sum(graph, k) and _starts_as_sum(op.operands[at]),
             )  # fmt: skip
         )
     for at in range(consts + carried, len(avals)):

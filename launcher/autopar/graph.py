@@ -207,33 +207,49 @@ def eliminate_dead_code(graph: Graph) -> Graph:
 
 def eliminate_common_ops(graph: Graph) -> Graph:
     """Compute what is computed twice from the same values once, as XLA does; barriers stay apart."""
-    kept: dict[Hashable, Op] = {}
-    ops, same = [], {}
+    same = _first_equals(graph, barriers_are_opaque=True)
+
+    def first(operands: Sequence[Operand]) -> tuple[Operand, ...]:
+        return tuple(o if isinstance(o, Literal) else same.get(o, o) for o in operands)
+
+    ops = tuple(
+        Op(op.eqn, first(op.operands), op.results)
+        for op in graph.ops
+        if not op.results or op.results[0] not in same
+    )
+    return Graph(graph.avals, graph.inputs, ops, first(graph.outputs), graph.constants).check()
+
+
+def equal_values(graph: Graph) -> dict[Value, Value]:
+    """Value -> the first value that equals it, for those that recompute an earlier one."""
+    return _first_equals(graph, barriers_are_opaque=False)
+
+
+def _first_equals(graph: Graph, *, barriers_are_opaque: bool) -> dict[Value, Value]:
+    known: dict[Hashable, tuple[Value, ...]] = {}
+    same: dict[Value, Value] = {}
     for op in graph.ops:
         operands = tuple(o if isinstance(o, Literal) else same.get(o, o) for o in op.operands)
-        new = Op(op.eqn, operands, op.results)
-        key = _computation(new)
-        known = kept.setdefault(key, new)
-        if known is new:
-            ops.append(new)
-        else:
-            same |= dict(zip(op.results, known.results, strict=True))
-    outputs = tuple(o if isinstance(o, Literal) else same.get(o, o) for o in graph.outputs)
-    return Graph(graph.avals, graph.inputs, tuple(ops), outputs, graph.constants).check()
+        if op.primitive is jax.lax.optimization_barrier_p:
+            if not barriers_are_opaque:
+                same |= dict(zip(op.results, operands, strict=True))
+            continue
+        first = known.setdefault(_computation(op, operands), op.results)
+        if first is not op.results:
+            same |= dict(zip(op.results, first, strict=True))
+    return same
 
 
-def _computation(op: Op) -> Hashable:
+def _computation(op: Op, operands: Sequence[Operand]) -> Hashable:
     """Equal for two ops that compute the same."""
-    if op.eqn.effects or op.primitive is jax.lax.optimization_barrier_p:
+    if op.eqn.effects:
         return id(op)
-    operands = tuple(
-        (str(o.val), str(o.aval)) if isinstance(o, Literal) else o for o in op.operands
-    )
+    read = tuple((str(o.val), str(o.aval)) if isinstance(o, Literal) else o for o in operands)
     params = tuple(
         (name, value if isinstance(value, Hashable) else id(value))
         for name, value in sorted(op.eqn.params.items())
     )
-    return op.primitive, operands, params, tuple(str(var.aval) for var in op.eqn.outvars)
+    return op.primitive, read, params, tuple(str(var.aval) for var in op.eqn.outvars)
 
 
 def used_values(ops: Sequence[Op]) -> set[Value]:

@@ -90,7 +90,6 @@ class Admission:
             found = tuple(s for s in found if s.work_division(shape) == most)
         return found
 
-
     def _meets_batch(self, op: Op, path: tuple[int, ...]) -> bool:
         """Ops that see no batch, such as the optimizer's, are free."""
         tags = self.tags.get(path)
@@ -124,7 +123,7 @@ class GraphProblem:
         self.copies: dict[tuple[tuple[int, ...], Value], Key] = {}
         self._node_costs: dict[Key, np.ndarray] = {}
         self._edge_costs: dict[tuple[Key, Key], np.ndarray] = {}
-        self._holders: dict[Value, Port] = {}
+        self._holders: dict[Value, tuple[Port, ...]] = {}
         self._mesh = _with_ties_broken(admission.mesh, region)
         self._work_tie = _TIE_FRACTION * _dearest(admission.mesh, region) / _total_work(region)
 
@@ -138,6 +137,11 @@ class GraphProblem:
         """A node that chooses a spec."""
         self.add_node(key, tuple(specs))
         return Port(key, index, self.choices[key])
+
+    def prefer_small(self, port: Port, aval) -> None:
+        """Of two equal places for a value, the one that holds less."""
+        shards = [num_shards(spec, self._mesh.shape) for spec in port.specs]
+        self.add_node(port.key, port.specs, self._work_tie * aval_bytes(aval) / np.array(shards))
 
     def connect(self, source: Port, target: Port, aval, times: float) -> None:
         """Price the resharding of a value from one node to another."""
@@ -181,8 +185,8 @@ class GraphProblem:
         if not region.path:
             self._holders = builder.holders()
 
-    def holder(self, value: Value) -> Port:
-        """The node that says how much of a value of the outermost graph a device holds."""
+    def holders(self, value: Value) -> tuple[Port, ...]:
+        """The nodes that say how much of a value of the outermost graph a device holds."""
         return self._holders[value]
 
     def pairwise(self, pins: Mapping[Key, object] | None = None):
@@ -213,6 +217,7 @@ class _RegionBuilder:
         self.problem, self.region, self.times = problem, region, times
         self.ports: dict[Value, Port] = dict(inputs)
         self.readers: dict[Value, dict[tuple[Key, int], Port]] = {}
+        self.results: list[Port] = []
         num_axes = problem.admission.mesh.num_axes
         for value in region.graph.inputs:
             if value not in self.ports:
@@ -226,18 +231,20 @@ class _RegionBuilder:
                 self._add_flow(op, position, leader)
             else:
                 self._add_op(op, position, leader)
+        self.results = list(outputs.values())
         for index, target in outputs.items():
             self._read(self.region.graph.outputs[index], target)
         self._connect()
 
-    def holders(self) -> dict[Value, Port]:
-        """Value -> its copy, or where it has none, what produces it."""
-        copies = self.problem.copies
-        return {
-            value: Port(key, 0, self.problem.choices[key]) if key else port
-            for value, port in self.ports.items()
-            for key in [copies.get((self.region.path, value))]
-        }
+    def holders(self) -> dict[Value, tuple[Port, ...]]:
+        """Value -> where it is produced, its copy if it has one, and where it must arrive as a result."""
+        found: dict[Value, tuple[Port, ...]] = {v: (port,) for v, port in self.ports.items()}
+        for value, readers in self.readers.items():
+            key = self.problem.copies.get((self.region.path, value))
+            if key is not None:
+                found[value] += (Port(key, 0, self.problem.choices[key]),)
+            found[value] += tuple(port for port in readers.values() if port in self.results)
+        return found
 
     def _read(self, operand, target: Port) -> None:
         if not isinstance(operand, Literal):
@@ -346,5 +353,4 @@ def _dearest(mesh: LogicalMesh, region: Region) -> float:
 
 
 def _total_work(region: Region) -> float:
-    return 1.0 + sum(result_bytes(op) for op in region.graph.ops)
-
+    return 1.0 + sum(map(aval_bytes, region.graph.avals))

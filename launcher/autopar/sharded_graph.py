@@ -15,7 +15,7 @@ from jax.extend.core import Literal
 
 from launcher.autopar.control_flow import Flow
 from launcher.autopar.copies import Copies
-from launcher.autopar.graph import Graph, Op, Operand, Value
+from launcher.autopar.graph import Graph, Op, Operand, Value, equal_values
 from launcher.autopar.graph_problem import GraphProblem, Key, combines
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.regions import Nest, Region
@@ -75,6 +75,8 @@ class Collective:
         op: the op that it belongs to, with its place in the source.
         times: how often it runs, for a collective inside a loop.
         cost: of one run, in the mesh's unit.
+        repeats: whether an equal value is brought to the same sharding before, as recomputation does. It
+            is priced, since it is meant to run; but XLA may find out, and run it once.
     """
 
     kind: str
@@ -84,6 +86,7 @@ class Collective:
     op: str
     times: float
     cost: float
+    repeats: bool = False
 
 
 def write_out(
@@ -170,19 +173,33 @@ class _Writer:
 
 def collectives(sharded: ShardedGraph, times: float = 1.0) -> Iterator[Collective]:
     """Every collective, in the order in which a device meets them."""
-    mesh = sharded.mesh
+    mesh, same = sharded.mesh, equal_values(sharded.graph)
+    seen: set[tuple[Operand, Step]] = set()
     for instruction in sharded.instructions:
         match instruction:
-            case Move(value, step, reader) if step.kind.communicates:
-                name, dtype = mesh.axis_names[step.axis], sharded.graph.avals[value].dtype
-                place, cost = describe(reader) if reader else "output", step_cost(step, mesh)
-                kind = step.kind.value
-                yield Collective(kind, step.num_bytes, name, hlo_dtype(dtype), place, times, cost)
+            case Move(value, step, _) if step.kind.communicates:
+                moved = (same.get(value, value), step)
+                yield _moved(sharded, instruction, times, repeats=moved in seen)
+                seen.add(moved)
             case Apply(op, strategy):
                 yield from _combines(op, strategy, mesh, times)
             case Loop(_, flow, _, bodies):
                 for body, inner in zip(flow.bodies, bodies, strict=True):
                     yield from collectives(inner, times * body.times)
+
+
+def _moved(sharded: ShardedGraph, move: Move, times: float, *, repeats: bool) -> Collective:
+    step, mesh = move.step, sharded.mesh
+    return Collective(
+        kind=step.kind.value,
+        num_bytes=step.num_bytes,
+        axis=mesh.axis_names[step.axis],
+        dtype=hlo_dtype(sharded.graph.avals[move.value].dtype),
+        op=describe(move.reader) if move.reader else "output",
+        times=times,
+        cost=step_cost(step, mesh),
+        repeats=repeats,
+    )
 
 
 def _combines(op: Op, strategy: Strategy, mesh: LogicalMesh, times: float) -> Iterator[Collective]:

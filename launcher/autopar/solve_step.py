@@ -21,8 +21,9 @@ from launcher.autopar.step_problem import StepProblem
 from launcher.autopar.work import aval_bytes
 from launcher.errors import InfeasiblePlanError
 
-_RAISES, _REFINEMENTS = 24, 5
-_FIRST_PRICE = 1e-4  # of what a byte costs to send
+_RAISES, _REFINEMENTS = 10, 5
+_FIRST_PRICE, _RAISE = 1e-4, 8.0  # of what a byte costs to send, and by how much it rises
+_ROUNDING = 1e-9  # a gap this small is the solver's arithmetic
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +54,12 @@ def solve_step(
 def _solve(step: StepProblem, options: IntraOpOptions, pins, prices) -> SolvedStep:
     pairwise, keys = step.problem.pairwise(pins)
     costs = [
-        costs + prices.get(key, 0.0)
-        for key, costs in zip(keys, pairwise.node_costs, strict=True)
+        costs + prices.get(key, 0.0) for key, costs in zip(keys, pairwise.node_costs, strict=True)
     ]
     priced = replace(pairwise, node_costs=tuple(costs))
     solution = solve(priced, time_limit_s=options.time_limit_s)
-    if solution.cost >= FORBIDDEN:
+    cost = pairwise.cost(solution.choice)
+    if cost >= FORBIDDEN:
         raise InfeasiblePlanError(
             "no sharding keeps to the options: the forbidden collectives or the forced axis leave none; "
             "allow all-gather or all-to-all, or drop batch_axis"
@@ -66,7 +67,8 @@ def _solve(step: StepProblem, options: IntraOpOptions, pins, prices) -> SolvedSt
     choices = step.problem.choices
     picks = {key: choices[key][p] for key, p in zip(keys, solution.choice, strict=True)}
     sharded = write_step(step, picks)
-    return SolvedStep(picks, sharded, pairwise.cost(solution.choice), solution.gap_fraction)
+    gap = solution.gap_fraction if solution.gap_fraction > _ROUNDING else 0.0
+    return SolvedStep(picks, sharded, cost, gap)
 
 
 def write_step(step: StepProblem, picks: Mapping[Key, object]) -> ShardedGraph:
@@ -98,7 +100,7 @@ def _within_memory(
             best = solved
             break
         crowded.add_peak(solved.sharded)
-        low, price = price, price * 4
+        low, price = price, price * _RAISE
     if best is None:
         raise InfeasiblePlanError(
             f"memory_limit_bytes={limit:.0f} cannot be met: the least that was found for a device is "
@@ -130,10 +132,10 @@ class _Crowded:
                 self._add(value)
 
     def _add(self, value) -> None:
-        port = self.step.problem.holder(value)
         num_bytes = aval_bytes(self.step.region.graph.avals[value])
-        shards = [num_shards(spec, self.step.mesh.shape) for spec in port.specs]
-        self.held[port.key] = self.held.get(port.key, 0.0) + num_bytes / np.array(shards)
+        for port in self.step.problem.holders(value):
+            shards = [num_shards(spec, self.step.mesh.shape) for spec in port.specs]
+            self.held[port.key] = self.held.get(port.key, 0.0) + num_bytes / np.array(shards)
 
     def prices(self, price: float) -> dict[Key, np.ndarray]:
         return {key: price * held for key, held in self.held.items()}

@@ -87,6 +87,8 @@ def _add_inputs(
         alike: Hashable = likeness if options.fold and any(likeness[:2]) else index
         key = keys.setdefault(alike, ("input", index))
         ports.append(problem.add_spec_node(key, specs))
+        if index not in roles.params:
+            problem.prefer_small(ports[-1], graph.avals[value])
     return tuple(ports)
 
 
@@ -125,7 +127,9 @@ def _input_specs(
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return whole
     specs = admission.specs(aval)
-    split = index in roles.state and options.zero >= 1 or index in roles.params and options.zero == 3
+    split = (
+        index in roles.state and options.zero >= 1 or index in roles.params and options.zero == 3
+    )
     for axis in admission.restrictions.batch_axes if not split else ():
         entries = admission.restrictions.entries(admission.tags[()], value)
         held = tuple(spec for spec in specs if spec[axis] in entries)

@@ -1,9 +1,9 @@
 """What the arguments and results of a step are to each other, found from the step alone.
 
-    carried    a result that is an argument's next value (updated parameters, optimizer state): the result
-               is left where the argument lies, so that the step can be called again with it
-    state      an argument that is carried and that no other result depends on: optimizer state
-    batch      an argument all of whose arrays have the leading dim of the last argument's
+carried    a result that is an argument's next value (updated parameters, optimizer state): the result
+           is left where the argument lies, so that the step can be called again with it
+state      an argument that is carried and that no other result depends on: optimizer state
+batch      an argument all of whose arrays have the leading dim of the last argument's
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def find_roles(
             shapes and dtypes.
         batch_argnums: the arguments that are batches; None finds them.
     """
-    results = list(result) if isinstance(result, tuple | list) else [result]
+    results = _parts(arguments, result)
     pairs = _matching(arguments, results) if carry is None else carry
     starts, ends = _offsets(arguments), _offsets(results)
     carried = {
@@ -69,6 +69,12 @@ def find_roles(
         if leaf.shape
     )
     return StepRoles(carried, state, frozenset(inputs - state), batch)
+
+
+def _parts(arguments: Sequence, result) -> list:
+    """The results: the parts of a tuple, unless the whole is like some argument (or no tuple)."""
+    alike = any(_signature(argument) == _signature(result) for argument in arguments)
+    return list(result) if isinstance(result, tuple) and not alike else [result]
 
 
 def _signature(tree) -> tuple:
