@@ -140,6 +140,10 @@ def _check_range(key: str, value: float) -> None:
     smallest, too_large = RANGES[key]
     if value < smallest:
         raise ConfigError(f"{key}={value} is less than {smallest}: give {key}={smallest} or more")
+    if value >= too_large and isinstance(value, int):
+        raise ConfigError(
+            f"{key}={value} is more than {too_large - 1}: give {smallest} to {too_large - 1}"
+        )
     if value >= too_large:
         raise ConfigError(
             f"{key}={value} is not less than {too_large}: "

@@ -85,6 +85,7 @@ class DeviceConfig:
 
     kind: str
     memory_gib: float
+    reserved_gib: float = 0.0  # of it, what plans leave to the driver and to communication
     peak_tflops: dict[str, float]  # dtype -> dense peak; a dtype that is missing has no known peak
     memory_gb_per_s: float
     matmul_efficiency: dict[str, float]  # dtype -> share of the peak that large products reach

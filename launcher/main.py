@@ -17,7 +17,7 @@ from launcher.autopar.plan import Prediction
 from launcher.autopar.plan_file import read_plan, write_plan
 from launcher.autopar.plan_page import write_page
 from launcher.autopar.predict import model_flops_per_step
-from launcher.autopar.search import PlanOptions
+from launcher.autopar.space import PlanOptions
 from launcher.autopar.summary import summarize
 from launcher.autopar.wording import large
 from launcher.config import Config, ParallelConfig
@@ -159,7 +159,15 @@ def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bo
         units_per_sample=model.units_per_sample,
         sample_unit=model.sample_unit,
         predicted_step_s=plan.predicted.step_s,
+        incomparable=_incomparable(cluster, emulated=emulated),
     )
+
+
+def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
+    """Why a step time measured here says nothing of the predicted one; None where it does."""
+    if emulated and cluster.device.accelerator:
+        return f"CPU devices stand for {cluster.device.kind}"
+    return f"the figures of cluster={cluster.name} are nominal" if cluster.nominal else None
 
 
 def make_sinks(

@@ -9,8 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 
+import hydra
 import pytest
 
+import launcher
 from launcher.cli import sweep
 
 # Stands in for launcher.main in the child processes: Python imports a sitecustomize when it starts.
@@ -113,6 +115,7 @@ def test_default_config_is_the_golden_one(launch, golden):
         (["model=wrn", "--info", "defaults"], "data/digits"),
         (["--info", "searchpath"], "conf"),
         (["--hydra-help"], "--multirun"),
+        (["--version"], f"launcher {launcher.__version__} (Hydra {hydra.__version__})\n"),
         (["-sc", "install=bash"], "hydra_bash_completion"),
     ],
 )
@@ -221,6 +224,16 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(launch, tmp_path):
     (tmp_path / "outputs").write_text("a file in the way")
     result = launch()
     assert result.returncode == 6
+    assert "take another hydra.run.dir=<folder>" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["launcher.log", "config.yaml"])
+def test_a_file_that_cannot_be_written_is_a_storage_error(launch, tmp_path, name):
+    (tmp_path / "mine" / name).mkdir(parents=True)
+    result = launch("hydra.run.dir=mine")
+    assert result.returncode == 6
+    assert f"{name}'" in result.stderr
     assert "take another hydra.run.dir=<folder>" in result.stderr
     assert result.stderr.count("\n") == 1
 

@@ -174,7 +174,10 @@ MISTAKES = [
     (["hydra.job.env_copy=x"], "hydra.job.env_copy=x is of the wrong type: give a list"),
     (["model.hidden.x=3"], "model.hidden has no keys of its own"),
     # A missing value, or none to be had.
-    (["model=custom"], "model.target has no value: give model.target=<value>"),
+    (
+        ["model=custom"],
+        "model.target has no value: give model.target=my_package.my_module:build, a",
+    ),
     (["train.steps=???"], "train.steps has no value"),
     (["~train.steps"], "~train.steps cannot be taken out: give it a value"),
     (["~train.steps=3"], "is not there with that value"),

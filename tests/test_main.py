@@ -1,6 +1,7 @@
 """The whole path through `main.run`, in this process, on the eight emulated devices of the tests."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -8,6 +9,7 @@ from launcher import main
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, InfeasiblePlanError, PlanError
 
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans"
 QUICK = ("logger=jsonl", "train.steps=2", "train.eval_batches=1", "parallel.num_microbatches=2")
 
 
@@ -84,6 +86,15 @@ def test_a_hand_written_plan_is_completed_and_runs(tmp_path):
     assert completed["stages"][1]["strategies"]
 
 
+def test_a_plan_of_another_family_is_refused(tmp_path):
+    plan = json.loads((GOLDEN / "two_stages.json").read_text())
+    plan["model"] = {"name": "moe", "size": "tiny"}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match="the plan is for model=moe, and .* is model=gpt"):
+        main.run(load(["mode=plan", "parallel=from_file", f"parallel.path={path}"]), tmp_path)
+
+
 def test_planning_alone_needs_no_device_and_no_data(tmp_path, monkeypatch):
     monkeypatch.setattr(main.devices, "acquire", None)
     monkeypatch.setattr(main.data, "build", None)
@@ -99,10 +110,14 @@ def test_a_cluster_that_is_not_there_ends_with_the_ways_on(tmp_path):
     assert (tmp_path / "plan.json").is_file()
 
 
-def test_emulation_runs_any_cluster(tmp_path):
+def test_emulation_runs_any_cluster(tmp_path, caplog):
+    caplog.set_level("INFO", "launcher")
     overrides = [*QUICK, "cluster=1xp3", "runtime=emulate", "model.size=tiny", "parallel=zero"]
     assert main.run(load(overrides), tmp_path) == 0
     assert rows_of(tmp_path)[0]["mfu"] is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["measured_over_predicted_step_s"] is None
+    assert "not to be compared, and no MFU: CPU devices stand for V100" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -111,6 +126,8 @@ def test_emulation_runs_any_cluster(tmp_path):
         (["parallel=manual", "parallel.tp=3"], ConfigError, "parallel.tp=3"),
         (["parallel.num_microbatches=5"], ConfigError, "parallel.num_microbatches=5"),
         (["model.heads=7"], ConfigError, "model.heads=7"),
+        (["parallel.tp=3"], ConfigError, "parallel.tp=1, 2 or 4"),
+        (["parallel.ep=2"], ConfigError, "parallel.ep=2 splits experts, and the model has none"),
         (["parallel=manual", "parallel.tp=8"], ConfigError, "parallel.tp=8"),
         (["parallel=from_file", "parallel.path=/nowhere.json"], PlanError, "nowhere"),
         (["model.size=6.7b", "parallel=data", "train.global_batch=8"], InfeasiblePlanError, "GiB"),

@@ -34,7 +34,7 @@ CONFIG_ROOMS = ("config", "main", "cli")
 IN_ONE_MODULE = ("wandb", "ray")
 
 # Imported where they are used: heavy, or not needed by every run.
-LAZY = ("wandb", "ray", "matplotlib", "sklearn", "PIL", "tokenizers", "pydoc_data")
+LAZY = ("wandb", "ray", "sklearn", "PIL", "tokenizers", "pydoc_data")
 
 RELATIVE = "<relative>"
 

@@ -6,7 +6,7 @@ A file is written under a temporary name in the same folder and renamed over the
 import contextlib
 import os
 import shutil
-from errno import EACCES, EPERM, EROFS
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 from launcher.errors import StorageError
@@ -31,14 +31,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 def storage_error(path: Path, error: OSError, needed_bytes: int) -> StorageError:
     """Say which file could not be written, why, and what to do about it."""
-    if error.errno in (EROFS, EACCES, EPERM):
-        cure = "set hydra.run.dir to a folder that can be written"
-    else:
+    why = error.strerror or str(error)
+    cure = "set hydra.run.dir to a folder that can be written"
+    if error.errno in (ENOSPC, EDQUOT, EFBIG):
+        why += f"; {needed_bytes} bytes needed, {_free_bytes(path.parent)} free"
         cure = "free some space there, or set hydra.run.dir to a folder on another disk"
-    return StorageError(
-        f"cannot write {path} ({error.strerror or error}; {needed_bytes} bytes needed, "
-        f"{_free_bytes(path.parent)} free); hydra.run.dir={path.parent}: {cure}"
-    )
+    return StorageError(f"cannot write {path} ({why}); hydra.run.dir={path.parent}: {cure}")
 
 
 def _free_bytes(folder: Path) -> int | str:

@@ -41,6 +41,7 @@ class Device:
     """One device.
 
     Attributes:
+        reserved_bytes: Of its memory, what the driver and communication libraries take.
         peak_flops_per_s: dtype (fp32, bf16, ...) -> dense peak rate.
         matmul_efficiency: dtype -> the share of the peak that large matrix products reach.
         accelerator: Whether it is one; a slice of a CPU is not.
@@ -53,6 +54,12 @@ class Device:
     memory_bytes_per_s: float
     has_bf16: bool
     accelerator: bool
+    reserved_bytes: int = 0
+
+    @property
+    def usable_bytes(self) -> int:
+        """Return the memory that a plan may fill."""
+        return self.memory_bytes - self.reserved_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +187,8 @@ class Cluster:
             base.device,
             kind=kind,
             memory_bytes=memory_bytes or base.device.memory_bytes,
+            # What JAX may use is its pool: the reserve lies outside it.
+            reserved_bytes=0 if memory_bytes else base.device.reserved_bytes,
             memory_bytes_per_s=_MEMORY_BYTES_PER_S.get(model, base.device.memory_bytes_per_s),
         )
         reported = {"device.memory_gib": "what JAX may use of it"} if memory_bytes else {}
@@ -278,14 +287,18 @@ def _read_device(node: Node) -> Device:
         (
             "kind", "memory_gib", "peak_tflops", "memory_gb_per_s", "matmul_efficiency", "has_bf16",
             "accelerator",
-        )
+        ),
+        ("reserved_gib",),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
     known = {dtype: peak for dtype, peak in peaks.items() if not peak.is_null}
     efficiency = fields["matmul_efficiency"].fields(tuple(known))
+    memory_gib, reserved = fields["memory_gib"].positive(), fields["reserved_gib"]
+    reserved_gib = 0.0 if reserved.is_null else reserved.number(maximum=memory_gib)
     return Device(
         kind=fields["kind"].text(),
-        memory_bytes=int(fields["memory_gib"].positive() * _GIB),
+        memory_bytes=int(memory_gib * _GIB),
+        reserved_bytes=int(reserved_gib * _GIB),
         peak_flops_per_s={dtype: peak.positive() * _TERA for dtype, peak in known.items()},
         matmul_efficiency={
             dtype: share.positive(maximum=1.0) for dtype, share in efficiency.items()
@@ -305,6 +318,7 @@ def _guess(kind: str) -> Cluster:
     device = Device(
         kind=kind,
         memory_bytes=8 * _GIB,
+        reserved_bytes=_GIB,
         peak_flops_per_s=peaks,
         matmul_efficiency=dict.fromkeys(peaks, 0.5),
         memory_bytes_per_s=300e9,

@@ -21,6 +21,7 @@ from launcher.autopar.graph import Graph, Op, Value
 from launcher.autopar.structure import Run, find_repeats, op_signature
 from launcher.autopar.trace import Role, TracedModel
 from launcher.autopar.work import aval_bytes, op_flops
+from launcher.errors import ConfigError
 
 # Alpa takes 0.5; where no cut keeps that (a head as heavy as half a block), the next one is tried.
 SLACKS = (0.5, 1.0, 2.0, np.inf)
@@ -36,8 +37,14 @@ class Clustering:
     free: tuple[Op, ...]
 
 
-def cluster(traced: TracedModel, num_layers: int | None = None) -> Clustering:
-    """Cut a traced model into `num_layers` layers, or into as many as it has repeated blocks."""
+def cluster(
+    traced: TracedModel, num_layers: int | None = None, *, key: str = "num_layers"
+) -> Clustering:
+    """Cut a traced model into `num_layers` layers, or into as many as it has repeated blocks.
+
+    Args:
+        key: what the user set `num_layers` by, for the error if there are fewer places to cut.
+    """
     free = free_ops(traced)
     free_results = {result for op in free for result in op.results}
     ops = [op for op in traced.graph.ops if free_results.isdisjoint(op.results)]
@@ -46,9 +53,20 @@ def cluster(traced: TracedModel, num_layers: int | None = None) -> Clustering:
     flops = np.array([op_flops(op) for op in ops], np.float64)
     natural = _natural_number_of_layers(runs, flops)
     wanted = num_layers or natural
-    atoms = _atoms(runs if wanted <= natural else (), len(ops))
-    starts = np.array([start for start, _ in atoms])
-    cuts = best_cuts(np.add.reduceat(flops, starts), crossing[starts], min(wanted, len(atoms)))
+    whole = _atoms(runs if wanted <= natural else (), len(ops))
+    # Blocks stay whole unless that leaves too few places to cut.
+    for atoms in (whole, _atoms((), len(ops))):
+        starts = np.array([start for start, _ in atoms])
+        work, crossed = np.add.reduceat(flops, starts), crossing[starts]
+        most = len(places_to_cut(work, crossed))
+        if most >= wanted:
+            break
+    if num_layers is not None and num_layers > most:
+        raise ConfigError(
+            f"{key}={num_layers} is more layers than the {most} that the model's ops can be cut into: "
+            f"give {key}={most} or less"
+        )
+    cuts = best_cuts(work, crossed, min(wanted, most))
     firsts = [atoms[cut][0] for cut in cuts]
     layers = tuple(tuple(ops[a:b]) for a, b in zip(firsts, [*firsts[1:], len(ops)], strict=True))
     return Clustering(layers, tuple(free))
@@ -128,14 +146,15 @@ def best_cuts(flops: np.ndarray, crossing: np.ndarray, num_layers: int) -> tuple
     Args:
         flops: work of each atom.
         crossing: bytes that cross the boundary before each atom.
+        num_layers: at most as many as there are places to cut.
     """
-    starts = _candidates(flops, crossing)
+    starts = places_to_cut(flops, crossing)
     for slack in SLACKS:
         bound = max((1 + slack) * flops.sum() / num_layers, flops.max())
         cuts = _least_crossing(flops, crossing, starts, num_layers, bound)
         if cuts is not None:
             return cuts
-    return tuple(range(num_layers))  # fewer places to cut than layers: one atom each, the rest last
+    raise AssertionError(f"{num_layers} layers of {len(starts)} places to cut")
 
 
 def _least_crossing(flops, crossing, starts, num_layers: int, bound: float):
@@ -153,9 +172,9 @@ def _least_crossing(flops, crossing, starts, num_layers: int, bound: float):
     return best
 
 
-def _candidates(flops: np.ndarray, crossing: np.ndarray) -> np.ndarray:
+def places_to_cut(flops: np.ndarray, crossing: np.ndarray) -> np.ndarray:
     """Where a layer may start: between two heavy atoms, only where the fewest bytes cross."""
-    crossing[0] = 0.0
+    crossing = np.array([0.0, *crossing[1:]])
     heavy = np.flatnonzero(flops > 0)
     between = [0, *(int(i) + 1 for i in heavy)]
     segments = zip(between, [*(int(i) for i in heavy), len(flops) - 1], strict=True)

@@ -36,7 +36,6 @@ from launcher.autopar.spec import Spec, all_specs, num_shards, replicated
 from launcher.autopar.work import aval_bytes, op_flops, result_bytes
 
 Key = Hashable
-FORBIDDEN = 1e18  # what the solver is told instead of infinity
 _TIE_FRACTION = 1e-6  # of the dearest collective: what one more collective is charged to break ties
 
 
@@ -148,7 +147,7 @@ class GraphProblem:
         costs = reshard_costs(aval.shape, aval.dtype.itemsize, self._mesh)
         rows = [costs.number[spec] for spec in source.specs]
         columns = [costs.number[spec] for spec in target.specs]
-        matrix = times * np.minimum(costs.between[np.ix_(rows, columns)], FORBIDDEN)
+        matrix = times * costs.between[np.ix_(rows, columns)]
         if source.key == target.key:
             self._node_costs[source.key] = self._node_costs[source.key] + np.diagonal(matrix)
             return
@@ -201,7 +200,7 @@ class GraphProblem:
             costs = self._node_costs[key]
             if key in pins:
                 held = [choice == pins[key] for choice in self.choices[key]]
-                costs = np.where(held, costs, FORBIDDEN)
+                costs = np.where(held, costs, np.inf)
             node_costs.append(costs)
         edge_costs: dict[tuple[int, int], np.ndarray] = {}
         for (source, target), matrix in self._edge_costs.items():
@@ -217,7 +216,7 @@ class _RegionBuilder:
         self.problem, self.region, self.times = problem, region, times
         self.ports: dict[Value, Port] = dict(inputs)
         self.readers: dict[Value, dict[tuple[Key, int], Port]] = {}
-        self.results: list[Port] = []
+        self.results: set[tuple[Key, int]] = set()
         num_axes = problem.admission.mesh.num_axes
         for value in region.graph.inputs:
             if value not in self.ports:
@@ -231,7 +230,7 @@ class _RegionBuilder:
                 self._add_flow(op, position, leader)
             else:
                 self._add_op(op, position, leader)
-        self.results = list(outputs.values())
+        self.results = {port.name for port in outputs.values()}
         for index, target in outputs.items():
             self._read(self.region.graph.outputs[index], target)
         self._connect()
@@ -243,7 +242,7 @@ class _RegionBuilder:
             key = self.problem.copies.get((self.region.path, value))
             if key is not None:
                 found[value] += (Port(key, 0, self.problem.choices[key]),)
-            found[value] += tuple(port for port in readers.values() if port in self.results)
+            found[value] += tuple(port for port in readers.values() if port.name in self.results)
         return found
 
     def _read(self, operand, target: Port) -> None:

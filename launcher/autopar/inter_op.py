@@ -86,6 +86,7 @@ def plan_stages(
     num_stages: int | None = None,
     use_all_devices: bool = True,
     transfer_s: Callable[[int], float] = lambda cut: 0.0,
+    cures: str = "take less, or more devices",
 ) -> SearchResult:
     """Find the plan of least T, or raise `InfeasiblePlanError`.
 
@@ -100,6 +101,7 @@ def plan_stages(
         num_stages: forces the number of stages.
         use_all_devices: whether submeshes must add up to `num_devices`, or may leave some idle.
         transfer_s: seconds per microbatch for what crosses a cut, paid by the stage behind it.
+        cures: what to suggest where no plan fits into memory.
     """
     space = _space(num_layers, submeshes, num_devices, cuts, num_stages, use_all_devices)
     choices = [
@@ -119,7 +121,7 @@ def plan_stages(
     best, num_passes = _search(space, fitting, num_microbatches - 1)
     if best is None:
         least_bytes = _bottleneck(space, rows, need_bytes)
-        raise _infeasible(space, least_bytes, memory_bytes, num_microbatches)
+        raise _infeasible(space, least_bytes, memory_bytes, num_microbatches, cures)
     return SearchResult(
         stages=tuple(choices[number] for number in best["number"]),
         total_s=_total_s(best, num_microbatches - 1),
@@ -337,19 +339,17 @@ def _pass(space: _Space, rows: np.ndarray, values: np.ndarray, combine: np.ufunc
     return table
 
 
-def _infeasible(space: _Space, least_bytes: float, memory_bytes: float, num_microbatches: int):
+def _infeasible(space: _Space, least_bytes, memory_bytes, num_microbatches: int, cures: str):
     """The error for a search without a plan; `least_bytes` are those of the least demanding one."""
     if math.isinf(least_bytes):
         return InfeasiblePlanError(
-            f"some of the {space.cuts[-1]} layers have no sharding on any submesh that leaves "
-            f"enough devices to the others (parallel.num_microbatches={num_microbatches}); set "
-            f"other parallel.num_microbatches, parallel.dp, parallel.tp, parallel.pp, or free them"
+            f"some of the {space.cuts[-1]} layers have no sharding on any submesh that leaves enough devices "
+            f"to the others (parallel.num_microbatches={num_microbatches}); set another number"
         )
     return InfeasiblePlanError(
         f"the least demanding plan needs {least_bytes / 2**30:.2f} GiB on a device that has "
         f"{memory_bytes / 2**30:.2f} GiB, {math.ceil(least_bytes - memory_bytes):,} bytes too many "
-        f"(parallel.num_microbatches={num_microbatches}); set parallel.recompute=layer, "
-        f"parallel.zero=3 or another parallel.num_microbatches, or raise cluster.hosts"
+        f"(parallel.num_microbatches={num_microbatches}); {cures}"
     )
 
 

@@ -27,8 +27,10 @@ from launcher.autopar.stage_problem import (
     Part,
     StageProblem,
     StageSettings,
+    borrowed_group,
+    owned_group,
 )
-from launcher.autopar.wiring import StageWiring, wire
+from launcher.autopar.wiring import Place, StageWiring, wire
 from launcher.errors import InfeasiblePlanError
 
 Picks = Mapping[Key, Spec | Strategy]
@@ -118,6 +120,7 @@ class IntraOpPlanner:
         self.time_limit_s = time_limit_s
         self.num_solved = 0
         self._producer = model.producer()
+        self.param_owners = model.param_owners()
         self._fragments: dict[tuple, ClassFragment] = {}
         self.wiring = lru_cache(maxsize=None)(self._wiring)
 
@@ -166,7 +169,10 @@ class IntraOpPlanner:
 
     def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
         sharded = settings.zero == 3
-        key = (name, settings.mesh, sharded, settings.restrictions, settings.compute.key)
+        key = (
+            name, settings.mesh, sharded, settings.restrictions, settings.compute.key,
+            settings.optimizer,
+        )  # fmt: skip
         if key not in self._fragments:
             self._fragments[key] = ClassFragment(self.classes[name], self.tags[name], settings)
         return self._fragments[key]
@@ -179,23 +185,42 @@ class IntraOpPlanner:
             for own, other in wiring.aliases.items()
             for kind in ("slot", "accumulator")
         }
-        nodes, edges = fragment.gradient_costs(problem.settings.zero)
         problem.choices.update(
             (key, choices) for key, choices in fragment.choices.items() if key not in stand_in
         )
-        problem.nodes += [n for n in (*fragment.nodes, *nodes) if n.key not in stand_in]
-        problem.edges += [edge for edge in edges if edge.source not in stand_in]
-        if problem.settings.memory_s_per_byte:
-            problem.penalties += [
-                replace(penalty, costs=penalty.costs * problem.settings.memory_s_per_byte)
-                for penalty in fragment.memory_penalties()
-                if penalty.key not in stand_in
-            ]
+        problem.nodes += [node for node in fragment.nodes if node.key not in stand_in]
+        for slot in fragment.param_slots:
+            self._add_param(problem, (name, slot), wiring.aliases)
         for edge in fragment.edges:
             if edge.source in stand_in or edge.target in stand_in:
                 source = stand_in.get(edge.source, edge.source)
                 edge = replace(edge, source=source, target=stand_in.get(edge.target, edge.target))
             problem.edges.append(edge)
+
+    def _add_param(self, problem: StageProblem, place: Place, aliases: Mapping[Place, Place]):
+        """What the parameters at a slot cost, which another slot may stand for."""
+        settings = problem.settings
+        name, slot = aliases.get(place, place)
+        costs = self._fragment(name, settings).param_costs(settings.zero)[slot]
+        home, accumulator = ("slot", name, slot), ("accumulator", name, slot)
+        owned, borrowed = owned_group(place), borrowed_group(place)
+        once, price = Part(once=True), settings.memory_s_per_byte
+        problem.nodes.append(NodeCost(home, costs.update_s, once, owned))
+        held = [
+            (home, costs.weight_bytes + costs.state_bytes, owned),
+            (home, costs.weight_bytes, borrowed),
+        ]
+        if ("accumulator", name, slot) in self._fragment(name, settings).choices:
+            problem.edges.append(EdgeCost(accumulator, home, costs.synchronize_s, once, owned))
+            held.append((accumulator, costs.accumulator_bytes, owned))
+            if self.classes[place[0]].has_gradient(place[1]):
+                problem.edges.append(EdgeCost(accumulator, home, costs.hand_on_s, once, borrowed))
+                held.append((accumulator, costs.accumulator_bytes, borrowed))
+        if price:
+            problem.penalties += [
+                NodeCost(key, price * num_bytes, Part(forward=True), group)
+                for key, num_bytes, group in held
+            ]
 
     def _connect_layers(self, problem: StageProblem, group: tuple[str, int, str, int]) -> None:
         """A value from layer to layer, and its gradient back."""
@@ -226,7 +251,7 @@ class IntraOpPlanner:
             problem.edges.append(EdgeCost(fragment.source[value][0], key, matrix, part, group))
 
     def _wiring(self, first: int, last: int) -> StageWiring:
-        return wire(self.model, self._producer, first, last)
+        return wire(self.model, self._producer, self.param_owners, first, last)
 
 
 def _pinned(problem: StageProblem, pins: Pins) -> StageProblem:

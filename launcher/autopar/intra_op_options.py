@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.mesh import CollectiveCosts
+from launcher.autopar.solver.solve import METHODS
 from launcher.errors import ConfigError
 
 
@@ -28,7 +29,8 @@ class IntraOpOptions:
         costs: how collectives are priced (`RingCosts`, `AlpaCosts`); None: as the mesh says.
         compute: prices computation, in the unit of the mesh's costs (seconds); None: matrix products and
             convolutions are divided as far as they go, and nothing else counts.
-        solver: "auto" (exact elimination where it is cheap, then HiGHS), "highs", "cbc".
+        solver: "auto" (exact elimination where it is cheap, then what `solver` lists), "ilp_highs" or
+            "ilp_cbc" (the ILP, whatever its size), "search" (a bound and a search).
         time_limit_s: for the solver.
         fold: plan repeated blocks once.
     """
@@ -50,6 +52,8 @@ class IntraOpOptions:
     def __post_init__(self):
         if self.zero not in (0, 1, 2, 3):
             raise ConfigError(f"zero={self.zero}: choose 0, 1, 2 or 3")
+        if self.solver not in METHODS:
+            raise ConfigError(f"solver={self.solver!r}: choose one of {', '.join(METHODS)}")
         if self.time_limit_s <= 0:
             raise ConfigError(f"time_limit_s={self.time_limit_s}: must be above 0")
         if self.memory_limit_bytes is not None and self.memory_limit_bytes <= 0:

@@ -80,6 +80,11 @@ class LayerClass:
         differentiable = [i for i, slot in enumerate(self.slots) if slot.differentiable]
         return dict(zip(differentiable, self.joint.outputs[self.num_outputs :], strict=True))
 
+    def has_gradient(self, slot: int) -> bool:
+        """Whether a slot's gradient is computed, and not known to be zero while tracing."""
+        gradient = self.gradients.get(slot)
+        return gradient is not None and not isinstance(gradient, Literal)
+
     @property
     def cotangents(self) -> dict[int, Value]:
         """Output -> the value of its cotangent."""
@@ -117,6 +122,29 @@ class LayeredModel:
             for k, value in enumerate(layer.outputs)
         }
 
+    def param_owners(self) -> dict[Value, int]:
+        """Parameter -> the layer whose stage updates it: the first with a gradient for it.
+
+        Where no layer has one, the first that reads it. What no layer reads is `unread_params`.
+        """
+        reads = [
+            (value, index, layer.cls.has_gradient(slot))
+            for index, layer in reversed(list(enumerate(self.layers)))
+            for slot, value in enumerate(layer.inputs)
+            if layer.cls.slots[slot].role is Role.PARAM
+        ]
+        readers = {value: index for value, index, _ in reads}  # the first is written last
+        return readers | {value: index for value, index, trained in reads if trained}
+
+    def unread_params(self) -> tuple[Value, ...]:
+        """Parameters that no layer reads."""
+        read = {value for layer in self.layers for value in layer.inputs}
+        return tuple(
+            value
+            for value, source in self.traced.inputs.items()
+            if source.role is Role.PARAM and value not in read
+        )
+
 
 def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
     """Turn clustered ops into layers, differentiating each class of layers once."""
@@ -133,8 +161,9 @@ def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
         whole = (*live_ops(constant_ops, used_values(ops)), *ops)
         graph = subgraph(traced.graph, whole, outputs)
         roles = {v: Role.RANDOM for v in keys} | {v: i.role for v, i in traced.inputs.items()}
-        slots = tuple(Slot(roles.get(value), value in flows) for value in graph.inputs)
         with_cotangent = tuple(k for k, value in enumerate(outputs) if value in flows)
+        trained = flows & _upstream(graph, [outputs[k] for k in with_cotangent])
+        slots = tuple(Slot(roles.get(value), value in trained) for value in graph.inputs)
         key = _class_key(graph, slots, with_cotangent)
         if key not in classes:
             name = f"layer{len(classes)}"
@@ -165,20 +194,26 @@ def _read_later(clustering: Clustering, final: set[Value]) -> list[set[Value]]:
 
 def _gradient_flow(traced: TracedModel) -> set[Value]:
     """The values that a parameter reaches and that reach the loss, through floating-point numbers."""
-
-    def is_float(value: Value) -> bool:
-        return jnp.issubdtype(traced.graph.avals[value].dtype, jnp.floating)
-
+    graph = traced.graph
     params = (v for v, source in traced.inputs.items() if source.role is Role.PARAM)
-    downstream = {value for value in params if is_float(value)}
-    for op in traced.graph.ops:
+    downstream = {value for value in params if _is_float(graph, value)}
+    for op in graph.ops:
         if op.primitive is not prim.stop_gradient_p and not downstream.isdisjoint(op.values):
-            downstream.update(value for value in op.results if is_float(value))
-    upstream = {traced.loss}
-    for op in reversed(traced.graph.ops):
+            downstream.update(value for value in op.results if _is_float(graph, value))
+    return downstream & _upstream(graph, [traced.loss])
+
+
+def _upstream(graph: Graph, wanted: Sequence[Value]) -> set[Value]:
+    """The values whose gradients the wanted values can have, and those themselves."""
+    upstream = set(wanted)
+    for op in reversed(graph.ops):
         if op.primitive is not prim.stop_gradient_p and not upstream.isdisjoint(op.results):
-            upstream.update(value for value in op.values if is_float(value))
-    return downstream & upstream
+            upstream.update(value for value in op.values if _is_float(graph, value))
+    return upstream
+
+
+def _is_float(graph: Graph, value: Value) -> bool:
+    return jnp.issubdtype(graph.avals[value].dtype, jnp.floating)
 
 
 def _class_key(graph: Graph, slots: Sequence[Slot], with_cotangent: Sequence[int]) -> Hashable:

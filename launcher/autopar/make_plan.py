@@ -4,16 +4,20 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from launcher.autopar.advice import memory_cures
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.inter_op import Placement, StageChoice
 from launcher.autopar.mesh import DATA
+from launcher.autopar.optimizer_state import OptimizerFootprint
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.picks import specs_as_dims, strategies_of
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.search import Candidate, PlanOptions, Search, search
-from launcher.autopar.stage_layout import layout
-from launcher.autopar.stage_problem import optimizer_spec
+from launcher.autopar.search import Candidate, Search, search
+from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_layout import training_layout
+from launcher.autopar.wording import count
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
@@ -42,15 +46,16 @@ def find_plan(
 ) -> Planned:
     """Search, let the simulator judge the best candidates, and return the winner."""
     found = search(model, cluster, options, progress)
+    footprint = OptimizerFootprint(options.optimizer)
     judged = []
     for candidate in found.candidates[:_JUDGED]:
         progress(f"simulating {candidate.num_microbatches} microbatches")
         plan = _as_plan(candidate, found, model, cluster, options)
-        realized = realize(plan, model, cluster, candidate.planner)
-        judged.append((realized, foresee(realized, model, cluster, options.optimizer)))
+        realized = realize(plan, model, cluster, candidate.planner, footprint)
+        judged.append((realized, foresee(realized, cluster)))
     judged.sort(key=lambda pair: (not _fits(pair[1], cluster), pair[1].prediction.step_s))
     realized, outlook = judged[0]
-    _check_memory(outlook, cluster)
+    _check_memory(outlook, cluster, options)
     plan = replace(
         realized.plan,
         predicted=outlook.prediction,
@@ -72,26 +77,32 @@ def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions)
             f"the plan is for a global batch of {plan.global_batch} samples "
             f"(train.global_batch={options.global_batch}): leave it out, or plan again"
         )
+    if plan.model.name != model.name:
+        raise PlanError(
+            f"the plan is for model={plan.model.name}, and the model to train is model={model.name}: "
+            f"take the plan's, or plan again"
+        )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
     _check_batch(plan)
-    realized = realize(plan, model, cluster)
-    outlook = foresee(realized, model, cluster, options.optimizer)
+    realized = realize(plan, model, cluster, optimizer=OptimizerFootprint(options.optimizer))
+    outlook = foresee(realized, cluster)
     plan = replace(_completed(realized, model), predicted=outlook.prediction)
     return Planned(plan, replace(realized, plan=plan), outlook)
 
 
 def _fits(outlook: Outlook, cluster: Cluster) -> bool:
-    return max(outlook.prediction.peak_bytes_per_device) <= cluster.device.memory_bytes
+    return max(outlook.prediction.peak_bytes_per_device) <= cluster.device.usable_bytes
 
 
-def _check_memory(outlook: Outlook, cluster: Cluster) -> None:
+def _check_memory(outlook: Outlook, cluster: Cluster, options: PlanOptions) -> None:
     if not _fits(outlook, cluster):
         needed = max(outlook.prediction.peak_bytes_per_device)
-        limit = cluster.device.memory_bytes
+        device = cluster.device
         raise InfeasiblePlanError(
-            f"the best plan needs {needed / 2**30:.2f} GiB on a device that has {limit / 2**30:.2f} GiB "
-            f"(cluster.device.memory_gib); set parallel.recompute=layer or parallel.zero=3, or raise "
-            f"cluster.hosts"
+            f"the best plan needs {needed / 2**30:.2f} GiB on a device that has "
+            f"{device.usable_bytes / 2**30:.2f} GiB to fill (cluster.device.memory_gib="
+            f"{device.memory_bytes / 2**30:g} less reserved_gib={device.reserved_bytes / 2**30:g}); "
+            f"{memory_cures(options, cluster)}"
         )
 
 
@@ -136,7 +147,7 @@ def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage
 
 def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     """Write down where a stage's tensors lie, and how its ops are computed."""
-    described = layout(planner, sharding, *stage.layers, stage.recompute)
+    described = training_layout(planner, sharding, *stage.layers, stage.recompute)
     traced, settings = planner.model.traced, sharding.settings
     shapes = {i.path: traced.graph.avals[v].shape for v, i in traced.inputs.items()}
     ranks = {path: len(shapes[path]) for path in described.params}
@@ -172,8 +183,8 @@ def _check_batch(plan: Plan) -> None:
         data = dict(stage.mesh)[DATA]
         if plan.microbatch_size % data:
             raise PlanError(
-                f"a microbatch of {plan.microbatch_size} samples cannot be cut into {data} equal parts "
-                f"(stages[{index}].mesh.{DATA}={data}); change the mesh or num_microbatches"
+                f"a microbatch of {count(plan.microbatch_size, 'sample')} cannot be cut into {data} equal "
+                f"parts (stages[{index}].mesh.{DATA}={data}); change the mesh or num_microbatches"
             )
 
 
@@ -192,7 +203,8 @@ def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
     more = "" if len(plan.stages) <= 4 else ", ..."
     slower = outlook.prediction.step_s / best.prediction.step_s
     return RunnerUp(
-        description=f"{len(plan.stages)} stages ({shapes}{more}), {plan.num_microbatches} microbatches",
+        description=f"{count(len(plan.stages), 'stage')} ({shapes}{more}), "
+        f"{count(plan.num_microbatches, 'microbatch')}",
         step_s=outlook.prediction.step_s,
         why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",
     )

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from launcher.autopar.graph import Op, Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayerClass
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.spec import Spec, num_shards
-from launcher.autopar.stage_layout import produced_spec
-from launcher.autopar.stage_problem import optimizer_spec
+from launcher.autopar.stage_layout import produced_spec, unread_specs
+from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place, StageWiring
 from launcher.autopar.work import aval_bytes
@@ -45,10 +46,28 @@ class StageMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParamMemory:
+    """Bytes per device of one parameter.
+
+    Attributes:
+        optimizer_bytes: its optimizer state, where it is updated.
+        accumulator_bytes: the sum of its gradients over microbatches; 0 if no layer makes one.
+        gradient_bytes: that sum where the update reads it.
+    """
+
+    weight_bytes: float
+    optimizer_bytes: float
+    accumulator_bytes: float
+    gradient_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClassMemory:
     """Bytes per device of one layer of a class.
 
     Attributes:
+        params: slot -> what one parameter there takes.
+        state_bytes: other state, such as running statistics.
         residual_bytes: what its forward ops make and its backward ops read.
         input_bytes: slot -> an activation that it reads.
         backward_slots: those of the slots that its backward ops read, without recomputation.
@@ -56,8 +75,8 @@ class ClassMemory:
         statistics_bytes: the state that its backward ops read, without and with recomputation.
     """
 
+    params: Mapping[int, ParamMemory]
     state_bytes: float
-    gradient_bytes: float
     residual_bytes: float
     input_bytes: Mapping[int, float]
     backward_slots: frozenset[int]
@@ -66,32 +85,35 @@ class ClassMemory:
 
 
 def class_memories(
-    planner: IntraOpPlanner,
-    sharding: StageSharding,
-    wiring: StageWiring,
-    optimizer_ratio: float,
-    *,
-    shared: bool = True,
+    planner: IntraOpPlanner, sharding: StageSharding, wiring: StageWiring
 ) -> dict[str, ClassMemory]:
-    """Count one layer of each class of a stage.
-
-    Args:
-        optimizer_ratio: bytes of optimizer state per byte of parameters.
-        shared: whether a parameter that several classes read counts once. In a range of the stage that
-            has only one of them it counts there, whichever that is.
-    """
+    """Count one layer of each class of a stage."""
     count = _Counter(sharding, wiring.aliases)
-    left_out = wiring.aliases if shared else {}
-    return {
-        name: count.layer(planner.classes[name], left_out, optimizer_ratio)
-        for name in wiring.classes
-    }
+    return {name: count.layer(planner.classes[name]) for name in wiring.classes}
+
+
+def unread_memory(planner: IntraOpPlanner, settings: StageSettings) -> list[ParamMemory]:
+    """Count the parameters that no layer reads, which lie as `unread_specs` says."""
+    traced = planner.model.traced
+    specs = unread_specs(planner, settings)
+    return [
+        _param_memory(aval, specs[traced.inputs[value].path], None, settings)
+        for value in planner.model.unread_params()
+        for aval in [traced.graph.avals[value]]
+    ]
 
 
 def stage_memory(
-    memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str
-) -> StageMemory:
-    """Add up a stage, for `recompute` "none", "layer" or "full"."""
+    memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str,
+    unread: Sequence[ParamMemory] = (),
+) -> StageMemory:  # fmt: skip
+    """Add up a stage, or a range of the layers that `memories` were counted for.
+
+    Args:
+        recompute: "none", "layer" or "full".
+        unread: what `unread_memory` counts; the stage with the last layer has it.
+    """
+    params = list(_held_params(memories, wiring)) + [(param, 1, 0) for param in unread]
     counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
     largest = max(memory.residual_bytes + sum(memory.input_bytes.values()) for memory, _ in counted)
@@ -104,11 +126,26 @@ def stage_memory(
         case "full":
             stash, workspace = 0.0, residuals + _passed_on_bytes(memories, wiring, "layer")
     return StageMemory(
-        state_bytes=sum(layers * memory.state_bytes for memory, layers in counted),
+        state_bytes=sum(layers * memory.state_bytes for memory, layers in counted)
+        + sum(
+            (owned + borrowed) * (param.weight_bytes + param.accumulator_bytes)
+            + owned * param.optimizer_bytes
+            for param, owned, borrowed in params
+        ),
         stash_bytes=stash + _received_bytes(memories, wiring, recompute),
         workspace_bytes=workspace,
-        gradient_bytes=sum(layers * memory.gradient_bytes for memory, layers in counted),
+        gradient_bytes=sum(
+            owned * param.gradient_bytes
+            + borrowed * bool(param.accumulator_bytes) * param.weight_bytes
+            for param, owned, borrowed in params
+        ),
     )
+
+
+def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):
+    """The parameters by slot, each once: what one takes, how many are owned, how many borrowed."""
+    for (name, slot), held in wiring.holdings.items():
+        yield memories[name].params[slot], held.owned, held.borrowed
 
 
 def _passed_on_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str):
@@ -130,6 +167,19 @@ def _received_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, re
     return own + sum(memories[name].input_bytes[slot] for name, slot in wiring.imports)
 
 
+def _param_memory(aval, home: Spec, accumulator: Spec | None, settings: StageSettings):
+    """Count one parameter that lies at `home`."""
+    shape = settings.mesh.shape
+    where = optimizer_spec(home, aval.shape, settings.mesh, settings.zero)
+    kept, num_bytes = settings.optimizer.kept(aval), aval_bytes(aval)
+    return ParamMemory(
+        weight_bytes=num_bytes / num_shards(home, shape),
+        optimizer_bytes=kept.alike_bytes / num_shards(where, shape) + kept.whole_bytes,
+        accumulator_bytes=num_bytes / num_shards(accumulator, shape) if accumulator else 0.0,
+        gradient_bytes=num_bytes / num_shards(where if settings.zero >= 2 else home, shape),
+    )
+
+
 class _Counter:
     """Local bytes of the values of a class under a stage's picks."""
 
@@ -140,33 +190,25 @@ class _Counter:
     def local(self, cls: LayerClass, value: Value, spec: Spec) -> float:
         return aval_bytes(cls.joint.avals[value]) / num_shards(spec, self.mesh_shape)
 
-    def state(self, cls: LayerClass, aliases, optimizer_ratio: float) -> tuple[float, float]:
-        """(parameters, optimizer state, accumulators; synchronised gradients) of one layer."""
-        total = gradients = 0.0
-        settings = self.sharding.settings
-        for slot, value in enumerate(cls.joint.inputs[: cls.num_slots]):
-            place = (cls.name, slot)
-            if cls.slots[slot].role not in (Role.PARAM, Role.STATE) or place in aliases:
-                continue
-            place = self.aliases.get(place, place)
-            home = self.picks["slot", *place]
-            total += self.local(cls, value, home)
-            accumulator = self.picks.get(("accumulator", *place))
-            if accumulator is not None:
-                shape = cls.joint.avals[value].shape
-                where = optimizer_spec(home, shape, settings.mesh, settings.zero)
-                total += optimizer_ratio * self.local(cls, value, where)
-                total += self.local(cls, value, accumulator)
-                gradients += self.local(cls, value, where if settings.zero >= 2 else home)
-        return total, gradients
+    def params(self, cls: LayerClass) -> dict[int, ParamMemory]:
+        found = {}
+        for slot in (i for i, slot in enumerate(cls.slots) if slot.role is Role.PARAM):
+            place = self.aliases.get((cls.name, slot), (cls.name, slot))
+            trained = cls.has_gradient(slot)
+            found[slot] = _param_memory(
+                cls.joint.avals[cls.joint.inputs[slot]],
+                self.picks["slot", *place],
+                self.picks["accumulator", *place] if trained else None,
+                self.sharding.settings,
+            )
+        return found
 
     def residuals(self, cls: LayerClass) -> float:
         return sum(
             self.local(cls, value, produced_spec(cls, value, self.picks)) for value in cls.residuals
         )
 
-    def layer(self, cls: LayerClass, aliases, optimizer_ratio: float) -> ClassMemory:
-        state, gradients = self.state(cls, aliases, optimizer_ratio)
+    def layer(self, cls: LayerClass) -> ClassMemory:
         slots = {
             slot: self.local(cls, value, self.picks["slot", cls.name, slot])
             for slot, value in enumerate(cls.joint.inputs[: cls.num_slots])
@@ -179,8 +221,8 @@ class _Counter:
             return {slot: slots[slot] for slot in read if cls.slots[slot].role is role}
 
         return ClassMemory(
-            state_bytes=state,
-            gradient_bytes=gradients,
+            params=self.params(cls),
+            state_bytes=sum(slots[slot] for slot in slots if cls.slots[slot].role is Role.STATE),
             residual_bytes=self.residuals(cls),
             input_bytes=of(None, slots),
             backward_slots=frozenset(of(None, backward)),

@@ -7,6 +7,7 @@ Reading it back looks the text up among the choices that the node has, so a plan
 rules allow.
 """
 
+import difflib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
@@ -17,6 +18,7 @@ from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, from_dims, to_dims
 from launcher.autopar.stage_problem import Key, StageSettings
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place
+from launcher.autopar.wording import count
 from launcher.errors import PlanError
 
 _ENTRY = {REPLICATED: "R", PARTIAL: "P"}
@@ -71,40 +73,76 @@ def pins_of_stage(planner: IntraOpPlanner, stage: Stage, settings: StageSettings
                 )
             key = (kind, name, int(index))
             pins[key] = _matching(problem.choices.get(key), wanted, key, stage)
-    for key, spec in _param_specs(planner, stage, settings).items():
+    _check_paths(planner, stage)
+    for key, (path, spec) in _param_specs(planner, stage, settings).items():
         if key in problem.choices and key not in pins:
             if spec not in problem.choices[key]:
                 raise PlanError(
-                    f"a parameter of layers {stage.layers} cannot lie as the plan says (spec {spec} of "
-                    f"{key}, stages[].params): drop the entry, the solver completes it"
+                    f"{_entry(stage, path)}={list(stage.params[path])} is not possible on the mesh "
+                    f"{dict(stage.mesh)}: an axis must divide the dim that it splits, and the data axis "
+                    f"splits experts alone; drop the entry, the solver completes it"
                 )
             pins[key] = [spec]
     return pins
+
+
+def _check_paths(planner: IntraOpPlanner, stage: Stage) -> None:
+    """Raise `PlanError` for a parameter that the stage has not, or that has other dims."""
+    avals = planner.model.traced.graph.avals
+    sources = planner.model.traced.inputs
+    layers = planner.model.layers[stage.layers[0] : stage.layers[1]]
+    read = [value for layer in layers for value in layer.inputs]
+    ranks = {
+        sources[value].path: len(avals[value].shape)
+        for value in (*read, *planner.wiring(*stage.layers).unread)
+        if value in sources and sources[value].role is Role.PARAM
+    }
+    for path, dims in stage.params.items():
+        if path not in ranks:
+            near = difflib.get_close_matches(path, ranks, n=1)
+            hint = f"did you mean '{near[0]}'? Correct or drop it" if near else "drop it"
+            raise PlanError(
+                f"{_entry(stage, path)} is none of the {len(ranks)} parameters of those layers: {hint}"
+            )
+        if len(dims) != ranks[path]:
+            raise PlanError(
+                f"{_entry(stage, path)} has {count(len(dims), 'entry')}, and the tensor has "
+                f"{count(ranks[path], 'dim')}: write an entry per dim, null for one that is whole"
+            )
+
+
+def _entry(stage: Stage, path: str) -> str:
+    first, last = stage.layers
+    return f"params['{path}'] of the stage of layers [{first}, {last}]"
 
 
 def _matching(choices, wanted: str, key: Key, stage: Stage) -> list:
     found = [choice for choice in choices or () if choice_text(choice) == wanted]
     if not found:
         raise PlanError(
-            f"no strategy '{wanted}' for {key} in the stage of layers {stage.layers} "
+            f"no strategy '{wanted}' for entry {key[2]} of {key[1]}/{key[0]} in the stage of layers "
+            f"{list(stage.layers)} "
             f"(stages[].strategies): the plan was made for another model or version; drop the "
             f"strategies, the solver completes them"
         )
     return found
 
 
-def _param_specs(planner: IntraOpPlanner, stage: Stage, settings: StageSettings) -> dict[Key, Spec]:
-    """Slot key -> spec, for the parameters that the plan places."""
-    found: dict[Key, Spec] = {}
+def _param_specs(
+    planner: IntraOpPlanner, stage: Stage, settings: StageSettings
+) -> dict[Key, tuple[str, Spec]]:
+    """Slot key -> path and spec, for the parameters that the plan places."""
+    found: dict[Key, tuple[str, Spec]] = {}
     for path, place in _param_places(planner, stage):
         if path not in stage.params:
             continue
         dims = [_names(dim) for dim in stage.params[path]]
         spec = from_dims(dims, settings.mesh.axis_names)
-        if found.setdefault(("slot", *place), spec) != spec:
+        first, expected = found.setdefault(("slot", *place), (path, spec))
+        if spec != expected:
             raise PlanError(
-                f"'{path}' must lie as in the other layers like it (stages[].params): layers of one "
-                f"kind share their sharding within a stage"
+                f"'{path}' must lie as '{first}' (stages[].params): layers of one kind share their sharding "
+                f"within a stage; give both the same spec, or drop one"
             )
     return found
 

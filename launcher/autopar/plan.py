@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from launcher.autopar.cluster import Cluster, ClusterRef
 from launcher.autopar.mesh import DATA, TENSOR
 from launcher.autopar.schedules import SCHEDULE_NAMES
+from launcher.autopar.wording import count
 from launcher.errors import PlanError
 
 PLAN_VERSION = 1
@@ -120,8 +121,8 @@ class Plan:
     """How a model trains on a cluster.
 
     Attributes:
-        num_layers: Into how many layers the model's ops are clustered; None leaves it to the
-            planner. In a file that leaves it out it is where the last stage ends.
+        num_layers: Into how many layers the model's ops are clustered: where the last stage ends,
+            which is also what None means.
         predicted: None until the plan has been priced.
         search: None for a plan that was not searched for.
     """
@@ -263,7 +264,8 @@ def _check_stage(place: str, stage: Stage) -> None:
     if min(lengths) < 1 or math.prod(lengths) != stage.num_devices:
         raise PlanError(
             f"{place}.mesh {shape} is {math.prod(lengths)} devices, and "
-            f"{len(stage.hosts)} hosts x {len(stage.devices)} devices are {stage.num_devices}: "
+            f"{count(len(stage.hosts), 'host')} x {count(len(stage.devices), 'device')} are "
+            f"{stage.num_devices}: "
             "change the mesh or the devices"
         )
     for table, specs in (("params", stage.params), ("optimizer_state", stage.optimizer_state)):

@@ -155,7 +155,8 @@ def _stages(plan: Plan, timeline: Timeline, cluster: Cluster) -> str:
         f'<i class="key" style="background:var(--{css})"></i>{name}' for css, name in keys
     )
     legend = f'<p class="legend">{legend}</p>' if shares else ""
-    return _section("The stages", "", legend + _table(heads, rows))
+    lead = "Layers: the first and the last of a stage. Forward, backward: of a microbatch."
+    return _section("The stages", lead, legend + _table(heads, rows))
 
 
 def _promised_cells(predicted: Prediction, index: int, limit_bytes: float) -> list[str]:

@@ -5,6 +5,7 @@ planner priced.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import optax
@@ -13,11 +14,11 @@ from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import StageSharding
-from launcher.autopar.memory import class_memories, stage_memory
+from launcher.autopar.memory import class_memories, stage_memory, unread_memory
+from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.schedules import schedule_by_name
-from launcher.autopar.search import optimizer_ratio
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.trace import TracedModel
@@ -42,13 +43,11 @@ def predict(
     optimizer: optax.GradientTransformation | None = None,
 ) -> Prediction:
     """Price a plan on a cluster, also one that was made by hand or for another cluster."""
-    realized = realize(plan, model, cluster)
-    return foresee(realized, model, cluster, optimizer or optax.adamw(1e-3)).prediction
+    footprint = OptimizerFootprint(optimizer or optax.adamw(1e-3))
+    return foresee(realize(plan, model, cluster, optimizer=footprint), cluster).prediction
 
 
-def foresee(
-    realized: RealizedPlan, model: Model, cluster: Cluster, optimizer: optax.GradientTransformation
-) -> Outlook:
+def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     """Simulate a realized plan."""
     durations = stage_durations(realized, cluster)
     timeline = simulate(realized.program, durations)
@@ -58,7 +57,7 @@ def foresee(
     prediction = Prediction(
         step_s=timeline.step_s,
         bubble_fraction=timeline.bubble_fraction,
-        peak_bytes_per_device=_peaks(realized, optimizer_ratio(model, optimizer)),
+        peak_bytes_per_device=_peaks(realized),
         tflops_per_device=flops / timeline.step_s / devices / 1e12,
         tflops_convention=FLOPS_CONVENTION,
         communicated_bytes=_communicated_bytes(realized),
@@ -103,25 +102,33 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
 
 def _tied_s(realized: RealizedPlan, seconds) -> dict[tuple[int, int], float]:
     """Shared parameters travel to their users, their gradients to the owner."""
-    params = realized.planner.model.traced
-    size = {i.path: aval_bytes(params.graph.avals[v]) for v, i in params.inputs.items()}
-    found: dict[tuple[int, int], float] = {}
+    return {pair: seconds(*pair, num_bytes) for pair, num_bytes in tied_bytes(realized).items()}
+
+
+def tied_bytes(realized: RealizedPlan) -> dict[tuple[int, int], int]:
+    """(from, to) -> bytes per step of shared parameters, and of their gradients on the way back."""
+    traced = realized.planner.model.traced
+    size = {i.path: aval_bytes(traced.graph.avals[v]) for v, i in traced.inputs.items()}
+    found: Counter = Counter()
+    for owner, user in realized.wiring.tied:
+        found.update({(owner, user): 0, (user, owner): 0})  # a message goes even if it is empty
     for path, users in realized.users.items():
-        owner = realized.owner[path]
         for user in users:
-            for pair in ((owner, user), (user, owner)):
-                found[pair] = found.get(pair, 0.0) + seconds(owner, user, size[path])
-    return found
+            found[realized.owner[path], user] += size[path]
+        for user in realized.contributors[path]:
+            found[user, realized.owner[path]] += size[path]
+    return dict(found)
 
 
-def _peaks(realized: RealizedPlan, ratio: float) -> tuple[float, ...]:
+def _peaks(realized: RealizedPlan) -> tuple[float, ...]:
     plan = realized.plan
     schedule = schedule_by_name(plan.schedule)
     peaks = []
     for index, stage in enumerate(realized.stages):
         wiring = realized.planner.wiring(*stage.stage.layers)
-        memories = class_memories(realized.planner, stage.sharding, wiring, ratio)
-        memory = stage_memory(memories, wiring, stage.stage.recompute)
+        memories = class_memories(realized.planner, stage.sharding, wiring)
+        unread = unread_memory(realized.planner, stage.settings) if wiring.unread else ()
+        memory = stage_memory(memories, wiring, stage.stage.recompute, unread)
         in_flight = schedule.stash_peak(index, len(plan.stages), plan.num_microbatches)
         peaks.append(memory.peak_bytes(in_flight))
     return tuple(peaks)
@@ -140,7 +147,7 @@ def _communicated_bytes(realized: RealizedPlan) -> float:
     avals = realized.planner.model.traced.graph.avals
     crossing = [*realized.sent.values(), *realized.returned.values()]
     between = sum(aval_bytes(avals[value]) for values in crossing for value in values)
-    return total + plan.num_microbatches * between
+    return total + plan.num_microbatches * between + sum(tied_bytes(realized).values())
 
 
 def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:

@@ -19,15 +19,16 @@ from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
+from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.picks import pins_of_stage
 from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.program import Program, Wiring, add_communication
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.schedules import schedule_by_name
-from launcher.autopar.stage_layout import StageLayout, layout
+from launcher.autopar.stage_layout import StageLayout, training_layout
 from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import trace_model
-from launcher.errors import PlanError
+from launcher.errors import ConfigError, PlanError
 from launcher.models.model import Model
 
 
@@ -46,8 +47,9 @@ class RealizedStage:
 class RealizedPlan:
     """A plan with all that it implies.
 
-    `owner` says which stage updates a parameter that several read; `users` are the others. `sent` lists
-    the values that one stage sends to another, `returned` those whose gradients come back.
+    `owner` says which stage updates a parameter; `users` are the others that read it, and of them
+    `contributors` have gradients for it. `sent` lists the values that one stage sends to another,
+    `returned` those whose gradients come back.
     """
 
     plan: Plan
@@ -55,6 +57,7 @@ class RealizedPlan:
     stages: tuple[RealizedStage, ...]
     owner: Mapping[str, int]
     users: Mapping[str, tuple[int, ...]]
+    contributors: Mapping[str, tuple[int, ...]]
     sent: Mapping[tuple[int, int], tuple[Value, ...]]
     returned: Mapping[tuple[int, int], tuple[Value, ...]]
     wiring: Wiring
@@ -62,10 +65,16 @@ class RealizedPlan:
 
 
 @lru_cache(maxsize=64)
-def layered_model(model: Model, microbatch_size: int, num_layers: int | None = None):
-    """Trace a model and cut it into layers; remembered, since a search asks again and again."""
+def layered_model(
+    model: Model, microbatch_size: int, num_layers: int | None = None, *, key: str = "parallel.pp"
+) -> LayeredModel:
+    """Trace a model and cut it into layers; remembered, since a search asks again and again.
+
+    Args:
+        key: by which the user set `num_layers`.
+    """
     traced = trace_model(model, microbatch_size)
-    return build_layers(traced, cluster_ops(traced, num_layers))
+    return build_layers(traced, cluster_ops(traced, num_layers, key=key))
 
 
 def stage_mesh(stage: Stage, cluster: Cluster) -> LogicalMesh:
@@ -83,16 +92,21 @@ def restrictions(mesh: LogicalMesh, experts: Experts = Experts.FREE) -> Restrict
 
 
 def realize(
-    plan: Plan, model: Model, cluster: Cluster, planner: IntraOpPlanner | None = None
-) -> RealizedPlan:
+    plan: Plan, model: Model, cluster: Cluster, planner: IntraOpPlanner | None = None,
+    optimizer: OptimizerFootprint = ADAMW,
+) -> RealizedPlan:  # fmt: skip
     """Work out everything that a plan implies, and prove its program.
 
     Args:
         planner: the one that made the plan, if it is at hand: it has done half of the work.
+        optimizer: decides what updates cost, and what state they keep.
     """
     planner = planner or IntraOpPlanner(_layers_of(plan, model))
-    stages = tuple(_realize_stage(stage, plan, planner, cluster) for stage in plan.stages)
-    owner, users = _owners(stages)
+    stages = tuple(
+        _realize_stage(stage, plan, planner, cluster, optimizer) for stage in plan.stages
+    )
+    _check_state(stages)
+    owner, users, contributors = _owners(planner, stages)
     sent, returned = _messages(stages)
     tied = sorted({(owner[path], user) for path, others in users.items() for user in others})
     wiring = Wiring(
@@ -104,24 +118,24 @@ def realize(
     lists = schedule_by_name(plan.schedule).build(len(stages), plan.num_microbatches)
     program = add_communication(lists, wiring)
     checker.check(program, wiring)
-    return RealizedPlan(plan, planner, stages, owner, users, sent, returned, wiring, program)
+    return RealizedPlan(
+        plan, planner, stages, owner, users, contributors, sent, returned, wiring, program
+    )
 
 
 def _layers_of(plan: Plan, model: Model) -> LayeredModel:
-    microbatch_size = plan.global_batch // plan.num_microbatches
-    layered = layered_model(model, microbatch_size)
-    if plan.num_layers not in (None, len(layered.layers)):
-        layered = layered_model(model, microbatch_size, plan.num_layers)
+    """The model in as many layers as the plan's stages cover."""
     covered = plan.stages[-1].layers[1]
-    if covered != len(layered.layers):
-        raise PlanError(
-            f"the plan's stages cover {covered} layers, the model has {len(layered.layers)} "
-            f"(parallel.path): plan again, or set num_layers in the plan"
-        )
-    return layered
+    layered = layered_model(model, plan.microbatch_size)
+    if covered == len(layered.layers):
+        return layered
+    return layered_model(model, plan.microbatch_size, covered, key="num_layers")
 
 
-def _realize_stage(stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster):
+def _realize_stage(
+    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
+    optimizer: OptimizerFootprint,
+) -> RealizedStage:  # fmt: skip
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
@@ -130,11 +144,12 @@ def _realize_stage(stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: C
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
         recompute=stage.recompute != "none",
+        optimizer=optimizer,
     )
     first, last = stage.layers
     settings, pins = _pins(planner, stage, settings)
     sharding = planner.solve(first, last, settings, pins=pins)
-    described = layout(planner, sharding, first, last, stage.recompute)
+    described = training_layout(planner, sharding, first, last, stage.recompute)
     emitter = StageEmitter(planner, sharding, described)
     return RealizedStage(stage, settings, sharding, described, emitter)
 
@@ -152,14 +167,36 @@ def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):
     raise AssertionError("Experts has no members")
 
 
-def _owners(stages: tuple[RealizedStage, ...]):
-    readers: dict[str, list[int]] = defaultdict(list)
+def _check_state(stages: tuple[RealizedStage, ...]) -> None:
+    """State stays on one stage: nothing carries a new value to another one that reads it."""
+    for index, stage in enumerate(stages):
+        for path in stage.layout.new_state:
+            others = [k for k, s in enumerate(stages) if k != index and path in s.layout.state]
+            if others:
+                raise ConfigError(
+                    f"the state '{path}' is written by stage {index} and read by stage {others[0]} "
+                    f"(parallel.pp={len(stages)}): take parallel.pp=1, or change the model so that what "
+                    f"reads it also writes it"
+                )
+
+
+def _owners(planner: IntraOpPlanner, stages: tuple[RealizedStage, ...]):
+    """Which stage updates each parameter, the others that hold it, and those with gradients for it."""
+    inputs = planner.model.traced.inputs
+    stage_of = {i: k for k, s in enumerate(stages) for i in range(s.layout.first, s.layout.last)}
+    owner = {inputs[value].path: stage_of[i] for value, i in planner.param_owners.items()}
+    holders: dict[str, list[int]] = defaultdict(list)
     for index, stage in enumerate(stages):
         for path in stage.layout.params:
-            readers[path].append(index)
-    owner = {path: found[0] for path, found in readers.items()}
-    users = {path: tuple(found[1:]) for path, found in readers.items() if len(found) > 1}
-    return owner, users
+            owner.setdefault(path, index)  # one that no layer reads
+            if owner[path] != index:
+                holders[path].append(index)
+    users = {path: tuple(found) for path, found in holders.items()}
+    contributors = {
+        path: tuple(user for user in found if path in stages[user].layout.accumulators)
+        for path, found in users.items()
+    }
+    return owner, users, contributors
 
 
 def _messages(stages: tuple[RealizedStage, ...]):

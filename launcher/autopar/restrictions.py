@@ -63,13 +63,25 @@ def _tag_class(cls: LayerClass, activation_dims: Sequence[int | None]) -> ClassT
         for k, cotangent in cls.cotangents.items()
         if cls.outputs[k] in forward
     }
-    params = {
+    experts = expert_dims(cls.joint.ops, _params(cls))
+    return ClassTags(propagate(cls.joint.ops, seeds), propagate(cls.joint.ops, experts))
+
+
+def expert_counts(model: LayeredModel) -> set[int]:
+    """How many experts the model's layers have; nothing for a model without experts."""
+    return {
+        cls.joint.avals[value].shape[dim]
+        for cls in model.classes
+        for value, dim in expert_dims(cls.joint.ops, _params(cls)).items()
+    }
+
+
+def _params(cls: LayerClass) -> set[int]:
+    return {
         value
         for value, slot in zip(cls.joint.inputs[: cls.num_slots], cls.slots, strict=True)
         if slot.role is Role.PARAM
     }
-    experts = expert_dims(cls.joint.ops, params)
-    return ClassTags(propagate(cls.joint.ops, seeds), propagate(cls.joint.ops, experts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from launcher.autopar.graph_problem import FORBIDDEN, Key
+from launcher.autopar.graph_problem import Key
 from launcher.autopar.intra_op_options import IntraOpOptions
 from launcher.autopar.live_bytes import live_bytes, live_ranges, peak_bytes
 from launcher.autopar.sharded_graph import ShardedGraph, write_out
@@ -57,13 +57,14 @@ def _solve(step: StepProblem, options: IntraOpOptions, pins, prices) -> SolvedSt
         costs + prices.get(key, 0.0) for key, costs in zip(keys, pairwise.node_costs, strict=True)
     ]
     priced = replace(pairwise, node_costs=tuple(costs))
-    solution = solve(priced, time_limit_s=options.time_limit_s)
-    cost = pairwise.cost(solution.choice)
-    if cost >= FORBIDDEN:
+    try:
+        solution = solve(priced, time_limit_s=options.time_limit_s, method=options.solver)
+    except InfeasiblePlanError as error:
         raise InfeasiblePlanError(
             "no sharding keeps to the options: the forbidden collectives or the forced axis leave none; "
             "allow all-gather or all-to-all, or drop batch_axis"
-        )
+        ) from error
+    cost = pairwise.cost(solution.choice)
     choices = step.problem.choices
     picks = {key: choices[key][p] for key, p in zip(keys, solution.choice, strict=True)}
     sharded = write_step(step, picks)

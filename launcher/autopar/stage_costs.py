@@ -16,10 +16,13 @@ from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.inter_op import StageOption
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
-from launcher.autopar.memory import class_memories, stage_memory
+from launcher.autopar.memory import class_memories, stage_memory, unread_memory
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
+from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import StageSettings
+from launcher.autopar.wiring import StageWiring
+from launcher.autopar.work import aval_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +52,17 @@ class StageCosts:
     """Prices ranges of layers on submeshes, on demand.
 
     Args:
-        optimizer_ratio: bytes of optimizer state per byte of parameters.
+        optimizer: decides how much state a parameter has, and what updating it takes.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
-        num_microbatches: int, choices: Choices, optimizer_ratio: float,
+        num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
         microbatch_size: int,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
-        self.optimizer_ratio, self.microbatch_size = optimizer_ratio, microbatch_size
+        self.optimizer, self.microbatch_size = optimizer, microbatch_size
         self.compute = ComputeModel(cluster.device)
         self._ideal_s = self._ideal_microbatch_s()
         self._whole = (0, len(planner.model.layers))
@@ -104,20 +107,30 @@ class StageCosts:
     def _price_mesh(self, first: int, last: int, settings: StageSettings):
         wiring = self.planner.wiring(first, last)
         counts = wiring.counts
-        whole, memories = self._solved(settings)
+        whole, memories, unread = self._solved(settings)
+        if not wiring.unread:
+            unread = []
+        borrowed_s = self._borrowed_s(wiring)
         sharding = whole.for_counts(counts, settings)
         for recompute in self.choices.recompute:
             again = replace(settings, recompute=recompute != "none")
             priced = replace(sharding, settings=again)
-            memory = stage_memory(memories[bool(wiring.aliases)], wiring, recompute)
+            memory = stage_memory(memories, wiring, recompute, unread)
             floor = max(memory.workspace_bytes, memory.gradient_bytes - memory.stash_bytes)
             yield StageOption(
                 seconds=priced.forward_s + priced.backward_s,
-                once_s=priced.once_s,
+                once_s=priced.once_s + borrowed_s,
                 fixed_bytes=memory.state_bytes + floor,
                 stash_bytes=memory.stash_bytes,
                 tag=StagePick(settings.mesh, settings.zero, recompute, priced),
             )
+
+    def _borrowed_s(self, wiring: StageWiring) -> float:
+        """Once a step, gradients go to the stage that updates a parameter, and it comes back."""
+        between = self.cluster.inter_host if self.cluster.num_hosts > 1 else self.cluster.intra_host
+        avals = self.planner.model.traced.graph.avals
+        num_bytes = sum(aval_bytes(avals[value]) for value in wiring.borrowed)
+        return 2 * (between.latency_s + num_bytes / between.bytes_per_s) if num_bytes else 0.0
 
     def _settings(self, mesh: LogicalMesh, zero: int, weight: float) -> StageSettings:
         held = frozenset({0}) if mesh.shape[0] > 1 else frozenset()
@@ -127,12 +140,13 @@ class StageCosts:
             restrictions=Restrictions(held, self.choices.experts),
             num_microbatches=self.num_microbatches,
             zero=zero,
-            memory_s_per_byte=weight * self._ideal_s / self.cluster.device.memory_bytes,
+            optimizer=self.optimizer,
+            memory_s_per_byte=weight * self._ideal_s / self.cluster.device.usable_bytes,
         )
 
     def _solved(self, settings: StageSettings):
-        """The whole model on a mesh: its strategies, and the memory of a layer of each class,
-        for ranges without and with parameters that several classes share.
+        """The whole model on a mesh: its strategies, and the memory of a layer of each class and of the
+        parameters that no layer reads.
 
         ZeRO-1 and -2 take the strategies of no ZeRO.
         """
@@ -146,9 +160,7 @@ class StageCosts:
             self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
             sharding = self.planner.reprice(*self._whole, settings, solved.picks)
             wiring = self.planner.wiring(*self._whole)
-            memories = [
-                class_memories(self.planner, sharding, wiring, self.optimizer_ratio, shared=shared)
-                for shared in (False, True)
-            ]
-            self._priced[key] = sharding, memories
+            memories = class_memories(self.planner, sharding, wiring)
+            unread = unread_memory(self.planner, settings)
+            self._priced[key] = sharding, memories, unread
         return self._priced[key]

@@ -6,12 +6,14 @@ the traced model, kept values by (layer, value of the layer's joint graph).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.autopar.graph import Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass, LayeredModel
+from launcher.autopar.param_costs import state_spec
 from launcher.autopar.spec import Spec, replicated
+from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import Role
 
 Kept = tuple[int, Value]  # (index of the layer in the model, value in its joint graph)
@@ -41,8 +43,36 @@ class StageLayout:
 
 
 def layout(planner: IntraOpPlanner, sharding: StageSharding, first: int, last: int, recompute: str):
-    """Read a stage's signature off its solution."""
+    """Read a stage's signature off its solution; it has all that the layers read."""
     return _Layouter(planner, sharding, first, last, recompute).layout()
+
+
+def training_layout(
+    planner: IntraOpPlanner, sharding: StageSharding, first: int, last: int, recompute: str
+) -> StageLayout:
+    """The signature of a stage that trains: the last one also has what no layer reads."""
+    described = layout(planner, sharding, first, last, recompute)
+    if not planner.wiring(first, last).unread:
+        return described
+    unread = unread_specs(planner, sharding.settings)
+    return replace(described, params=dict(sorted({**described.params, **unread}.items())))
+
+
+def unread_specs(planner: IntraOpPlanner, settings: StageSettings) -> dict[str, Spec]:
+    """Where the parameters lie that no layer reads: whole on every device, but for ZeRO-3.
+
+    The last stage has them: under 1F1B it holds the fewest microbatches, and a head that only evaluation
+    reads comes after all layers.
+    """
+    traced, mesh = planner.model.traced, settings.mesh
+    whole = replicated(mesh.num_axes)
+    return {
+        traced.inputs[value].path: state_spec(whole, shape, mesh.shape)
+        if settings.zero == 3
+        else whole
+        for value in planner.model.unread_params()
+        for shape in [traced.graph.avals[value].shape]
+    }
 
 
 class _Layouter:
@@ -61,14 +91,17 @@ class _Layouter:
     def layout(self) -> StageLayout:
         imports, returns = self._imports()
         exports, cotangents = self._exports()
+        new_state = self._new_state()
+        # State that is written and not read, such as a last loss, lies whole on every device.
+        written = dict.fromkeys(new_state, replicated(self.num_axes))
         return StageLayout(
             first=self.first,
             last=self.last,
             recompute=self.recompute,
             params=self._by_path(Role.PARAM),
             accumulators=self._accumulators(),
-            state=self._by_path(Role.STATE),
-            new_state=self._new_state(),
+            state=written | self._by_path(Role.STATE),
+            new_state=new_state,
             batch=self._by_path(Role.BATCH),
             imports=imports,
             exports=exports,

@@ -18,7 +18,7 @@ Left out: memory, which the caller checks for the solution; sharing of one resha
 which is priced once per reader here.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,17 +28,16 @@ from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.layers import LayerClass
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.reshard import reshard_cost, reshard_costs
+from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
+from launcher.autopar.param_costs import ParamCosts, param_costs, reshard_matrix, state_spec
 from launcher.autopar.restrictions import ClassTags, Restrictions
 from launcher.autopar.rules import Strategy, axis_choices, shapes_of, strategies
 from launcher.autopar.solver import PairwiseProblem
-from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, fits, num_shards, replicated
+from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, num_shards, replicated
 from launcher.autopar.trace import Role
 from launcher.autopar.work import aval_bytes
 
 Key = tuple  # ("op", class, index), ("slot", class, slot), ... as listed above
-_COPIES_AT_HOME = 3  # a parameter and, for Adam, two moments
-_UPDATE_PASSES = 7  # Adam reads weight, gradient and two moments, and writes all but the gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +69,21 @@ class StageSettings:
     zero: int = 0
     recompute: bool = False
     memory_s_per_byte: float = 0.0
+    optimizer: OptimizerFootprint = ADAMW
 
 
-Group = Hashable  # what occurs together: a class of layers, or a connection between two classes
+Group = Hashable  # what occurs together: a class of layers, a connection of two, the parameters of a slot
 ONCE_IN_STAGE: Group = "stage"
+
+
+def owned_group(place: tuple[str, int]) -> Group:
+    """What each parameter costs that lies at a (class, slot) and that the stage updates."""
+    return ("owned", *place)
+
+
+def borrowed_group(place: tuple[str, int]) -> Group:
+    """What each parameter costs that lies at a (class, slot) and that another stage updates."""
+    return ("borrowed", *place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +139,14 @@ class StageProblem:
         return PairwiseProblem(tuple(costs), matrices), keys
 
     def _weight(self, cost: NodeCost | EdgeCost) -> float:
-        return self.counts[cost.group] * cost.part.weight(self.settings)
-
-
-def state_spec(home: Spec, shape: tuple[int, ...], mesh_shape: tuple[int, ...]) -> Spec:
-    """Where ZeRO puts the optimizer state: the home spec, further split along the data axis.
-
-    The first dim that the data axis divides is taken; a tensor without one stays as it is.
-    """
-    if home[0] != REPLICATED or mesh_shape[0] == 1:
-        return home
-    for dim in range(len(shape)):
-        split = (dim, *home[1:])
-        if fits(split, shape, mesh_shape):
-            return split
-    return home
+        return self.counts.get(cost.group, 0) * cost.part.weight(self.settings)
 
 
 class ClassFragment:
     """The nodes and edges inside one layer class, on one mesh.
 
     Of the settings only the mesh, the restrictions and whether ZeRO-3 shards the parameters matter; what
-    other ZeRO stages change is asked for by `gradient_costs`.
+    other ZeRO stages change is asked for by `param_costs`.
     """
 
     def __init__(self, cls: LayerClass, tags: ClassTags, settings: StageSettings):
@@ -160,7 +156,7 @@ class ClassFragment:
         self.nodes: list[NodeCost] = []
         self.edges: list[EdgeCost] = []
         self.source: dict[Value, tuple[Key, int]] = {}  # value -> (node, result index)
-        self._gradient_costs: dict[int, tuple[list[NodeCost], list[EdgeCost]]] = {}
+        self._param_costs: dict[int, dict[int, ParamCosts]] = {}
         self._add_inputs()
         self._add_ops()
         self._add_accumulators()
@@ -267,42 +263,30 @@ class ClassFragment:
             if choice.combine
         )
 
-    def _param_gradients(self) -> Iterator[tuple[int, Value]]:
-        for slot, value in self.cls.gradients.items():
-            if self.cls.slots[slot].role is Role.PARAM and not isinstance(value, Literal):
-                yield slot, value
+    @property
+    def param_slots(self) -> tuple[int, ...]:
+        return tuple(i for i, slot in enumerate(self.cls.slots) if slot.role is Role.PARAM)
 
     def _add_accumulators(self) -> None:
         """Sum the gradients of parameters over microbatches."""
-        for slot, value in self._param_gradients():
-            key = self.key("accumulator", slot)
+        for slot in filter(self.cls.has_gradient, self.param_slots):
+            key, value = self.key("accumulator", slot), self.cls.gradients[slot]
             self.choices[key] = self._accumulator_specs(value, self.aval(value).shape)
             self.connect(value, key, self.choices[key], Part(backward=True))
 
-    def gradient_costs(self, zero: int) -> tuple[list[NodeCost], list[EdgeCost]]:
-        """What bringing the sums home and updating costs once per step, at a ZeRO stage."""
-        if zero not in self._gradient_costs:
-            nodes, edges = [], []
-            for slot, value in self._param_gradients():
-                home, key = self.key("slot", slot), self.key("accumulator", slot)
-                aval, homes = self.aval(value), self.choices[home]
-                costs = synchronize_matrix(aval, self.choices[key], homes, self.mesh, zero)
-                edges.append(EdgeCost(key, home, costs, Part(once=True), self.cls.name))
-                costs = self._update_s(aval, homes, zero)
-                nodes.append(NodeCost(home, costs, Part(once=True), self.cls.name))
-            self._gradient_costs[zero] = nodes, edges
-        return self._gradient_costs[zero]
-
-    def memory_penalties(self) -> list[NodeCost]:
-        """One second per byte of what a parameter brings along, to be scaled by the caller."""
-        found = []
-        for slot, value in self._param_gradients():
-            for kind, copies in (("slot", _COPIES_AT_HOME), ("accumulator", 1)):
-                key = self.key(kind, slot)
-                shards = [num_shards(spec, self.mesh.shape) for spec in self.choices[key]]
-                held = copies * aval_bytes(self.aval(value)) / np.array(shards)
-                found.append(NodeCost(key, held, Part(forward=True), self.cls.name))
-        return found
+    def param_costs(self, zero: int) -> Mapping[int, ParamCosts]:
+        """What each parameter slot costs once per step, at a ZeRO stage."""
+        if zero not in self._param_costs:
+            self._param_costs[zero] = {
+                slot: param_costs(
+                    self.aval(self.cls.joint.inputs[slot]), self.choices[self.key("slot", slot)],
+                    self.choices.get(self.key("accumulator", slot), ()), self.settings.optimizer,
+                    self.mesh, zero=zero,
+                    memory_bytes_per_s=self.settings.compute.device.memory_bytes_per_s,
+                )
+                for slot in self.param_slots
+            }  # fmt: skip
+        return self._param_costs[zero]
 
     def _accumulator_specs(self, value: Value, shape) -> tuple[Spec, ...]:
         specs = all_specs(shape, self.mesh.shape, partial=True)
@@ -311,36 +295,3 @@ class ClassFragment:
             entries = restrictions.entries(self.tags, value) | {PARTIAL, REPLICATED}
             specs = tuple(spec for spec in specs if spec[axis] in entries)
         return specs
-
-    def _update_s(self, aval, homes: tuple[Spec, ...], zero: int) -> np.ndarray:
-        rate = self.settings.compute.device.memory_bytes_per_s
-        seconds = _UPDATE_PASSES * aval_bytes(aval) / rate
-        states = [optimizer_spec(home, aval.shape, self.mesh, zero) for home in homes]
-        return np.array([seconds / num_shards(state, self.mesh.shape) for state in states])
-
-
-def optimizer_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:
-    """Where a parameter's optimizer state lies."""
-    return state_spec(home, shape, mesh.shape) if zero else home
-
-
-def reshard_matrix(aval, sources, targets, mesh: LogicalMesh) -> np.ndarray:
-    """Resharding cost from each source spec (rows) to each target spec (columns)."""
-    costs = reshard_costs(aval.shape, aval.dtype.itemsize, mesh)
-    rows = [costs.number[spec] for spec in sources]
-    columns = [costs.number[spec] for spec in targets]
-    return costs.between[np.ix_(rows, columns)]
-
-
-def synchronize_matrix(aval, accumulators, homes, mesh: LogicalMesh, zero: int) -> np.ndarray:
-    """Cost of reducing a gradient and, with ZeRO, of gathering the updated parameter, per step.
-
-    ZeRO-1 reduces the whole gradient everywhere; ZeRO-2 and 3 scatter the sum to where the state lies.
-    """
-    states = tuple(optimizer_spec(home, aval.shape, mesh, zero) for home in homes)
-    reduce = reshard_matrix(aval, accumulators, homes if zero == 1 else states, mesh)
-    gather = [
-        reshard_cost(aval.shape, aval.dtype.itemsize, state, home, mesh)
-        for state, home in zip(states, homes, strict=True)
-    ]
-    return reduce + np.array(gather)

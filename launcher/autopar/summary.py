@@ -62,7 +62,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
     yield from _wrapped(
         "batch",
         f"{count(plan.global_batch, 'sample')} = {count(plan.num_microbatches, 'microbatch')} "
-        f"of {each}, schedule {plan.schedule}".replace("microbatchs", "microbatches"),
+        f"of {each}, schedule {plan.schedule}",
     )
     if plan.predicted is None:
         yield from _wrapped("predicted", "nothing, the plan has not been priced")
@@ -140,10 +140,10 @@ def _stages(plan: Plan, cluster: Cluster) -> Iterator[str]:
     if cut:
         yield f"  ... {len(rows) - _MOST_STAGES} stages more ..."
         yield from body[_MOST_STAGES // 2 :]
-    note = f"mesh: {' x '.join(name for name, _ in plan.stages[0].mesh)}"
+    note = f"layers: first-last; mesh: {' x '.join(name for name, _ in plan.stages[0].mesh)}"
     if plan.predicted is not None:
         limit = size(cluster.device.memory_bytes)
-        note += f"; memory of {limit} a device; forward, backward: of a microbatch; once: a step"
+        note += f"; memory: of {limit}; times: of a microbatch; once: of a step"
     yield note
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 
 from launcher.autopar.graph import Graph, Value, eliminate_dead_code, trace
 from launcher.models.model import Model
@@ -37,7 +38,7 @@ class TracedModel:
     """The forward pass of one microbatch.
 
     `inputs` names every input value; `loss`, `state` (path -> value) and `metrics` (name -> value) name the
-    outputs. Outputs that are not computed from anything (literals) are kept out of `state` and `metrics`.
+    outputs. Metrics that are known while tracing are in `literal_metrics`.
     """
 
     graph: Graph
@@ -45,6 +46,7 @@ class TracedModel:
     loss: Value
     state: dict[str, Value]
     metrics: dict[str, Value]
+    literal_metrics: dict[str, object]
     microbatch_size: int
 
 
@@ -96,5 +98,8 @@ def _named(graph: Graph, structure, roles: list[Input], microbatch_size: int) ->
         loss=loss,
         state={path: value for path, value in state.items() if isinstance(value, Value)},
         metrics={name: value for name, value in metrics.items() if isinstance(value, Value)},
+        literal_metrics={
+            name: literal.val for name, literal in metrics.items() if isinstance(literal, Literal)
+        },
         microbatch_size=microbatch_size,
     )

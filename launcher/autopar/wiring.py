@@ -5,11 +5,29 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from launcher.autopar.graph import Value
-from launcher.autopar.layers import LayeredModel
-from launcher.autopar.stage_problem import ONCE_IN_STAGE, Group
+from launcher.autopar.layers import LayerClass, LayeredModel
+from launcher.autopar.stage_problem import (
+    ONCE_IN_STAGE,
+    Group,
+    borrowed_group,
+    owned_group,
+)
 from launcher.autopar.trace import Role
 
 Place = tuple[str, int]  # (class name, slot or output)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How many parameters lie at a slot, each counted once however many layers read it.
+
+    Attributes:
+        owned: those that the stage updates.
+        borrowed: those that another stage updates; this one has a copy, and hands on its gradients.
+    """
+
+    owned: int
+    borrowed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +40,10 @@ class StageWiring:
         states: the same for a new state and the slot it replaces in the next microbatch.
         exports: outputs read by a later stage or returned by the model.
         imports: slots computed by an earlier stage.
-        aliases: slot -> the slot that stands for the same parameter.
+        aliases: slot -> the slot that stands for the same parameter; one with a gradient if any has.
+        holdings: slot that stands for itself -> the parameters that lie there.
+        borrowed: the parameters that another stage updates.
+        unread: the parameters that no layer reads; the last stage has them.
     """
 
     classes: Mapping[str, int]
@@ -31,15 +52,29 @@ class StageWiring:
     exports: frozenset[Place]
     imports: frozenset[Place]
     aliases: Mapping[Place, Place]
+    holdings: Mapping[Place, Holding]
+    borrowed: frozenset[Value]
+    unread: tuple[Value, ...]
 
     @property
     def counts(self) -> dict[Group, int]:
         """How often each group of costs occurs."""
-        return {**self.classes, **self.internal, **self.states, ONCE_IN_STAGE: 1}
+        owned = {owned_group(place): held.owned for place, held in self.holdings.items()}
+        borrowed = {borrowed_group(place): held.borrowed for place, held in self.holdings.items()}
+        layers = {**self.classes, **self.internal, **self.states}
+        return {**layers, **owned, **borrowed, ONCE_IN_STAGE: 1}
 
 
-def wire(model: LayeredModel, producer: Mapping[Value, tuple[int, int]], first: int, last: int):
-    """The wiring of layers [first, last); `producer` as `LayeredModel.producer` gives it."""
+def wire(
+    model: LayeredModel, producer: Mapping[Value, tuple[int, int]], owners: Mapping[Value, int],
+    first: int, last: int,
+) -> StageWiring:  # fmt: skip
+    """The wiring of layers [first, last).
+
+    Args:
+        producer: as `LayeredModel.producer` gives it.
+        owners: as `LayeredModel.param_owners` gives them.
+    """
     traced, layers = model.traced, model.layers[first:last]
     internal: Counter = Counter()
     imports: set[Place] = set()
@@ -59,14 +94,27 @@ def wire(model: LayeredModel, producer: Mapping[Value, tuple[int, int]], first: 
                 case None:
                     imports.add(place)
     exports, states = _outputs(model, state_slots, first, last)
+    aliases = _aliases(homes.values(), {layer.cls.name: layer.cls for layer in layers})
+    borrowed = frozenset(value for value in homes if not first <= owners[value] < last)
     return StageWiring(
         classes=Counter(layer.cls.name for layer in layers),
         internal=internal,
         states=states,
         exports=frozenset(exports),
         imports=frozenset(imports),
-        aliases=_aliases(homes.values()),
+        aliases=aliases,
+        holdings=_holdings(homes, borrowed, aliases),
+        borrowed=borrowed,
+        unread=model.unread_params() if last == len(model.layers) else (),
     )
+
+
+def _holdings(homes: Mapping[Value, list[Place]], borrowed: frozenset[Value], aliases):
+    owned: Counter = Counter()
+    lent: Counter = Counter()
+    for value, (place, *_) in homes.items():
+        (lent if value in borrowed else owned)[aliases.get(place, place)] += 1
+    return {place: Holding(owned[place], lent[place]) for place in {**owned, **lent}}
 
 
 def _outputs(model: LayeredModel, state_slots: Mapping[str, Place], first: int, last: int):
@@ -86,9 +134,15 @@ def _outputs(model: LayeredModel, state_slots: Mapping[str, Place], first: int, 
     return exports, states
 
 
-def _aliases(groups: Iterable[list[Place]]) -> dict[Place, Place]:
+def _aliases(
+    groups: Iterable[list[Place]], classes: Mapping[str, LayerClass]
+) -> dict[Place, Place]:
     """Which place stands for each other one that holds the same parameter (union-find)."""
     leader: dict[Place, Place] = {}
+
+    def trained(place: Place) -> bool:
+        name, slot = place
+        return classes[name].has_gradient(slot)
 
     def find(place: Place) -> Place:
         while leader.get(place, place) != place:
@@ -98,6 +152,9 @@ def _aliases(groups: Iterable[list[Place]]) -> dict[Place, Place]:
     for first, *others in groups:
         root = find(first)
         for place in others:
-            if find(place) != root:
-                leader[find(place)] = root
+            other = find(place)
+            if other != root and trained(other) and not trained(root):
+                leader[root], root = other, other
+            elif other != root:
+                leader[other] = root
     return {place: find(place) for place in leader}

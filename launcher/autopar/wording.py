@@ -1,13 +1,23 @@
 """Numbers as people read them in a plan: three digits and a unit, ranges, plurals."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _BINARY = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def count(number: int, noun: str) -> str:
-    """Write a number with its noun: `1 host`, `2 hosts`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """Write a number with its noun: `1 host`, `2 batches`, `3 entries`."""
+    if number == 1:
+        return f"1 {noun}"
+    if noun.endswith("ry"):
+        return f"{number} {noun[:-1]}ies"
+    return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
+def either(choices: Sequence[str]) -> str:
+    """Write a choice: `1`, `1 or 2`, `1, 2 or 4`."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def digits(value: float) -> str:

@@ -1,7 +1,7 @@
 """How much an op does: floating-point operations and bytes moved, from its shapes alone."""
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from jax.extend.core import ClosedJaxpr, Literal, jaxprs_in_params
 from jax.extend.core import primitives as prim
@@ -13,7 +13,13 @@ _MULTIPLY_ADD = 2  # a fused multiply-add counts as two operations, as everybody
 
 @lru_cache(maxsize=2**16)
 def op_flops(op: Op) -> float:
-    """Operations of the matrix products and convolutions; loops count their body once per trip."""
+    """Operations of the matrix products and convolutions; loops count their body once per trip.
+
+    Left out: factorisations and Fourier transforms, which are priced by their bytes.
+    """
+    named = _BY_NAME.get(str(op.primitive))
+    if named is not None:
+        return named(op)
     match op.primitive:
         case prim.dot_general_p:
             (contract, _), _ = op.eqn.params["dimension_numbers"]
@@ -43,6 +49,34 @@ def _convolution_flops(op: Op) -> float:
     dims = (numbers.rhs_spec[1], *numbers.rhs_spec[2:])
     products = math.prod(kernel[dim] for dim in dims)
     return _MULTIPLY_ADD * products * math.prod(op.eqn.outvars[0].aval.shape) / stretched
+
+
+def _ragged_flops(op: Op) -> float:
+    """Every row meets the matrix of its own group only."""
+    numbers = op.eqn.params["ragged_dot_dimension_numbers"]
+    (contract, _), _ = numbers.dot_dimension_numbers
+    lhs, result = op.eqn.invars[0].aval.shape, op.eqn.outvars[0].aval.shape
+    is_by_group = any(dim in contract for dim in numbers.lhs_ragged_dimensions)
+    one_result = result[1:] if is_by_group else result
+    return _MULTIPLY_ADD * math.prod(lhs[dim] for dim in contract) * math.prod(one_result)
+
+
+def _attention_flops(op: Op, over_keys: int, over_values: int) -> float:
+    """Products of queries and keys, and of weights and values; masked ones count, as everybody counts."""
+    query, key, value = (atom.aval.shape for atom in op.eqn.invars[:3])
+    is_heads_first = op.eqn.params["layout"] == 1
+    batch, heads, length = query[0], query[1 + (not is_heads_first)], query[1 + is_heads_first]
+    widths = over_keys * key[3] + over_values * value[3]
+    return _MULTIPLY_ADD * batch * heads * length * key[1 + is_heads_first] * widths
+
+
+# By name, because JAX does not export these primitives.
+_BY_NAME = {
+    "ragged_dot_general": _ragged_flops,
+    "dot_product_attention_fwd_wrapper": partial(_attention_flops, over_keys=1, over_values=1),
+    # Scores again; gradients of queries, keys, weights and values.
+    "dot_product_attention_bwd_wrapper": partial(_attention_flops, over_keys=3, over_values=2),
+}
 
 
 def _inner_flops(op: Op) -> float:

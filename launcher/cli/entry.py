@@ -5,6 +5,7 @@ config into typed objects and calls `launcher.main.run`. Nothing here imports JA
 errors answer at once, and `main` sets the environment of emulated devices before JAX starts.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -17,13 +18,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launcher import logs
+from launcher import __version__, logs
 from launcher.cli import compose, sweep
 from launcher.cli.explain import USER_ERRORS, explain
 from launcher.cli.report import FULL_ERROR, exit_status_of
-from launcher.cli.run_folder import CONFIG_FILE, LOG_FILE, missing_folders, take_back
+from launcher.cli.run_folder import (
+    CONFIG_FILE,
+    LOG_FILE,
+    missing_folders,
+    storage_errors,
+    take_back,
+)
 from launcher.config import conf_dir, register_schemas
-from launcher.errors import ConfigError, LauncherError, StorageError
+from launcher.errors import ConfigError, LauncherError
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +49,9 @@ def main() -> int:
 
 
 def _answer(debug: bool) -> int:
+    if "--version" in sys.argv[1:]:  # Hydra's parser would print Hydra's alone
+        sys.stdout.write(f"launcher {__version__} (Hydra {hydra.__version__})\n")
+        return 0
     line = compose.parse(sys.argv[1:])
     if line.only_informs:
         return _inform(line)
@@ -49,11 +59,10 @@ def _answer(debug: bool) -> int:
     missing = () if run_dir is None else missing_folders(run_dir)
     task = _Task(line=line, debug=debug, missing=missing)
     try:
-        _hand_to_hydra(task)
+        with storage_errors():  # of making the run's folder, since the task itself raises nothing
+            _hand_to_hydra(task)
     except USER_ERRORS as error:
         raise explain(error, line.overrides) from error
-    except OSError as error:  # of making the run's folder, since the task itself raises nothing
-        raise StorageError(f"{error}: take another hydra.run.dir=<folder>") from error
     except SystemExit as stop:  # the task's, to leave out the rest of a sweep
         return stop.code
     return task.exit_status()
@@ -135,10 +144,13 @@ class _Task:
 
 
 def _run_logged(composed: DictConfig, run_dir: pathlib.Path) -> int:
-    with logs.logging_to(run_dir / LOG_FILE):
+    with contextlib.ExitStack() as stack:
+        with storage_errors():
+            stack.enter_context(logs.logging_to(run_dir / LOG_FILE))
         try:
             config = compose.to_config(composed)
-            (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(composed, resolve=True))
+            with storage_errors():
+                (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(composed, resolve=True))
             # Not at the top: it brings JAX, which help and config errors do not wait for.
             from launcher.main import run
 

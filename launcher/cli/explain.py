@@ -42,6 +42,7 @@ _EXPECTED = {
     types.NoneType: "null",
 }
 _SPECIAL = {"parallel.num_microbatches": "auto or a whole number"}
+_EXAMPLES = {"model.target": "model.target=my_package.my_module:build, a function that builds it"}
 
 # What a message of Hydra's says -> how we say it.
 _FREQUENT = {
@@ -175,7 +176,9 @@ def _unknown_option(error: MissingConfigException) -> str:
 
 def _missing(full_key: str) -> str:
     options = sorted(option for group, option in SCHEMAS if group == full_key)
-    example = " or ".join(f"{full_key}={option}" for option in options) or f"{full_key}=<value>"
+    example = " or ".join(f"{full_key}={option}" for option in options) or _EXAMPLES.get(
+        full_key, f"{full_key}=<value>"
+    )
     return f"{full_key} has no value: give {example}"
 
 

@@ -6,11 +6,24 @@ files that were written here, only folders that were not there before, and only 
 empty, since other runs may have started beside this one.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
+
+from launcher.errors import StorageError
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "launcher.log"
 HYDRA_FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml")
+
+
+@contextlib.contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn what fails where the run's folder or a file of it is made into a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{error}: take another hydra.run.dir=<folder>") from error
 
 
 def missing_folders(run_dir: pathlib.Path) -> tuple[pathlib.Path, ...]:

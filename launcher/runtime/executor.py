@@ -6,6 +6,7 @@ makes and frees stands in docs/schedules.md.
 """
 
 import abc
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +17,12 @@ import numpy as np
 from launcher.autopar.instructions import Instruction, Op
 from launcher.autopar.program import dispatch_order
 from launcher.autopar.realize import RealizedPlan
+from launcher.autopar.trace import Role
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.evaluator import Evaluator, split_batch
+from launcher.runtime.initial import initial_values
+from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.stage_programs import Compiled, StagePrograms
 
 Arrays = dict
@@ -98,6 +102,7 @@ class LocalExecutor(Executor):
         self.order = dispatch_order(realized.program)
         self.stages = self._build(optimizer, grid, progress)
         self._evaluator = Evaluator(realized, model, [stage.programs for stage in self.stages])
+        self._loose = LooseMetrics(realized.planner.model)
         self._mailbox: dict[Instruction, object] = {}
         self._handlers = {
             Op.FORWARD: self._forward, Op.BACKWARD: self._backward, Op.SYNCHRONIZE: self._synchronize,
@@ -114,30 +119,39 @@ class LocalExecutor(Executor):
     # Setting up
 
     def _build(self, optimizer: Optimizer, grid: np.ndarray, progress) -> list[StageState]:
-        params, state = self.model.init(self.seed)
+        count = len(self.realized.stages)
+        programs = [self._programs(index, optimizer, grid) for index in range(count)]
+        held: list[dict[Role, Arrays]] = [{Role.PARAM: {}, Role.STATE: {}} for _ in programs]
+        for source, array in initial_values(self.model, self.seed):
+            for built, own in zip(programs, held, strict=True):
+                specs = built.layout.params if source.role is Role.PARAM else built.layout.state
+                if source.path in specs:
+                    where = built.sharding(specs[source.path], array.ndim)
+                    own[source.role][source.path] = jax.device_put(array, where)
         stages = []
-        for index, stage in enumerate(self.realized.stages):
-            progress(f"stage {index + 1} of {len(self.realized.stages)}")
-            programs = self._programs(index, optimizer, grid)
-            own = {
-                p: jax.device_put(params[p], programs.param_sharding(p))
-                for p in stage.layout.params
-            }
-            owned = {path: own[path] for path in sorted(programs.owned)}
-            own_state = {
-                path: jax.device_put(state[path], programs.sharding(spec, state[path].ndim))
-                for path, spec in stage.layout.state.items()
-            }
-            optimizer_state = programs.init_optimizer(owned)
-            stages.append(StageState(programs, programs.compile(), own, own_state, optimizer_state))
+        for index, (built, own) in enumerate(zip(programs, held, strict=True)):
+            progress(f"stage {index + 1} of {count}")
+            params = own[Role.PARAM]
+            optimizer_state = built.init_optimizer({p: params[p] for p in sorted(built.owned)})
+            stages.append(
+                StageState(built, built.compile(), params, own[Role.STATE], optimizer_state)
+            )
         return stages
 
     def _programs(self, index: int, optimizer: Optimizer, grid: np.ndarray) -> StagePrograms:
         stage = self.realized.stages[index]
-        # A parameter that no gradient reaches has no accumulator, and stays as it is.
-        trained = stage.layout.accumulators
-        owned = {path for path in trained if self.realized.owner[path] == index}
-        tied = {path: len(users) for path, users in self.realized.users.items() if path in owned}
+        # A parameter that no gradient reaches is updated too, as by an optimizer that sees zeros.
+        owned = {
+            path
+            for path in stage.layout.params
+            if self.realized.owner[path] == index
+            and jnp.issubdtype(self.model.abstract_params[path].dtype, jnp.floating)
+        }
+        tied = {
+            path: len(stages)
+            for path, stages in self.realized.contributors.items()
+            if path in owned and stages
+        }
         return StagePrograms(
             stage.emitter,
             grid[np.ix_(stage.stage.hosts, stage.stage.devices)].flatten(),
@@ -151,28 +165,30 @@ class LocalExecutor(Executor):
     # One step
 
     def step(self, batch: Mapping[str, np.ndarray], step: int) -> StepResult:
-        self._microbatches = split_batch(batch, self.plan.num_microbatches)
-        self._step = step
-        self._losses: list[jax.Array] = []
-        self._metrics: dict[str, list[jax.Array]] = {name: [] for name in self.traced.metrics}
-        for stage in self.stages:
-            stage.accumulators = stage.compiled.zeros()
+        self._begin(batch, step)
         for instruction in self.order:
             self._handlers[instruction.op](self.stages[instruction.stage], instruction)
         assert not self._mailbox, "a sent value was never received"
         return StepResult(
             loss=_mean(self._losses),
             grad_norm=self.stages[0].norm,
-            metrics={name: _mean(values) for name, values in self._metrics.items() if values},
+            metrics={name: _mean(values) for name, values in self._metrics.items()},
         )
+
+    def _begin(self, batch: Mapping[str, np.ndarray], step: int) -> None:
+        self._microbatches = split_batch(batch, self.plan.num_microbatches)
+        self._step = step
+        self._losses: list[jax.Array] = []
+        self._metrics: dict[str, list] = defaultdict(list)
+        for stage in self.stages:
+            stage.accumulators = stage.compiled.zeros()
+        for k in range(self.plan.num_microbatches):
+            for name, value in self._loose.of_microbatch(self._key_data(k)).items():
+                self._metrics[name].append(value)
 
     def gradients(self, batch: Mapping[str, np.ndarray], step: int) -> tuple[jax.Array, dict]:
         """The loss and the synchronised gradients of a batch, without the update; for checks."""
-        self._microbatches = split_batch(batch, self.plan.num_microbatches)
-        self._step, self._losses = step, []
-        self._metrics = {name: [] for name in self.traced.metrics}
-        for stage in self.stages:
-            stage.accumulators = stage.compiled.zeros()
+        self._begin(batch, step)
         skipped = {Op.UPDATE, Op.SEND_TIED_PARAMETER, Op.RECEIVE_TIED_PARAMETER}
         for instruction in self.order:
             if instruction.op not in skipped:
@@ -192,6 +208,7 @@ class LocalExecutor(Executor):
         }
         key = jax.device_put(self._key_data(k), programs.whole)
         stash = Stash(batch, key, stage.imports.pop(k, {}))
+        self._collect_inputs(stage, instruction.stage)
         exports, new_state, stash.kept = stage.compiled.forward(
             stage.params, stage.state, batch, key, stash.imports
         )
@@ -205,6 +222,14 @@ class LocalExecutor(Executor):
         for name, value in self.traced.metrics.items():
             if value in exports:
                 self._metrics[name].append(exports[value])
+
+    def _collect_inputs(self, stage: StageState, index: int) -> None:
+        """Parameters and state that are metrics; copies, since the update takes its parameters."""
+        for name, source in self._loose.inputs.items():
+            if source.role is Role.STATE and source.path in stage.state:
+                self._metrics[name].append(stage.state[source.path])
+            elif source.role is Role.PARAM and self.realized.owner[source.path] == index:
+                self._metrics[name].append(jnp.copy(stage.params[source.path]))
 
     def _backward(self, stage: StageState, instruction: Instruction) -> None:
         """accumulators, returns = backward(params, stash, cotangents, accumulators)"""
@@ -291,16 +316,15 @@ class LocalExecutor(Executor):
         for value, array in self._take(instruction).items():
             received.setdefault(value, []).append(array)
 
-    def _tied(self, owner: int, user: int) -> list[str]:
-        users = self.realized.users
+    def _tied(self, users: Mapping[str, tuple[int, ...]], owner: int, user: int) -> list[str]:
         return [p for p in sorted(users) if user in users[p] and self.realized.owner[p] == owner]
 
     def _send_tied_gradient(self, stage: StageState, instruction: Instruction) -> None:
         target = self.stages[instruction.peer].programs
-        paths = self._tied(instruction.peer, instruction.stage)
+        paths = self._tied(self.realized.contributors, instruction.peer, instruction.stage)
         own = stage.programs.owned
         sums = {path: a for path, a in stage.accumulators.items() if path not in own}
-        reduced = stage.compiled.reduce_tied(sums)
+        reduced = stage.compiled.reduce_tied(sums) if sums else {}
         self._post(
             instruction,
             {p: jax.device_put(reduced[p], target.gradient_sharding(p)) for p in paths},
@@ -319,7 +343,7 @@ class LocalExecutor(Executor):
 
     def _send_tied_parameter(self, stage: StageState, instruction: Instruction) -> None:
         target = self.stages[instruction.peer].programs
-        paths = self._tied(instruction.stage, instruction.peer)
+        paths = self._tied(self.realized.users, instruction.stage, instruction.peer)
         self._post(
             instruction,
             {p: jax.device_put(stage.params[p], target.param_sharding(p)) for p in paths},

@@ -90,7 +90,13 @@ class Journal:
         """Pass on an evaluation after a step (None: it was cut short), and leave out its time."""
         if eval_loss is not None:
             if not math.isfinite(eval_loss):
-                log.warning("eval_loss is %s after step %d", eval_loss, step + 1)
+                log.warning(
+                    "eval_loss is %s after step %d, though the training loss is finite: it is null in "
+                    "metrics.jsonl, and training goes on; look for what overflows in the held-out "
+                    "batches, or compute in model.dtype=fp32",
+                    eval_loss,
+                    step + 1,
+                )
             self._eval_loss = eval_loss
             self._write(eval_row(step + 1, eval_loss))
         self._timer.restart()
@@ -119,7 +125,9 @@ class Journal:
             eval_loss=self._eval_loss,
             wall_s=self._timer.wall_s,
             measured={**speed, "peak_bytes_per_device": self._peak_bytes},
+            timed_steps=self._timer.timed_steps,
             predicted_step_s=self._meter.predicted_step_s,
+            comparable=self._meter.incomparable is None,
         )
 
     def _tell(self, summary: TrainSummary) -> list[Exception]:
@@ -140,13 +148,20 @@ class Journal:
     def _check(self, loss: float, grad_norm: float, learning_rate: float | None) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        before = "" if self._loss is None else f"{self._loss:.6g} one step before, "
+        what, other = f"loss is {loss}", f"gradient norm {grad_norm:.6g}"
+        if math.isfinite(loss):
+            what, other = f"gradient norm is {grad_norm}", f"loss {loss:.6g}"
+        before = "" if self._loss is None else f"loss {self._loss:.6g} one step before, "
         raise TrainingError(
-            f"the loss is {loss} at step {self.num_steps} of {self._planned_steps} ({before}"
-            f"gradient norm {grad_norm:.6g}, learning rate {learning_rate}): "
+            f"the {what} at step {self.num_steps} of {self._planned_steps} ({before}"
+            f"{other}, learning rate {_text(learning_rate)}): "
             f"lower optimizer.learning_rate, clip with optimizer.clip_norm=1.0, "
             f"or compute in model.dtype=fp32"
         )
+
+
+def _text(number: float | None) -> str:
+    return "not finite" if number is None else f"{number:.6g}"
 
 
 def _completion(arrays: object, clock: Callable[[], float]) -> float:

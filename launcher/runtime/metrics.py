@@ -51,6 +51,11 @@ class StepTimer:
         return self._clock() - self._started_s
 
     @property
+    def timed_steps(self) -> int:
+        """How many steps came after the warm-up."""
+        return max(0, len(self._laps_s) - WARM_UP_STEPS)
+
+    @property
     def median_s(self) -> float | None:
         """The median step without the warm-up; of a run too short for that, its last step."""
         steady_s = self._laps_s[WARM_UP_STEPS:] or self._laps_s[-1:]
@@ -70,6 +75,8 @@ class Meter:
     # "tokens" or "samples"
     sample_unit: str
     predicted_step_s: float | None
+    # Why the devices measured say nothing of those that the prediction is for; None where they do.
+    incomparable: str | None = None
 
     @property
     def throughput_key(self) -> str:
@@ -167,13 +174,18 @@ class TrainSummary:
     wall_s: float
     # As Meter.speed gives it for the median step, and the largest peak_bytes_per_device.
     measured: Row
+    # How many steps the median is of; 0 where all were warm-up, and it is the last step.
+    timed_steps: int
     predicted_step_s: float | None
+    # Whether what was measured and what was predicted are of the same devices.
+    comparable: bool = True
 
     @property
     def measured_over_predicted(self) -> float | None:
         """The measured step time over the predicted: above 1 the run is slower than promised."""
         measured_s, predicted_s = self.measured["step_s"], self.predicted_step_s
-        return measured_s / predicted_s if measured_s and predicted_s else None
+        is_known = self.comparable and measured_s and predicted_s
+        return measured_s / predicted_s if is_known else None
 
     def as_row(self) -> Row:
         """Give the summary by the names it is logged under."""
@@ -186,6 +198,7 @@ class TrainSummary:
             "eval_loss": finite(self.eval_loss),
             "wall_s": finite(self.wall_s),
             **{f"measured_{name}": value for name, value in self.measured.items()},
+            "timed_steps": self.timed_steps,
             "predicted_step_s": finite(self.predicted_step_s),
             "measured_over_predicted_step_s": finite(self.measured_over_predicted),
         }

@@ -3,9 +3,18 @@
 Pure functions from rows to text, the same for a terminal and for a log.
 """
 
+import math
 from pathlib import Path
 
-from launcher.runtime.metrics import EVAL_LOSS, Meter, Row, TrainSummary, is_evaluation
+from launcher.autopar.wording import count
+from launcher.runtime.metrics import (
+    EVAL_LOSS,
+    WARM_UP_STEPS,
+    Meter,
+    Row,
+    TrainSummary,
+    is_evaluation,
+)
 
 # In the order in which they are listed at the end; those that were not written are left out.
 FILES_OF_A_RUN = (
@@ -26,7 +35,7 @@ def describe_row(row: Row, meter: Meter, steps: int) -> str:
     """Write a row as one line, which fits a terminal of 80 columns."""
     head = f"step {row['step']:>{len(str(steps))}}/{steps}"
     if is_evaluation(row):
-        return f"{head}  eval_loss {_number(row[EVAL_LOSS], '.4f')}"
+        return f"{head}  eval_loss {loss_text(row[EVAL_LOSS])}"
     return f"{head}  {describe_numbers(row, meter)}"
 
 
@@ -38,7 +47,15 @@ def describe_pace(row: Row, eta_s: float | None) -> str:
 
 def describe_numbers(row: Row, meter: Meter) -> str:
     """Write loss and speed: `loss 2.3145  12.3k tokens/s  0.52 TFLOP/s/device  MFU 41.2 %`."""
-    return f"loss {_number(row['loss'], '.4f')}  {describe_speed(row, meter)}"
+    return f"loss {loss_text(row['loss'])}  {describe_speed(row, meter)}"
+
+
+def loss_text(value: float | None) -> str:
+    """Write a loss: `2.3145`, far from 1 `1.235e+12`; of a row that has null, `not finite`."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    is_near_one = value == 0 or 1e-3 <= abs(value) < 1e5
+    return format(value, ".4f" if is_near_one else ".4g")
 
 
 def describe_speed(row: Row, meter: Meter) -> str:
@@ -54,16 +71,18 @@ def describe_speed(row: Row, meter: Meter) -> str:
 
 def final_lines(summary: TrainSummary, meter: Meter, run_dir: Path) -> tuple[str, ...]:
     """Write how a run ended, how fast it was, what the plan had promised, and the files."""
-    losses = f"loss {_number(summary.loss, '.4f')} (best {_number(summary.best_loss, '.4f')})"
+    planned = count(summary.planned_steps, "step")
+    head = f"{summary.status}: {summary.steps} of {planned} in {duration(summary.wall_s)}"
+    if summary.loss is not None:
+        head += f", loss {loss_text(summary.loss)} (best {loss_text(summary.best_loss)})"
     if summary.eval_loss is not None:
-        losses += f", eval_loss {_number(summary.eval_loss, '.4f')}"
-    steps = f"{summary.steps} of {summary.planned_steps} steps in {duration(summary.wall_s)}"
+        head += f", eval_loss {loss_text(summary.eval_loss)}"
     lines = [
-        f"{summary.status}: {steps}, {losses}",
+        head,
         f"speed: {describe_speed(summary.measured, meter)}",
-        _describe_promise(summary),
+        _describe_promise(summary, meter),
     ]
-    if meter.peak_flops_per_s is None:
+    if meter.peak_flops_per_s is None and meter.incomparable is None:
         lines.insert(2, "MFU is not known: the cluster gives no peak FLOP/s for its devices")
     return (*lines, *_describe_files(run_dir))
 
@@ -82,13 +101,26 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def _describe_promise(summary: TrainSummary) -> str:
-    line = f"step time: {duration(summary.measured['step_s'])} measured (median)"
+def _describe_promise(summary: TrainSummary, meter: Meter) -> str:
+    line = f"step time: {_describe_median(summary)}"
     if summary.predicted_step_s is None:
         return f"{line}, no prediction"
     line += f", {duration(summary.predicted_step_s)} predicted"
+    if meter.incomparable is not None:
+        return f"{line}; not to be compared, and no MFU: {meter.incomparable}"
     ratio = summary.measured_over_predicted
     return line if ratio is None else f"{line} (measured / predicted = {ratio:.2f})"
+
+
+def _describe_median(summary: TrainSummary) -> str:
+    measured_s = summary.measured["step_s"]
+    if measured_s is None:
+        return "none measured"
+    of = "the last step, with its warm-up"
+    if summary.timed_steps:
+        steps = count(summary.timed_steps, "step")
+        of = f"median of {steps}, without the first {WARM_UP_STEPS}"
+    return f"{duration(measured_s)} measured ({of})"
 
 
 def _describe_files(run_dir: Path) -> tuple[str, ...]:

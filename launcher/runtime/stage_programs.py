@@ -21,9 +21,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher.autopar.emit import StageEmitter
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.shards import reshard_local, unpack
-from launcher.autopar.spec import REPLICATED, Spec, partial_axes, to_partition_spec
-from launcher.autopar.stage_problem import optimizer_spec
+from launcher.autopar.spec import REPLICATED, Spec, local_shape, partial_axes, to_partition_spec
 from launcher.autopar.trace import Role
 from launcher.models.optimizer import Optimizer
 
@@ -194,7 +194,7 @@ class StagePrograms:
     def _compile_synchronize(self) -> jax.stages.Compiled:
         """(accumulators, gradients received) -> (gradients, squared norm), of owned parameters."""
         params, accumulators = self.avals.params, self._accumulators(owned=True)
-        targets = {path: self.gradient_spec(path) for path in accumulators}
+        targets = {path: self.gradient_spec(path) for path in sorted(self.owned)}
         received = {path: targets[path] for path in self.tied}
         function = self._shard_map(
             partial(self._synchronize, accumulators, targets),
@@ -214,13 +214,19 @@ class StagePrograms:
 
     def _synchronize(self, accumulators, targets, sums, received):
         gradients, squares = {}, []
-        for path, packed in sums.items():
-            gradient = self._reduced(path, packed, accumulators[path], targets[path])
+        for path, target in targets.items():
+            if path in sums:
+                gradient = self._reduced(path, sums[path], accumulators[path], target)
+            else:  # no layer of this stage has a gradient for it
+                aval = self.avals.params[path]
+                gradient = jnp.zeros(
+                    local_shape(target, aval.shape, self.logical.shape), aval.dtype
+                )
             for part in received.get(path, ()):
                 gradient = gradient + part
             gradients[path] = gradient
-            squares.append(self._square(gradient, targets[path]))
-        total = sum(squares[1:], start=squares[0]) if squares else jnp.zeros(())
+            squares.append(self._square(gradient, target))
+        total = sum(squares, start=jnp.zeros((), self._norm_dtype))
         return gradients, lax.psum(total, self.logical.axis_names)
 
     def _reduced(self, path: str, packed: jax.Array, source: Spec, target: Spec) -> jax.Array:
@@ -242,6 +248,11 @@ class StagePrograms:
         function = self._shard_map(reduce, *specs)
         return function.lower(self._abstracts(accumulators, params)).compile()
 
+    @property
+    def _norm_dtype(self) -> jnp.dtype:
+        """The same on all stages, whatever parameters they have."""
+        return jnp.result_type(jnp.float32, *(a.dtype for a in self.avals.params.values()))
+
     def _square(self, gradient: jax.Array, spec: Spec) -> jax.Array:
         """This device's share of the squared norm; replicas count once."""
         replicas = math.prod(
@@ -258,10 +269,7 @@ class StagePrograms:
         params = {p: self._abstract(self.avals.params[p], self.layout.params[p]) for p in owned}
         gradients = {p: self._abstract(self.avals.params[p], self.gradient_spec(p)) for p in owned}
         state = self.abstract_optimizer_state()
-        norm_dtype = (
-            jnp.float64 if any(p.dtype == jnp.float64 for p in params.values()) else jnp.float32
-        )
-        norm = jax.ShapeDtypeStruct((), norm_dtype, sharding=self.whole)
+        norm = jax.ShapeDtypeStruct((), self._norm_dtype, sharding=self.whole)
 
         def outside(tree):
             return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -141,6 +141,6 @@ def _memory_errors(journal: Journal, settings: TrainSettings) -> Iterator[None]:
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"out of device memory after step {journal.num_steps} of {settings.steps} ({reason}); "
-            f"train.global_batch={settings.global_batch}: lower it, raise "
-            f"parallel.num_microbatches, or take parallel.recompute=layer"
+            f"train.global_batch={settings.global_batch}: lower it, or plan with more "
+            f"parallel.num_microbatches, or with parallel.recompute=layer"
         ) from error

@@ -1,6 +1,7 @@
-"""Models that the planner's tests share: tiny GPTs, and models that are no more than their loss."""
+"""What the planner's tests share: tiny GPTs, models that are no more than their loss, a device, a plan."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster import Cluster, Device, load_cluster
+from launcher.autopar.plan import Plan
+from launcher.autopar.plan_file import read_plan
 from launcher.config import GptConfig
 from launcher.models.model import Model
 
@@ -79,6 +82,35 @@ def tiny_gpt() -> Callable[..., Model]:
 @pytest.fixture(scope="session")
 def cpu8() -> Cluster:
     return load_cluster("cpu8")
+
+
+@pytest.fixture(scope="session")
+def device() -> Device:
+    """An accelerator of round figures, whose matrix products reach its peak."""
+    return Device(
+        kind="test",
+        memory_bytes=2**34,
+        peak_flops_per_s={"fp32": 1e13},
+        matmul_efficiency={"fp32": 1.0},
+        memory_bytes_per_s=1e12,
+        has_bf16=False,
+        accelerator=True,
+    )
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
+    return read_plan(pathlib.Path(__file__).parents[1] / "golden" / "plans" / "two_stages.json")
+
+
+@pytest.fixture
+def params() -> Shapes:
+    """The parameters of that plan."""
+    block = {"up/kernel": (64, 256), "up/bias": (256,)}
+    blocks = {f"blocks/{i}/mlp/{name}": shape for i in range(4) for name, shape in block.items()}
+    shapes = {"embedding/token": (256, 64), **blocks}
+    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
 
 
 @pytest.fixture(scope="session")

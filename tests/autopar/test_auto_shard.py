@@ -498,6 +498,12 @@ class TestRegret:
         check_no_choice_is_cheaper(seed)
 
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seed", range(4, 60))
+    def test_no_choice_is_cheaper_for_many(self, seed):
+        check_no_choice_is_cheaper(seed)
+
+
 class TestBadInput:
     def test_a_mesh_that_does_not_match_the_devices(self):
         params, batch = mlp(1, 4, 16)

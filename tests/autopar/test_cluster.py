@@ -68,6 +68,8 @@ def test_packaged_clusters_load_the_same_by_name_and_by_config(name):
     cluster = load_cluster(name)
     assert cluster.name == name
     assert not FIGURES - set(cluster.sources)
+    assert (cluster.device.reserved_bytes > 0) == cluster.device.accelerator
+    assert ("device.reserved_gib" in cluster.sources) == cluster.device.accelerator
     assert Cluster.from_config(load([f"cluster={name}"]).cluster) == cluster
 
 
@@ -108,13 +110,18 @@ def test_the_dtype_follows_the_device(name, dtype):
 
 def test_units_become_si(tmp_path):
     cluster = load_cluster(write(tmp_path, MINE))
-    assert cluster.device.memory_bytes == 16 * 2**30
+    assert cluster.device.memory_bytes == cluster.device.usable_bytes == 16 * 2**30
     assert cluster.device.peak_flops_per_s == {"fp32": 10e12, "bf16": 100e12}
     assert cluster.intra_host == Link(bytes_per_s=100e9, latency_s=pytest.approx(10e-6))
     assert cluster.inter_host == Link(bytes_per_s=10e9, latency_s=0.0)
     assert (cluster.nominal, cluster.sources) == (False, {})
     assert cluster.describe() == "mine: 2 hosts x 4 X1 (16 GiB each, 80 Gb/s between hosts)"
     assert load_cluster(str(tmp_path / "mine.yaml")) == cluster
+
+
+def test_a_reserve_is_no_memory_to_fill(tmp_path):
+    device = load_cluster(write(tmp_path, changed("device.reserved_gib", 1.5))).device
+    assert (device.memory_bytes, device.usable_bytes) == (16 * 2**30, 14.5 * 2**30)
 
 
 def test_a_link_for_each_device_adds_up_to_the_hosts(tmp_path):
@@ -153,6 +160,8 @@ def test_local_with_known_gpus_has_their_figures():
     assert cluster.sources["device.memory_gib"] == "what JAX may use of it"
     v100 = Cluster.local(kind="Tesla V100-SXM2-16GB", count=8, memory_bytes=None)
     assert v100.device.memory_bytes == 16 * 2**30
+    assert v100.device.usable_bytes == load_cluster("1xp3").device.usable_bytes < 16 * 2**30
+    assert cluster.device.usable_bytes == 60 * 2**30  # the reserve lies outside of JAX's pool
     a100 = Cluster.local(kind="NVIDIA A100-SXM4-40GB", count=8, memory_bytes=30 * 2**30)
     assert a100.device.memory_bytes_per_s == 1.555e12
 
@@ -176,6 +185,8 @@ MISTAKES = [
     ("host", 2, "host=2 is unknown: correct or drop it; the file has name, hosts,"),
     ("device.memory_gib", -16, "device.memory_gib=-16 is not above 0: write a positive number"),
     ("device.memory_gib", 0, "device.memory_gib=0 is not above 0"),
+    ("device.reserved_gib", 17, "device.reserved_gib=17 is not in 0"),
+    ("device.reserved_gib", -1, "device.reserved_gib=-1 is not in 0"),
     ("device.memory_gib", float("nan"), "device.memory_gib=nan is not finite"),
     ("device.memory_gib", 1e-12, "device.memory_gib=1e-12 is not in 1e-09"),
     ("device.memory_gb_per_s", float("inf"), "device.memory_gb_per_s=inf is not finite"),

@@ -2,17 +2,26 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launcher.autopar.clustering import SLACKS, best_cuts, cluster, crossing_bytes, free_ops
+from launcher.autopar.clustering import (
+    SLACKS,
+    best_cuts,
+    cluster,
+    crossing_bytes,
+    free_ops,
+    places_to_cut,
+)
 from launcher.autopar.graph import used_values
 from launcher.autopar.layers import build_layers
 from launcher.autopar.trace import Role, trace_model
 from launcher.autopar.work import op_flops
+from launcher.errors import ConfigError
 
 
 def objective(flops, crossing, cuts):
@@ -47,6 +56,7 @@ def test_the_cuts_are_those_of_an_exhaustive_search(seed):
     flops = rng.integers(0, 6, num_atoms).astype(float) * rng.choice([1.0, 1e9])
     flops[rng.integers(num_atoms)] += 1.0
     crossing = rng.integers(1, 9, num_atoms).astype(float)
+    num_layers = min(num_layers, len(places_to_cut(flops, crossing)))
     expected = exhaustive(flops.tolist(), crossing.tolist(), num_layers)
     cuts = best_cuts(flops, crossing.copy(), num_layers)
     assert cuts[0] == 0
@@ -67,8 +77,8 @@ def test_few_bytes_matter_more_than_balance_until_a_layer_has_too_much():
     assert best_cuts(np.ones(6), np.array([0.0, 1, 9, 9, 9, 9]), 2) == (0, 3)  # 1 + 5 would not be
 
 
-def test_more_layers_than_places_to_cut():
-    assert best_cuts(np.array([0.0, 5.0, 0.0]), np.array([0.0, 1.0, 1.0]), 3) == (0, 1, 2)
+def test_layers_start_where_the_fewest_bytes_cross_between_two_heavy_ops():
+    assert places_to_cut(np.array([0.0, 5.0, 0.0]), np.array([0.0, 1.0, 1.0])).tolist() == [0, 2]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +101,19 @@ def test_fewer_layers_are_made_of_whole_blocks(traced, num_layers, classes):
     assert len(layered.classes) == classes
     work = [sum(op_flops(op) for op in ops) for ops in cluster(traced, num_layers).layers]
     assert max(work) <= 1.5 * sum(work) / num_layers
+
+
+def test_more_layers_than_places_to_cut_is_an_error_with_the_largest_number(traced):
+    with pytest.raises(
+        ConfigError, match=r"parallel\.pp=1000 is more layers than the \d+"
+    ) as error:
+        cluster(traced, 1000, key="parallel.pp")
+    most = int(re.search(r"the (\d+) that", str(error.value)).group(1))
+    found = [sum(op_flops(op) for op in ops) for ops in cluster(traced, most).layers]
+    assert len(found) == most
+    heavy = [op for op in traced.graph.ops if op_flops(op)]
+    assert most >= len(heavy)
+    assert max(found) == max(map(op_flops, heavy))  # no layer takes what the others leave
 
 
 @pytest.mark.parametrize("num_layers", [None, 1, 2, 4, 6])

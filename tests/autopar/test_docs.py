@@ -1,4 +1,4 @@
-"""The examples of docs/plan-file.md and docs/clusters.md are what they say."""
+"""The examples of docs/plan-file.md, docs/clusters.md and docs/auto-shard.md are what they say."""
 
 import pathlib
 import re
@@ -23,3 +23,11 @@ def test_the_cluster_of_ones_own_is_one(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(example("clusters.md", "yaml"))
     assert load_cluster(path).num_devices == 32
+
+
+def test_the_example_of_auto_shard_runs_as_it_says(capsys):
+    names: dict = {}
+    exec(example("auto-shard.md", "python"), names)
+    assert names["sharded"].audit(names["compiled"]).agrees
+    printed = capsys.readouterr().out
+    assert "all-reduce" in printed and "not the same" not in printed

@@ -10,42 +10,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launcher.autopar.cluster import Device
 from launcher.autopar.clustering import cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import IntraOpPlanner, Seconds
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.reshard import Kind, reshard, reshard_cost
 from launcher.autopar.restrictions import Restrictions
 from launcher.autopar.rules import axis_choices
 from launcher.autopar.spec import PARTIAL, REPLICATED, num_shards
-from launcher.autopar.stage_problem import StageSettings, optimizer_spec
+from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import Role, trace_model
 
 R, P = REPLICATED, PARTIAL
-DEVICE = Device(
-    kind="test",
-    memory_bytes=2**34,
-    peak_flops_per_s={"fp32": 1e13},
-    matmul_efficiency={"fp32": 1.0},
-    memory_bytes_per_s=1e12,
-    has_bf16=False,
-    accelerator=True,
-)
 
 
 def mesh_of(*shape, alpha=1e-6, beta=1e-11):
     return LogicalMesh(shape=shape, alpha=(3 * alpha, alpha), beta=(4 * beta, beta))
 
 
-def settings(mesh, **fields):
-    held = frozenset({0}) if min(mesh.shape) > 1 else frozenset()
-    return StageSettings(
-        mesh=mesh,
-        compute=ComputeModel(DEVICE),
-        **{"restrictions": Restrictions(held), "num_microbatches": 8, **fields},
-    )
+@pytest.fixture(scope="module")
+def settings(device):
+    def made(mesh, **fields):
+        held = frozenset({0}) if min(mesh.shape) > 1 else frozenset()
+        return StageSettings(
+            mesh=mesh,
+            compute=ComputeModel(device),
+            **{"restrictions": Restrictions(held), "num_microbatches": 8, **fields},
+        )
+
+    return made
 
 
 def planner_for(model, microbatch_size, num_layers=None):
@@ -130,7 +125,7 @@ class Walk:
             self.where[value] = state
             synchronize += self.move(value, home)
             num_bytes = 4 * np.prod(aval.shape) / num_shards(state, self.mesh.shape)
-            update += 7 * num_bytes / DEVICE.memory_bytes_per_s
+            update += 7 * num_bytes / self.settings.compute.device.memory_bytes_per_s
         return Seconds(total["forward"], total["backward"], synchronize, update)
 
 
@@ -166,20 +161,20 @@ def vars_of(seconds):
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("shape", MESHES)
-def test_the_price_of_a_perceptron_is_that_of_a_walk(perceptron, shape, zero):
+def test_the_price_of_a_perceptron_is_that_of_a_walk(perceptron, shape, zero, settings):
     planner = planner_for(perceptron(hidden=16, inner=32, blocks=2), 8, num_layers=1)
     assert_price_is_that_of_a_walk(planner, settings(mesh_of(*shape), zero=zero))
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_the_price_of_a_gpt_is_that_of_a_walk(tiny_gpt, shape):
+def test_the_price_of_a_gpt_is_that_of_a_walk(tiny_gpt, shape, settings):
     planner = planner_for(tiny_gpt(layers=1, hidden=32, heads=4, dropout=0.1), 4, num_layers=1)
     for chosen in (settings(mesh_of(*shape)), settings(mesh_of(*shape), recompute=True)):
         assert_price_is_that_of_a_walk(planner, chosen)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
-def test_no_single_node_can_be_bettered(tiny_gpt, shape):
+def test_no_single_node_can_be_bettered(tiny_gpt, shape, settings):
     planner = planner_for(tiny_gpt(layers=3), 4)
     problem = planner.problem(0, 3, settings(mesh_of(*shape)))
     sharding = planner.solve(0, 3, problem.settings)
@@ -203,7 +198,7 @@ def specs(planner, sharding, kind="slot"):
     }
 
 
-def test_a_large_batch_is_split_and_weights_are_synchronised_once(perceptron):
+def test_a_large_batch_is_split_and_weights_are_synchronised_once(perceptron, settings):
     planner = planner_for(perceptron(hidden=64, inner=256), 4096, num_layers=1)
     chosen = settings(mesh_of(4, 1, alpha=1e-7, beta=2.5e-10))
     sharding = planner.solve(0, 1, chosen)
@@ -224,7 +219,7 @@ def test_a_large_batch_is_split_and_weights_are_synchronised_once(perceptron):
     assert sharding.seconds.update == pytest.approx(7 * 2 * weights / 1e12)
 
 
-def test_a_tiny_batch_splits_columns_and_then_rows_with_one_all_reduce(perceptron):
+def test_a_tiny_batch_splits_columns_and_then_rows_with_one_all_reduce(perceptron, settings):
     planner = planner_for(perceptron(hidden=1024, inner=4096), 8, num_layers=1)
     sharding = planner.solve(0, 1, settings(mesh_of(1, 4)))
     homes = specs(planner, sharding)
@@ -236,7 +231,7 @@ def test_a_tiny_batch_splits_columns_and_then_rows_with_one_all_reduce(perceptro
     assert sharding.seconds.synchronize == 0.0
 
 
-def test_a_transformer_block_on_a_tensor_axis_is_megatrons(tiny_gpt):
+def test_a_transformer_block_on_a_tensor_axis_is_megatrons(tiny_gpt, settings):
     """Two all-reduces forward, two backward; or reduce-scatters and all-gathers of the same bytes."""
     planner = planner_for(tiny_gpt(layers=4, hidden=1024, heads=16, seq_len=16), 1, num_layers=4)
     chosen = settings(mesh_of(1, 4))
@@ -255,7 +250,9 @@ def test_a_transformer_block_on_a_tensor_axis_is_megatrons(tiny_gpt):
         chosen,
         mesh=replace(chosen.mesh, alpha=(0.0, 0.0), beta=(0.0, 1.0)),
         compute=ComputeModel(
-            replace(DEVICE, peak_flops_per_s={"fp32": np.inf}, memory_bytes_per_s=np.inf)
+            replace(
+                chosen.compute.device, peak_flops_per_s={"fp32": np.inf}, memory_bytes_per_s=np.inf
+            )
         ),
     )
     costs = planner.reprice(0, 4, bytes_only, sharding.picks).group_seconds
@@ -266,7 +263,7 @@ def test_a_transformer_block_on_a_tensor_axis_is_megatrons(tiny_gpt):
     assert sent.forward + sent.backward == pytest.approx(4 * all_reduce, rel=0.02)
 
 
-def test_the_solver_is_no_dearer_than_the_plans_of_people(tiny_gpt):
+def test_the_solver_is_no_dearer_than_the_plans_of_people(tiny_gpt, settings):
     """Data parallelism and Megatron's splits are both among the plans it may choose."""
     planner = planner_for(tiny_gpt(layers=3), 8)
     for beta in (1e-12, 1e-10, 1e-8):
@@ -296,7 +293,7 @@ def megatron(planner):
     }
 
 
-def test_pins_are_kept_and_cost_no_less(tiny_gpt):
+def test_pins_are_kept_and_cost_no_less(tiny_gpt, settings):
     planner = planner_for(tiny_gpt(layers=3), 8)
     chosen = settings(mesh_of(2, 2))
     free, pins = planner.solve(0, 3, chosen), megatron(planner)
@@ -307,7 +304,7 @@ def test_pins_are_kept_and_cost_no_less(tiny_gpt):
     assert held.microbatch_s < 1.0, "the penalty of a forbidden choice is no part of the price"
 
 
-def test_a_stage_whose_every_node_is_pinned_is_priced_and_not_solved(tiny_gpt):
+def test_a_stage_whose_every_node_is_pinned_is_priced_and_not_solved(tiny_gpt, settings):
     planner = planner_for(tiny_gpt(layers=3), 8)
     chosen = settings(mesh_of(2, 2))
     first = planner.solve(0, 3, chosen)
@@ -330,7 +327,7 @@ def unfolded(layered):
 @pytest.mark.parametrize(
     ("shape", "alpha"), [((2, 4), 1e-6), ((2, 4), 1e-5), ((1, 4), 1e-6), ((4, 2), 1e-7)]
 )
-def test_folding_equal_layers_loses_nothing(tiny_gpt, shape, alpha):
+def test_folding_equal_layers_loses_nothing(tiny_gpt, shape, alpha, settings):
     folded = planner_for(tiny_gpt(layers=6), 8)
     separate = IntraOpPlanner(unfolded(folded.model))
     chosen = settings(mesh_of(*shape, alpha=alpha))
@@ -350,7 +347,7 @@ def test_folding_equal_layers_loses_nothing(tiny_gpt, shape, alpha):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_zero_puts_state_on_the_data_axis(perceptron, zero):
+def test_zero_puts_state_on_the_data_axis(perceptron, zero, settings):
     planner = planner_for(perceptron(hidden=16, inner=32), 8, num_layers=1)
     sharding = planner.solve(0, 1, settings(mesh_of(4, 1), zero=zero))
     for path, home in specs(planner, sharding).items():
@@ -362,7 +359,7 @@ def test_zero_puts_state_on_the_data_axis(perceptron, zero):
         assert zero < 3 or home[0] >= 0
 
 
-def test_zero_2_scatters_gradients_and_gathers_parameters(perceptron):
+def test_zero_2_scatters_gradients_and_gathers_parameters(perceptron, settings):
     planner = planner_for(perceptron(hidden=64, inner=256), 4096, num_layers=1)
     mesh = mesh_of(4, 1, beta=1e-10)
     held = Restrictions(frozenset({0}))
@@ -380,7 +377,7 @@ def test_zero_2_scatters_gradients_and_gathers_parameters(perceptron):
     assert zero_2.update == pytest.approx(plain.update / 4)
 
 
-def test_a_price_on_memory_splits_more_and_is_no_part_of_the_cost(perceptron):
+def test_a_price_on_memory_splits_more_and_is_no_part_of_the_cost(perceptron, settings):
     planner = planner_for(perceptron(hidden=64, inner=256), 4096, num_layers=1)
     chosen = settings(mesh_of(1, 4))
     dear = replace(chosen, memory_s_per_byte=1.0)

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 
 from launcher.autopar.cluster import ClusterRef
-from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
+from launcher.autopar.clustering import cluster
+from launcher.autopar.make_plan import _check_memory, _fits, adopt_plan, find_plan, make_plan
 from launcher.autopar.plan import ModelRef, Plan, Stage
 from launcher.autopar.plan_file import from_json, to_json
 from launcher.autopar.predict import predict
 from launcher.autopar.realize import realize
-from launcher.autopar.search import PlanOptions
-from launcher.errors import InfeasiblePlanError, PlanError
+from launcher.autopar.space import PlanOptions
+from launcher.autopar.trace import trace_model
+from launcher.errors import ConfigError, InfeasiblePlanError, PlanError
 
 BATCH, MICROBATCHES = 32, 4
 
@@ -114,9 +116,24 @@ def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
     found = planned(gpt, cpu8, "single")
     small = replace(cpu8, device=replace(cpu8.device, memory_bytes=2**22))
     with pytest.raises(
-        InfeasiblePlanError, match=r"needs 0\.\d+ GiB on a device that has 0\.00 GiB .*memory_gib"
+        InfeasiblePlanError,
+        match=r"needs 0\.\d+ GiB on a device that has 0\.00 GiB .*memory_gib=0\.0039",
     ):
-        _check_memory(found.outlook, small)
+        _check_memory(found.outlook, small, options("single"))
+
+
+def test_a_reserve_is_left_empty(gpt, cpu8):
+    found = planned(gpt, cpu8, "single")
+    (needed,) = map(int, found.plan.predicted.peak_bytes_per_device)
+    for spare, fits in ((2**20, True), (-(2**20), False)):
+        device = replace(cpu8.device, reserved_bytes=cpu8.device.memory_bytes - needed - spare)
+        machine = replace(cpu8, device=device)
+        assert _fits(found.outlook, machine) == fits
+        if fits:
+            planned(gpt, machine, "single")
+        else:
+            with pytest.raises(InfeasiblePlanError, match="GiB"):
+                planned(gpt, machine, "single")
 
 
 def bare(stages, num_layers=None):
@@ -161,10 +178,6 @@ def test_placed_parameters_stay_where_the_plan_puts_them(gpt, cpu8):
 
 
 BROKEN = {
-    "other layers": (
-        (replace(_TWO[0], layers=(0, 2)), replace(_TWO[1], layers=(2, 3))), None,
-        r"cover 3 layers, the model has 4 .*num_layers",
-    ),
     "a dim that does not divide": (
         (_TWO[0], replace(_TWO[1], params={"blocks/3/mlp/up/bias": (None, "data")})), None,
         r"cannot lie as the plan says .*stages\[\]\.params",
@@ -203,9 +216,25 @@ def test_plans_that_cannot_be(name, gpt, cpu8):
 
 
 def test_a_plan_may_cut_the_model_into_another_number_of_layers(gpt, cpu8):
+    """Left out, `num_layers` is where the last stage ends, also in a plan that was never a file."""
     stages = (replace(_TWO[0], layers=(0, 1)), replace(_TWO[1], layers=(1, 2)))
-    found = adopt_plan(bare(stages, num_layers=2), gpt, cpu8, options("auto"))
-    assert len(found.realized.planner.model.layers) == 2
+    for num_layers in (2, None):
+        found = adopt_plan(bare(stages, num_layers=num_layers), gpt, cpu8, options("auto"))
+        assert len(found.realized.planner.model.layers) == 2
+        assert found.plan.num_layers == 2
+
+
+def test_more_layers_than_the_model_can_be_cut_into(gpt, cpu8):
+    stages = (_TWO[0], replace(_TWO[1], layers=(3, 300)))
+    with pytest.raises(
+        ConfigError, match=r"^num_layers=300 is more layers than the (\d+)"
+    ) as error:
+        adopt_plan(bare(stages), gpt, cpu8, options("auto"))
+    most = int(str(error.value).rpartition("num_layers=")[2].split()[0])
+    traced = trace_model(gpt, BATCH // MICROBATCHES)
+    assert len(cluster(traced, most).layers) == most
+    with pytest.raises(ConfigError, match=rf"parallel.pp={most + 1} .* parallel.pp={most} or less"):
+        cluster(traced, most + 1, key="parallel.pp")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from launcher.autopar.picks import choice_text, pins_of_stage, specs_as_dims, st
 from launcher.autopar.plan_file import from_json, to_json
 from launcher.autopar.realize import realize
 from launcher.autopar.rules import AxisStrategy, Strategy
-from launcher.autopar.search import PlanOptions
+from launcher.autopar.space import PlanOptions
 from launcher.config import MoeConfig
 from launcher.errors import PlanError
 
@@ -104,7 +104,7 @@ def test_a_strategy_that_no_rule_allows_is_an_error_that_names_it(gpt, cpu8):
     (stage,) = found.plan.stages
     group = "layer0/op"
     number = stage.strategies[group][3].partition(":")[0]
-    words = r"no strategy '7>7\|R>R' for \('op', 'layer0', " + number
+    words = rf"no strategy '7>7\|R>R' for entry {number} of layer0/op"
     plan = replace(found.plan, stages=(changed(stage, group, 3, f"{number}:7>7|R>R"),))
     with pytest.raises(PlanError, match=words):
         realize(plan, gpt, cpu8)
@@ -146,3 +146,27 @@ def test_parameters_alone_pin_their_slots(gpt, cpu8):
     picks = realized.stages[0].sharding.picks
     assert pins
     assert all(key[0] == "slot" and allowed == [picks[key]] for key, allowed in pins.items())
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (
+            {"blocks/0/mlp/up/kernl": (None, None)},
+            r"params\['blocks/0/mlp/up/kernl'\] of the stage of layers \[0, \d+\] is none of the \d+ "
+            r"parameters .*did you mean 'blocks/0/mlp/up/kernel'",
+        ),
+        ({"of/another/model": (None,)}, r"is none of the \d+ parameters .*: drop it"),
+        ({"blocks/0/mlp/up/kernel": (None,)}, r"has 1 entry, and the tensor has 2 dims"),
+        (
+            {"blocks/0/mlp/up/kernel": ("data", None)},
+            r"=\['data', None\] is not possible on the mesh",
+        ),
+    ],
+)
+def test_what_a_plan_says_of_parameters_is_checked(gpt, cpu8, params, words):
+    found = planned(gpt, cpu8, **GPT_PLANS["data"])
+    (stage,) = found.plan.stages
+    stage = replace(stage, strategies={}, params=params)
+    with pytest.raises(PlanError, match=words):
+        realize(replace(found.plan, stages=(stage,)), gpt, cpu8)

@@ -1,33 +1,18 @@
 """What a plan must hold to be one, and how each mistake is told."""
 
 import dataclasses
-import pathlib
 import re
 
 import pytest
 
-from launcher.autopar.cluster import Cluster, load_cluster
-from launcher.autopar.plan import Plan, axes_of
-from launcher.autopar.plan_file import read_plan
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.plan import axes_of
 from launcher.errors import PlanError
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plans"
 
-
-@pytest.fixture
-def plan() -> Plan:
-    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
-    return read_plan(GOLDEN / "two_stages.json")
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    return load_cluster("cpu8")
-
-
-def test_a_sound_plan_passes(plan, cluster):
-    plan.check(4, cluster)
-    plan.check(None, cluster, fingerprint="f2090328d21e94a6")
+def test_a_sound_plan_passes(plan, cpu8):
+    plan.check(4, cpu8)
+    plan.check(None, cpu8, fingerprint="f2090328d21e94a6")
     assert (plan.microbatch_size, plan.num_devices) == (4, 8)
 
 
@@ -35,7 +20,7 @@ def test_a_plan_may_run_on_a_larger_cluster_and_leave_devices_unused(plan):
     plan.check(4, load_cluster("8xp3"))
 
 
-def test_a_plan_by_hand_says_little(plan, cluster):
+def test_a_plan_by_hand_says_little(plan, cpu8):
     bare = dataclasses.replace(
         plan,
         num_layers=None,
@@ -46,7 +31,7 @@ def test_a_plan_by_hand_says_little(plan, cluster):
             for stage in plan.stages
         ),
     )
-    bare.check(None, cluster)
+    bare.check(None, cpu8)
 
 
 HEADS = [
@@ -61,16 +46,16 @@ HEADS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), HEADS, ids=[str(case[0]) for case in HEADS])
-def test_the_head_is_checked(plan, cluster, changes, message):
+def test_the_head_is_checked(plan, cpu8, changes, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        dataclasses.replace(plan, **changes).check(None, cluster)
+        dataclasses.replace(plan, **changes).check(None, cpu8)
 
 
-def test_the_plan_must_be_for_the_model(plan, cluster):
+def test_the_plan_must_be_for_the_model(plan, cpu8):
     with pytest.raises(PlanError, match="model.fingerprint=f2090328d21e94a6 is not abc"):
-        plan.check(4, cluster, fingerprint="abc")
+        plan.check(4, cpu8, fingerprint="abc")
     with pytest.raises(PlanError, match=r"ends at 4, not at the model's layers=6"):
-        plan.check(6, cluster)
+        plan.check(6, cpu8)
 
 
 # Changes of stage 1, and what is said about it.
@@ -85,7 +70,7 @@ STAGES = [
     ({"hosts": (0,)}, "device 0 of host 0 is used twice, by stage 0 too"),
     (
         {"mesh": (("data", 4), ("tensor", 2))},
-        "stages[1].mesh data=4 x tensor=2 is 8 devices, and 1 hosts x 4 devices are 4",
+        "stages[1].mesh data=4 x tensor=2 is 8 devices, and 1 host x 4 devices are 4",
     ),
     ({"mesh": (("data", -2), ("tensor", -2))}, "stages[1].mesh data=-2 x tensor=-2 is 4"),
     ({"mesh": (("tensor", 4),)}, "stages[1].mesh has the axes tensor, not data and tensor"),
@@ -101,26 +86,26 @@ STAGES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), STAGES, ids=[str(case[0]) for case in STAGES])
-def test_stages_are_checked(plan, cluster, changes, message):
+def test_stages_are_checked(plan, cpu8, changes, message):
     first, second = plan.stages
     stages = (first, dataclasses.replace(second, **changes))
     broken = dataclasses.replace(plan, stages=stages, num_layers=None)
     with pytest.raises(PlanError, match=re.escape(message)):
-        broken.check(None, cluster)
+        broken.check(None, cpu8)
 
 
-def test_the_first_layer_is_layer_0(plan, cluster):
+def test_the_first_layer_is_layer_0(plan, cpu8):
     first, second = plan.stages
     stages = (dataclasses.replace(first, layers=(1, 2)), second)
     broken = dataclasses.replace(plan, stages=stages)
     with pytest.raises(PlanError, match="begins at 1, and the model begins at 0"):
-        broken.check(None, cluster)
+        broken.check(None, cpu8)
 
 
-def test_predictions_have_an_entry_per_stage(plan, cluster):
+def test_predictions_have_an_entry_per_stage(plan, cpu8):
     predicted = dataclasses.replace(plan.predicted, stage_sync_s=(0.0,))
     with pytest.raises(PlanError, match=r"predicted.stage_sync_s has 1 entries for 2 stages"):
-        dataclasses.replace(plan, predicted=predicted).check(None, cluster)
+        dataclasses.replace(plan, predicted=predicted).check(None, cpu8)
 
 
 def test_axes_of_a_spec():

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import pathlib
 import re
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launcher.autopar import plan_file
-from launcher.autopar.cluster import Cluster, load_cluster
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import from_json, read_plan, to_json, write_plan
 from launcher.errors import PlanError, StorageError
@@ -30,19 +28,6 @@ BY_HAND = {
 REUSED_FIXTURES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150
 )
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plans"
-
-
-@pytest.fixture
-def plan() -> Plan:
-    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
-    return read_plan(GOLDEN / "two_stages.json")
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    return load_cluster("cpu8")
 
 
 def changed(path: str, value: object) -> str:
@@ -67,9 +52,9 @@ def test_the_layout_is_stable_and_readable(plan, golden):
     golden("plans/two_stages.json", to_json(plan))
 
 
-def test_a_plan_by_hand_leaves_out_what_the_solver_knows(cluster):
+def test_a_plan_by_hand_leaves_out_what_the_solver_knows(cpu8):
     plan = from_json(json.dumps(BY_HAND))
-    plan.check(None, cluster)
+    plan.check(None, cpu8)
     assert (plan.num_layers, plan.predicted, plan.virtual_stages) == (4, None, 1)
     assert (plan.model.fingerprint, plan.model.dtype) == (None, None)
     assert plan.stages[0].params == {}
@@ -173,7 +158,7 @@ def places(tree: object, prefix: tuple = ()) -> list[tuple]:
 
 @REUSED_FIXTURES
 @given(data=st.data())
-def test_a_damaged_plan_is_a_plan_or_a_plan_error(plan, cluster, data):
+def test_a_damaged_plan_is_a_plan_or_a_plan_error(plan, cpu8, data):
     tree = json.loads(to_json(plan))
     for _ in range(data.draw(st.integers(1, 3))):
         *parents, last = data.draw(st.sampled_from(places(tree)))
@@ -185,7 +170,7 @@ def test_a_damaged_plan_is_a_plan_or_a_plan_error(plan, cluster, data):
         read = from_json(json.dumps(tree))
         assert isinstance(read, Plan)
         assert from_json(to_json(read)) == read
-        read.check(4, cluster)
+        read.check(4, cpu8)
     except PlanError as error:
         assert "\n" not in str(error)  # noqa: PT017 both outcomes are right
 

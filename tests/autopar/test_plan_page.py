@@ -1,18 +1,13 @@
 """plan.html and its pictures: well-formed, self-contained, and of a size that opens."""
 
 import dataclasses
-import pathlib
 import re
 import xml.etree.ElementTree as ElementTree
 
-import jax
-import numpy as np
 import pytest
 
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster import load_cluster
 from launcher.autopar.cluster_picture import cluster_svg
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import read_plan
 from launcher.autopar.plan_page import page, write_page
 from launcher.autopar.program import Wiring, add_communication
 from launcher.autopar.schedules import schedule_by_name
@@ -23,27 +18,6 @@ from launcher.autopar.timeline_picture import timeline_svg
 from launcher.errors import StorageError
 
 SVG = "{http://www.w3.org/2000/svg}"
-BLOCK = {"up/kernel": (64, 256), "up/bias": (256,)}
-
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plans"
-
-
-@pytest.fixture
-def plan() -> Plan:
-    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
-    return read_plan(GOLDEN / "two_stages.json")
-
-
-@pytest.fixture
-def cluster() -> Cluster:
-    return load_cluster("cpu8")
-
-
-@pytest.fixture
-def params() -> dict[str, jax.ShapeDtypeStruct]:
-    blocks = {f"blocks/{i}/mlp/{name}": shape for i in range(4) for name, shape in BLOCK.items()}
-    shapes = {"embedding/token": (256, 64), **blocks}
-    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
 
 
 def make_timeline(num_stages: int, num_microbatches: int) -> Timeline:
@@ -83,9 +57,9 @@ def texts(picture: str) -> list[str]:
     return [node.text for node in ElementTree.fromstring(picture).iter(f"{SVG}text")]
 
 
-def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cluster, params, tmp_path):
+def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cpu8, params, tmp_path):
     path = tmp_path / "plan.html"
-    write_page(plan, timeline, cluster, path, params)
+    write_page(plan, timeline, cpu8, path, params)
     text = path.read_text()
     assert text.startswith("<!doctype html>")
     for part in (
@@ -103,21 +77,21 @@ def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cluster, par
     assert [file.name for file in tmp_path.iterdir()] == ["plan.html"]
 
 
-def test_every_picture_of_the_page_is_well_formed(plan, timeline, cluster, params):
-    pictures = re.findall(r"<svg.*?</svg>", page(plan, timeline, cluster, params), re.DOTALL)
+def test_every_picture_of_the_page_is_well_formed(plan, timeline, cpu8, params):
+    pictures = re.findall(r"<svg.*?</svg>", page(plan, timeline, cpu8, params), re.DOTALL)
     assert len(pictures) > 6
     for picture in pictures:
         ElementTree.fromstring(picture)
 
 
-def test_names_cannot_break_the_page(plan, timeline, cluster, params):
+def test_names_cannot_break_the_page(plan, timeline, cpu8, params):
     model = dataclasses.replace(plan.model, name="<script>alert(1)</script>")
-    text = page(dataclasses.replace(plan, model=model), timeline, cluster, params)
+    text = page(dataclasses.replace(plan, model=model), timeline, cpu8, params)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
 
 
-def test_a_plan_without_a_price_has_a_page(plan, cluster):
+def test_a_plan_without_a_price_has_a_page(plan, cpu8):
     bare = dataclasses.replace(
         plan,
         predicted=None,
@@ -128,14 +102,14 @@ def test_a_plan_without_a_price_has_a_page(plan, cluster):
     empty = Timeline(
         events=(), step_s=0.0, bubble_fraction=0.0, exposed_s=(0, 0), stash_peak=(0, 0)
     )
-    text = page(bare, empty, cluster)
+    text = page(bare, empty, cpu8)
     assert "This timeline holds no events." in text
     assert "Where the tensors lie" not in text
 
 
-def test_a_page_that_cannot_be_written(plan, timeline, cluster, tmp_path):
+def test_a_page_that_cannot_be_written(plan, timeline, cpu8, tmp_path):
     with pytest.raises(StorageError, match="cannot write .*hydra.run.dir="):
-        write_page(plan, timeline, cluster, tmp_path / "none" / "plan.html")
+        write_page(plan, timeline, cpu8, tmp_path / "none" / "plan.html")
 
 
 def test_a_short_step_has_a_box_for_every_instruction(timeline):
@@ -190,8 +164,8 @@ def test_memory_beyond_the_limit_is_shown_as_such():
     assert not boxes(beyond, "update")
 
 
-def test_the_map_shows_who_has_which_device(plan, cluster):
-    picture = cluster_svg(plan, cluster)
+def test_the_map_shows_who_has_which_device(plan, cpu8):
+    picture = cluster_svg(plan, cpu8)
     titles = [node.text for node in ElementTree.fromstring(picture).iter(f"{SVG}title")]
     assert titles[0] == "host 0, device 0: stage 0"
     assert titles[-1] == "host 1, device 3: stage 1"

@@ -10,8 +10,8 @@ import pytest
 
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.memory import class_memories, stage_memory
-from launcher.autopar.predict import model_flops_per_step, predict
-from launcher.autopar.search import PlanOptions
+from launcher.autopar.predict import model_flops_per_step, predict, tied_bytes
+from launcher.autopar.space import PlanOptions
 from launcher.autopar.trace import trace_model
 
 BATCH = 32
@@ -130,6 +130,28 @@ def test_a_pipeline_sends_an_activation_and_its_gradient_for_every_microbatch(tw
     assert p.communicated_bytes == 2 * 4 * BATCH * 256
 
 
+def test_a_tied_parameter_is_sent_once_a_step_and_so_is_its_gradient(toy_model, two_hosts):
+    width, num_microbatches = 64, 4
+
+    def loss(params, state, batch, key_data):
+        x = jnp.tanh(batch["x"] @ params["tied"]) @ params["tied"]
+        x = jnp.tanh(x @ jax.lax.stop_gradient(params["frozen"]))
+        return jnp.sum(x @ params["tied"] @ params["frozen"]), (state, {})
+
+    square = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    model = toy_model(
+        loss=loss,
+        abstract_params={"tied": square, "frozen": square},
+        batch=lambda size: {"x": jax.ShapeDtypeStruct((size, width), jnp.float32)},
+    )
+    found = planned(model, two_hosts, pp=2, num_microbatches=num_microbatches)
+    assert [stage.layers for stage in found.plan.stages] == [(0, 3), (3, 5)]
+    # "frozen" is trained in the second stage alone: the first gets its new value, and sends nothing.
+    assert tied_bytes(found.realized) == {(0, 1): 4 * width**2, (1, 0): 2 * 4 * width**2}
+    activations = 2 * 4 * BATCH * width  # of all microbatches, and their gradients
+    assert found.plan.predicted.communicated_bytes == activations + 3 * 4 * width**2
+
+
 def test_flops_are_three_times_the_forward_products(tiny_gpt, cpu8):
     """Of a GPT: six per parameter in a matrix and token, and attention (Megatron, SC'21)."""
     layers, hidden, seq, vocab = 3, 64, 64, 256
@@ -151,7 +173,7 @@ def test_peaks_count_the_microbatches_in_flight(tiny_gpt, cpu8, schedule, in_fli
     ):
         planner = found.realized.planner
         wiring = planner.wiring(*stage.stage.layers)
-        memories = class_memories(planner, stage.sharding, wiring, 2.0)
+        memories = class_memories(planner, stage.sharding, wiring)
         assert peak == pytest.approx(
             stage_memory(memories, wiring, "none").peak_bytes(count), rel=1e-4
         )

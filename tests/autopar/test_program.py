@@ -1,9 +1,8 @@
 """The communication pass: golden files, placement, and the programs of random wirings.
 
-`REGENERATE_GOLDEN=1 python -m pytest tests/autopar/test_program.py` writes the golden files anew.
+`python -m pytest --update-golden tests/autopar/test_program.py` writes the golden files anew.
 """
 
-import os
 import random
 from pathlib import Path
 
@@ -61,14 +60,11 @@ def random_compute_lists(rng, num_stages, num_microbatches):
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize("what", ["grid", "program"])
-def test_golden_files(name, what):
+def test_golden_files(name, what, golden):
     wiring = Wiring.chain(4, tied=((0, 3),), with_norm=True)
     program = add_communication(schedule_by_name(name).build(4, 8), wiring)
     text = format_grid(program) if what == "grid" else format_program(program)
-    path = GOLDEN / f"{name}_4x8_{what}.csv"
-    if os.environ.get("REGENERATE_GOLDEN"):
-        path.write_text(text)
-    assert text == path.read_text()
+    golden(f"schedules/{name}_4x8_{what}.csv", text)
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])

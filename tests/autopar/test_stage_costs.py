@@ -8,6 +8,7 @@ from launcher.autopar.clustering import cluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import build_layers
 from launcher.autopar.memory import class_memories, stage_memory
+from launcher.autopar.optimizer_state import ADAMW
 from launcher.autopar.stage_costs import Choices, StageCosts
 from launcher.autopar.trace import trace_model
 from launcher.errors import InfeasiblePlanError
@@ -29,7 +30,7 @@ def costs_of(planner, cpu8, choices=PLAIN, **fields):
     arguments = {
         "num_microbatches": MICROBATCHES,
         "choices": choices,
-        "optimizer_ratio": 2.0,
+        "optimizer": ADAMW,
         "microbatch_size": BATCH,
     }
     return StageCosts(planner, cpu8, SUBMESHES, **arguments | fields)
@@ -104,7 +105,7 @@ def test_an_option_holds_what_the_memory_model_counts(planner, cpu8, recompute):
         for option in options_of(costs, *ends):
             wiring = planner.wiring(*ends)
             sharding = option.tag.sharding
-            memory = stage_memory(class_memories(planner, sharding, wiring, 2.0), wiring, recompute)
+            memory = stage_memory(class_memories(planner, sharding, wiring), wiring, recompute)
             for in_flight in range(1, 5):
                 bound = option.fixed_bytes + in_flight * option.stash_bytes
                 assert memory.peak_bytes(in_flight) <= bound * (1 + 1e-9)
@@ -118,6 +119,17 @@ def test_recomputation_runs_the_forward_pass_again_and_keeps_less(planner, cpu8)
     assert layer.seconds - none.seconds == pytest.approx(none.tag.sharding.forward_s)
     assert layer.stash_bytes < none.stash_bytes / 10
     assert layer.once_s == none.once_s
+
+
+def test_a_range_that_borrows_a_parameter_pays_for_its_way(tiny_gpt, cpu8):
+    """The tied embedding's gradient goes to the first stage, and the new value comes back."""
+    traced = trace_model(tiny_gpt(layers=4), BATCH)
+    planner = IntraOpPlanner(build_layers(traced, cluster(traced, 4)))
+    costs, link = costs_of(planner, cpu8), cpu8.inter_host
+    way_s = link.latency_s + 4 * 256 * 64 / link.bytes_per_s  # vocabulary, hidden
+    for ends, ways in (((0, 4), 0), ((0, 2), 0), ((1, 3), 0), ((2, 4), 2)):
+        for option in options_of(costs, *ends):
+            assert option.once_s - option.tag.sharding.once_s == pytest.approx(ways * way_s)
 
 
 def meshes(costs, submesh):

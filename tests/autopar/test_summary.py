@@ -1,46 +1,20 @@
 """The summary: what stands in it, in how many columns."""
 
 import dataclasses
-import pathlib
 
-import jax
-import numpy as np
 import pytest
 
-from launcher.autopar.cluster import Cluster, load_cluster
-from launcher.autopar.plan import Plan, RunnerUp
-from launcher.autopar.plan_file import read_plan
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.plan import RunnerUp
 from launcher.autopar.summary import WIDTH, headline, mfu, summarize
 
-BLOCK = {"up/kernel": (64, 256), "up/bias": (256,)}
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "plans"
-
-
-@pytest.fixture
-def plan() -> Plan:
-    """Two stages of two layers on the two hosts of `cpu8`, with all that a plan can have."""
-    return read_plan(GOLDEN / "two_stages.json")
+def test_the_summary_as_people_see_it(plan, cpu8, params, golden):
+    golden("plans/two_stages.txt", summarize(plan, cpu8, params) + "\n")
 
 
-@pytest.fixture
-def cluster() -> Cluster:
-    return load_cluster("cpu8")
-
-
-@pytest.fixture
-def params() -> dict[str, jax.ShapeDtypeStruct]:
-    blocks = {f"blocks/{i}/mlp/{name}": shape for i in range(4) for name, shape in BLOCK.items()}
-    shapes = {"embedding/token": (256, 64), **blocks}
-    return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
-
-
-def test_the_summary_as_people_see_it(plan, cluster, params, golden):
-    golden("plans/two_stages.txt", summarize(plan, cluster, params) + "\n")
-
-
-def test_it_says_what_a_plan_promises(plan, cluster, params):
-    text = summarize(plan, cluster, params)
+def test_it_says_what_a_plan_promises(plan, cpu8, params):
+    text = summarize(plan, cpu8, params)
     for part in (
         "gpt tiny (82.9 thousand parameters, fp32) on cpu8, 2 hosts x 4 emulated CPU",
         "32 samples = 8 microbatches of 4 samples, schedule 1f1b",
@@ -55,19 +29,19 @@ def test_it_says_what_a_plan_promises(plan, cluster, params):
         assert part in text, part
 
 
-def test_no_line_is_too_wide(plan, cluster, params):
+def test_no_line_is_too_wide(plan, cpu8, params):
     hosts = tuple(range(0, 2000, 2))
     wide = dataclasses.replace(
         plan,
         stages=tuple(dataclasses.replace(stage, hosts=hosts) for stage in plan.stages),
         runners_up=(RunnerUp(description="long " * 40, step_s=3.0, why="slow " * 30),),
     )
-    lines = summarize(wide, cluster, params).splitlines()
+    lines = summarize(wide, cpu8, params).splitlines()
     assert max(map(len, lines)) <= WIDTH
 
 
-def test_equal_blocks_are_one_line(plan, cluster, params):
-    lines = summarize(plan, cluster, params).splitlines()
+def test_equal_blocks_are_one_line(plan, cpu8, params):
+    lines = summarize(plan, cpu8, params).splitlines()
     rows = [line for line in lines if "blocks/" in line]
     assert rows[0].split() == [
         "blocks/*/mlp/up/kernel", "4", "x", "[64,", "256]", "0", "[-,", "tensor=2]", "[-,",
@@ -78,18 +52,18 @@ def test_equal_blocks_are_one_line(plan, cluster, params):
     assert not [line for line in lines if "blocks/0" in line]
 
 
-def test_many_stages_are_cut_in_the_middle(plan, cluster):
+def test_many_stages_are_cut_in_the_middle(plan, cpu8):
     many = dataclasses.replace(
         plan,
         stages=tuple(dataclasses.replace(plan.stages[0], layers=(i, i + 1)) for i in range(40)),
         predicted=None,
     )
-    lines = summarize(many, cluster).splitlines()
+    lines = summarize(many, cpu8).splitlines()
     assert "  ... 16 stages more ..." in lines
     assert [line.split()[0] for line in lines if line.split()[1:2] == ["39-39"] or "0-0" in line]
 
 
-def test_a_plan_without_a_price(plan, cluster):
+def test_a_plan_without_a_price(plan, cpu8):
     bare = dataclasses.replace(
         plan,
         predicted=None,
@@ -97,12 +71,12 @@ def test_a_plan_without_a_price(plan, cluster):
         runners_up=(),
         stages=tuple(dataclasses.replace(stage, params={}) for stage in plan.stages),
     )
-    text = summarize(bare, cluster)
+    text = summarize(bare, cpu8)
     assert "the plan has not been priced" in text
     assert text.endswith("mesh: data x tensor")
 
 
-def test_ways_beyond_the_third_are_only_counted(plan, cluster, params):
+def test_ways_beyond_the_third_are_only_counted(plan, cpu8, params):
     specs = [(None, None), ("data", None), (None, "data"), ("tensor", None), (None, "tensor")]
     stages = tuple(
         dataclasses.replace(
@@ -110,16 +84,16 @@ def test_ways_beyond_the_third_are_only_counted(plan, cluster, params):
         )
         for spec in specs
     )
-    text = summarize(dataclasses.replace(plan, stages=stages, predicted=None), cluster, params)
+    text = summarize(dataclasses.replace(plan, stages=stages, predicted=None), cpu8, params)
     assert "3-4     in other ways" in text
 
 
-def test_mfu_needs_a_known_peak(plan, cluster):
-    assert mfu(plan.predicted, plan, cluster) is None
+def test_mfu_needs_a_known_peak(plan, cpu8):
+    assert mfu(plan.predicted, plan, cpu8) is None
     v100 = load_cluster("1xp3")
     half = dataclasses.replace(plan.predicted, tflops_per_device=7.85)
     assert mfu(half, plan, v100) == pytest.approx(0.5)
 
 
-def test_the_headline_without_shapes(plan, cluster):
-    assert headline(plan, cluster, {}).startswith("gpt tiny (fp32) on cpu8")
+def test_the_headline_without_shapes(plan, cpu8):
+    assert headline(plan, cpu8, {}).startswith("gpt tiny (fp32) on cpu8")

@@ -41,6 +41,10 @@ def test_ranges(indices, text):
 
 def test_the_rest():
     assert (wording.count(1, "host"), wording.count(2, "host")) == ("1 host", "2 hosts")
+    assert wording.count(8, "microbatch") == "8 microbatches"
+    assert (wording.count(1, "entry"), wording.count(0, "entry")) == ("1 entry", "0 entries")
+    assert wording.either(["1"]) == "1"
+    assert wording.either(["1", "2", "4"]) == "1, 2 or 4"
     assert wording.percent(0.1584) == "15.8 %"
     assert wording.shortened("blocks/*/mlp/up", 15) == "blocks/*/mlp/up"
     assert wording.shortened("blocks/*/mlp/up/kernel", 15) == "blocks.._kernel".replace("_", "/")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from launcher.autopar.cluster import Device
 from launcher.autopar.compute import ComputeModel
@@ -53,6 +54,36 @@ def convolution(x, w, *, stride=1, groups=1, padding="SAME"):
         x, w, (stride, stride), padding, feature_group_count=groups,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
+
+
+def ragged(x, w):
+    return lax.ragged_dot(x, w, jnp.array([3, 1, 4]))
+
+
+def test_a_ragged_product_costs_what_the_dense_one_costs():
+    """8 rows of 5, each times the 5 x 7 matrix of its group; its gradients are two such products."""
+    shapes = shape(8, 5), shape(3, 5, 7)
+    assert flops_of(ragged, *shapes) == 2 * 8 * 5 * 7
+    both = jax.value_and_grad(lambda x, w: ragged(x, w).sum(), (0, 1))
+    assert flops_of(both, *shapes) == 3 * 2 * 8 * 5 * 7
+
+
+@pytest.mark.parametrize("layout", ["BTNH", "BNTH"])
+def test_fused_attention_costs_its_products(layout, monkeypatch):
+    """Two products forward; backward the scores again and four more."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    sizes = {"B": 2, "T": 6, "S": 4, "N": 3, "H": 8}
+    q = shape(*(sizes[letter] for letter in layout), dtype=jnp.bfloat16)
+    k = shape(*(sizes[letter] for letter in layout.replace("T", "S")), dtype=jnp.bfloat16)
+
+    def attention(q, k, v):
+        return cudnn.dot_product_attention(q, k, v, qkv_layout=layout).astype(jnp.float32).sum()
+
+    product = 2 * 2 * 3 * 6 * 4 * 8
+    both = jax.grad(attention, (0, 1, 2))
+    assert flops_of(attention, q, k, k, inline=CALLS | CUSTOM_CALLS) == 2 * product
+    assert flops_of(both, q, k, k, inline=CALLS | CUSTOM_CALLS) == 7 * product
 
 
 N, SIZE, IN, OUT, K = 2, 12, 8, 16, 3

@@ -18,7 +18,7 @@ import pytest
 from launcher import models
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.search import PlanOptions
+from launcher.autopar.space import PlanOptions
 from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.executor import LocalExecutor

@@ -72,21 +72,22 @@ def test_restart_leaves_out_what_passed_since_the_last_lap():
 
 
 @pytest.mark.parametrize(
-    ("laps_s", "median_s"),
+    ("laps_s", "median_s", "timed_steps"),
     [
-        ([], None),
-        ([9.0], 9.0),
-        ([9.0, 4.0], 4.0),
+        ([], None, 0),
+        ([9.0], 9.0, 0),
+        ([9.0, 4.0], 4.0, 0),
         # 9 and 4 are warm-up.
-        ([9.0, 4.0, 1.0, 3.0, 2.0], 2.0),
-        ([9.0, 4.0, 1.0, 2.0], 1.5),
+        ([9.0, 4.0, 1.0], 1.0, 1),
+        ([9.0, 4.0, 1.0, 3.0, 2.0], 2.0, 3),
+        ([9.0, 4.0, 1.0, 2.0], 1.5, 2),
     ],
 )
-def test_median_step_leaves_out_the_warm_up(laps_s, median_s):
+def test_median_step_leaves_out_the_warm_up(laps_s, median_s, timed_steps):
     timer = StepTimer(clock=lambda: 0.0)
     for completed_s in itertools.accumulate(laps_s):
         timer.lap(completed_s)
-    assert timer.median_s == median_s
+    assert (timer.median_s, timer.timed_steps) == (median_s, timed_steps)
 
 
 def test_speed_of_a_step():
@@ -173,6 +174,7 @@ def test_summary_puts_measured_beside_predicted():
         eval_loss=None,
         wall_s=3.0,
         measured={**meter.speed(0.5), "peak_bytes_per_device": 77},
+        timed_steps=38,
         predicted_step_s=meter.predicted_step_s,
     )
     row = summary.as_row()

@@ -18,7 +18,7 @@ from launcher.runtime.progress import (
     phase,
     progress_sink,
 )
-from launcher.runtime.progress_text import describe_row, duration, final_lines
+from launcher.runtime.progress_text import describe_row, duration, final_lines, loss_text
 
 LOGGER = "launcher.runtime.progress"
 METER = Meter(
@@ -39,6 +39,7 @@ SUMMARY = TrainSummary(
     eval_loss=1.75,
     wall_s=125.0,
     measured={**METER.speed(0.5), "peak_bytes_per_device": None},
+    timed_steps=38,
     predicted_step_s=0.25,
 )
 
@@ -132,7 +133,7 @@ def test_log_lines_say_all_there_is(lines, tmp_path):
 def test_log_lines_admit_what_is_unknown(lines, tmp_path):
     meter = dataclasses.replace(METER, peak_flops_per_s=None)
     LogSink(meter, 40, tmp_path, Clock()).write(make_row(1, meter, loss=float("nan")))
-    assert "loss ?  8.19k tokens/s  1 TFLOP/s/device  MFU ?" in lines()[0]
+    assert "loss not finite  8.19k tokens/s  1 TFLOP/s/device  MFU ?" in lines()[0]
 
 
 def test_final_lines(tmp_path, monkeypatch):
@@ -144,7 +145,8 @@ def test_final_lines(tmp_path, monkeypatch):
     assert final_lines(SUMMARY, METER, run_dir) == (
         "done: 40 of 40 steps in 2 min 05 s, loss 1.5000 (best 1.2500), eval_loss 1.7500",
         "speed: 8.19k tokens/s  1 TFLOP/s/device  MFU 25.0 %",
-        "step time: 500 ms measured (median), 250 ms predicted (measured / predicted = 2.00)",
+        "step time: 500 ms measured (median of 38 steps, without the first 2), 250 ms predicted "
+        "(measured / predicted = 2.00)",
         "written:",
         "  outputs/one/plan.json",
         "  outputs/one/metrics.jsonl",
@@ -166,11 +168,54 @@ def test_final_lines_of_a_run_that_never_finished_a_step(tmp_path):
         predicted_step_s=None,
     )
     assert final_lines(summary, meter, tmp_path) == (
-        "failed: 0 of 40 steps in 2 min 05 s, loss ? (best ?)",
+        "failed: 0 of 40 steps in 2 min 05 s",
         "speed: ? tokens/s  ? TFLOP/s/device  MFU ?",
         "MFU is not known: the cluster gives no peak FLOP/s for its devices",
-        "step time: ? measured (median), no prediction",
+        "step time: none measured, no prediction",
     )
+
+
+def promise(summary: TrainSummary, meter: Meter, folder) -> str:
+    (line,) = (text for text in final_lines(summary, meter, folder) if text.startswith("step time"))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("timed_steps", "text"),
+    [
+        (0, "step time: 500 ms measured (the last step, with its warm-up), 250 ms predicted"),
+        (1, "step time: 500 ms measured (median of 1 step, without the first 2), 250 ms predicted"),
+    ],
+)
+def test_the_end_says_which_steps_the_step_time_is_of(timed_steps, text, tmp_path):
+    summary = dataclasses.replace(SUMMARY, timed_steps=timed_steps)
+    assert promise(summary, METER, tmp_path).startswith(text)
+
+
+def test_what_is_measured_elsewhere_than_predicted_is_not_compared(tmp_path):
+    meter = dataclasses.replace(
+        METER, peak_flops_per_s=None, incomparable="CPU devices stand for V100"
+    )
+    summary = dataclasses.replace(SUMMARY, comparable=False)
+    lines = final_lines(summary, meter, tmp_path)
+    assert [line for line in lines if "MFU" in line] == [
+        "speed: 8.19k tokens/s  1 TFLOP/s/device  MFU 25.0 %",  # the summary's own
+        "step time: 500 ms measured (median of 38 steps, without the first 2), 250 ms predicted; "
+        "not to be compared, and no MFU: CPU devices stand for V100",
+    ]
+    assert summary.as_row()["measured_over_predicted_step_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (2.31449, "2.3145"), (99999.0, "99999.0000"), (-1.5, "-1.5000"), (0.0, "0.0000"),
+        (1.23456e12, "1.235e+12"), (123456.0, "1.235e+05"), (0.00012345, "0.0001234"),
+        (None, "not finite"), (float("nan"), "not finite"),
+    ],
+)  # fmt: skip
+def test_losses_read_well_at_any_size(loss, text):
+    assert loss_text(loss) == text
 
 
 @pytest.mark.parametrize(

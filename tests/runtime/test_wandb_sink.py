@@ -31,6 +31,7 @@ SUMMARY = TrainSummary(
     eval_loss=None,
     wall_s=2.0,
     measured={**METER.speed(0.5), "peak_bytes_per_device": 7},
+    timed_steps=38,
     predicted_step_s=0.25,
 )
 LOGGER = "launcher.runtime.wandb_sink"

@@ -1,12 +1,17 @@
 """Sharding rules for JAX primitives, one module per kind of op; importing this registers them all."""
 
 from launcher.autopar.rules import (
+    attention,
     contraction,
+    convolution,
     elementwise,
     indexing,
+    linalg,
     opaque,
     reductions,
+    scatter,
     shaping,
+    windows,
 )
 from launcher.autopar.rules.registry import (
     AxisStrategy,
@@ -22,14 +27,19 @@ __all__ = [
     "AxisStrategy",
     "OpShapes",
     "Strategy",
+    "attention",
     "axis_choices",
     "contraction",
+    "convolution",
     "elementwise",
     "indexing",
+    "linalg",
     "opaque",
     "reductions",
     "run_local",
+    "scatter",
     "shapes_of",
     "shaping",
     "strategies",
+    "windows",
 ]

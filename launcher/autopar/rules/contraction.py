@@ -1,4 +1,4 @@
-"""Rules for matrix products and convolutions: split a free dim, a batch dim, or a contracted dim."""
+"""Rules for matrix products: split a free dim, a batch dim, or a contracted dim."""
 
 from collections.abc import Iterator, Sequence
 
@@ -38,21 +38,28 @@ def dot_general(op: Op) -> Iterator[AxisStrategy]:
     yield from BILINEAR
 
 
-@rule(prim.conv_general_dilated_p)
-def convolution(op: Op) -> Iterator[AxisStrategy]:
-    """Split the batch, the output channels or the input channels; spatial dims stay whole.
+@rule("ragged_dot_general")
+def ragged_dot(op: Op) -> Iterator[AxisStrategy]:
+    """As `dot_general`, but the ragged dim, whose groups differ in size, and the groups' dim stay whole.
 
-    Grouped convolutions split their batch only: a shard of channels would have to hold whole groups.
+    A ragged contracted dim leaves one result per group: a new dim in front.
     """
-    numbers = op.eqn.params["dimension_numbers"]
-    batch, feature = numbers.lhs_spec[:2]
-    out_feature, in_feature = numbers.rhs_spec[:2]
-    result_batch, result_feature = numbers.out_spec[:2]
-    groups = op.eqn.params["feature_group_count"]
-    batch_groups = op.eqn.params["batch_group_count"]
-    if batch_groups == 1:
-        yield AxisStrategy((batch, REPLICATED), (result_batch,))
-    if groups == batch_groups == 1:
-        yield AxisStrategy((REPLICATED, out_feature), (result_feature,))
-        yield AxisStrategy((feature, in_feature), (PARTIAL,))
-    yield from BILINEAR
+    numbers = op.eqn.params["ragged_dot_dimension_numbers"]
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = numbers.dot_dimension_numbers
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    lhs_free = free_dims(operand_rank(op, 0), lhs_contract, lhs_batch)
+    rhs_free = free_dims(operand_rank(op, 1), rhs_contract, rhs_batch, groups)
+    first = int(any(dim in lhs_contract for dim in ragged))
+    result = iter(range(first, first + len(lhs_batch) + len(lhs_free) + len(rhs_free)))
+    pairs = [
+        *((lhs, rhs, next(result)) for lhs, rhs in zip(lhs_batch, rhs_batch, strict=True)),
+        *((dim, REPLICATED, next(result)) for dim in lhs_free),
+        *((REPLICATED, dim, next(result)) for dim in rhs_free),
+        *((lhs, rhs, PARTIAL) for lhs, rhs in zip(lhs_contract, rhs_contract, strict=True)),
+    ]
+    has_common_groups = operand_rank(op, 2) == 1  # else its dims are split along with the others'
+    for lhs_dim, rhs_dim, result_dim in pairs:
+        if lhs_dim not in ragged and (has_common_groups or lhs_dim == REPLICATED):
+            yield AxisStrategy((lhs_dim, rhs_dim, REPLICATED), (result_dim,))
+    for choice in BILINEAR:
+        yield AxisStrategy((*choice.operands, REPLICATED), choice.results)

@@ -1,32 +1,40 @@
-"""Rules for ops that address elements by index: gather, scatter, dynamic slices.
+"""Rules for ops that read by index: gather, dynamic slices; and for writing a dynamic slice.
 
 An indexed dim may be split too (a vocabulary split over devices): every device looks up what lies in its
-shard and contributes zeros elsewhere, so the gathered result is a partial sum.
+shard and contributes zeros elsewhere, so the gathered result is a partial sum. That is so where one dim
+is indexed by itself (an embedding, the label's logit); a slice of several elements at a dynamic place, or
+an index over several dims, keeps its dims whole.
 """
 
+import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import primitives as prim
 
 from launcher.autopar.graph import Op
-from launcher.autopar.rules.registry import (
-    AxisStrategy,
-    bind_with,
-    evaluate_op,
-    local,
-    operand_rank,
-    rule,
-    shard_index,
-)
+from launcher.autopar.rules.registry import AxisStrategy, bind_with, local, rule, shard_index
 from launcher.autopar.spec import PARTIAL, REPLICATED
 
 
-def _single_indexed_dim(indexed: tuple[int, ...], removed: tuple[int, ...]) -> int | None:
+def single_indexed_dim(indexed: tuple[int, ...], removed: tuple[int, ...]) -> int | None:
     """The dim that is looked up, where the op is a plain look-up of whole rows (an embedding)."""
     return indexed[0] if len(indexed) == 1 and indexed == removed else None
+
+
+def wide(indices: jax.Array) -> jax.Array:
+    """A small type may be too small for the size of what it indexes."""
+    return indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+
+
+def shifted(indices: jax.Array, spec, dim: int, shard_size: int, mesh) -> jax.Array:
+    """Count indices from the start of this device's shard; those of other shards fall out of bounds."""
+    start = shard_index(spec, dim, mesh) * shard_size
+    counted = indices - jnp.asarray(start, indices.dtype)
+    return jnp.where(counted < 0, jnp.asarray(shard_size, indices.dtype), counted)
 
 
 @rule(prim.gather_p)
@@ -48,10 +56,28 @@ def gather(op: Op) -> Iterator[AxisStrategy]:
     for dim, result_dim in zip(kept, numbers.offset_dims, strict=True):
         if sizes[dim] == operand_shape[dim]:
             yield AxisStrategy((dim, REPLICATED), (result_dim,))
-    looked_up = _single_indexed_dim(numbers.start_index_map, numbers.collapsed_slice_dims)
-    if looked_up is not None and jnp.issubdtype(op.eqn.invars[0].aval.dtype, jnp.inexact):
+    looked_up = single_indexed_dim(numbers.start_index_map, numbers.collapsed_slice_dims)
+    if looked_up is not None:
         yield AxisStrategy((looked_up, REPLICATED), (PARTIAL,))
-    yield AxisStrategy((PARTIAL, REPLICATED), (PARTIAL,))
+    fill = _fill_value(op)
+    if fill == 0 or math.isnan(fill):  # the sum of what fills is what fills
+        yield AxisStrategy((PARTIAL, REPLICATED), (PARTIAL,))
+
+
+def _fill_value(op: Op) -> float | int:
+    """What an index out of bounds yields; 0 where it yields an element.
+
+    Left open, it is not-a-number or, for integers, the lowest or highest, as `lax.gather` has it.
+    """
+    if op.eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return 0
+    fill, dtype = op.eqn.params["fill_value"], op.eqn.outvars[0].aval.dtype
+    if fill is not None:
+        return np.asarray(fill).item()
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return math.nan
+    limits = jnp.iinfo(dtype)
+    return int(limits.min if jnp.issubdtype(dtype, jnp.signedinteger) else limits.max)
 
 
 @local(prim.gather_p)
@@ -66,68 +92,35 @@ def local_gather(op, strategy, mesh, values):
         else size
         for dim, size in enumerate(op.eqn.params["slice_sizes"])
     )
-    looked_up = _single_indexed_dim(numbers.start_index_map, numbers.collapsed_slice_dims)
-    if looked_up is None or looked_up not in spec:
+    dim = single_indexed_dim(numbers.start_index_map, numbers.collapsed_slice_dims)
+    if dim is None or dim not in spec:
         return bind_with(op, values, slice_sizes=sizes)
-    shifted = _shift(_clamped(op, indices, whole[looked_up]), spec, looked_up, operand, mesh)
-    changed = {"slice_sizes": sizes, "mode": lax.GatherScatterMode.FILL_OR_DROP, "fill_value": 0}
-    return bind_with(op, (operand, shifted), **changed)
-
-
-def _clamped(op: Op, indices: jax.Array, size: int) -> jax.Array:
-    """Indices as the op's own mode reads them: only clipping moves an index that is out of bounds."""
-    if op.eqn.params["mode"] == lax.GatherScatterMode.CLIP:
-        return jnp.clip(indices, 0, size - 1)
-    return indices
-
-
-def _shift(indices, spec, dim, operand, mesh) -> jax.Array:
-    """Count indices from the start of this device's shard; those of other shards fall out of bounds."""
-    start = shard_index(spec, dim, mesh) * operand.shape[dim]
-    shifted = indices - jnp.asarray(start, indices.dtype)
-    return jnp.where(shifted < 0, operand.shape[dim], shifted)
-
-
-@rule(prim.scatter_add_p)
-def scatter_add(op: Op) -> Iterator[AxisStrategy]:
-    numbers = op.eqn.params["dimension_numbers"]
-    operand_rank_, update_rank = operand_rank(op, 0), operand_rank(op, 2)
-    batch_updates = [dim for dim in range(update_rank) if dim not in numbers.update_window_dims]
-    for index_dim, update_dim in enumerate(batch_updates):
-        if index_dim in numbers.scatter_indices_batching_dims:
-            where = numbers.scatter_indices_batching_dims.index(index_dim)
-            dim = numbers.operand_batching_dims[where]
-            yield AxisStrategy((dim, index_dim, update_dim), (dim,))
-        else:
-            yield AxisStrategy((PARTIAL, index_dim, update_dim), (PARTIAL,))
-    removed = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
-    kept = [dim for dim in range(operand_rank_) if dim not in removed]
-    whole, update = op.eqn.invars[0].aval.shape, op.eqn.invars[2].aval.shape
-    for dim, update_dim in zip(kept, numbers.update_window_dims, strict=True):
-        if whole[dim] == update[update_dim]:
-            yield AxisStrategy((dim, REPLICATED, update_dim), (dim,))
-    looked_up = _single_indexed_dim(
-        numbers.scatter_dims_to_operand_dims, numbers.inserted_window_dims
+    indices = wide(indices)
+    if op.eqn.params["mode"] in (
+        lax.GatherScatterMode.CLIP,
+        lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    ):
+        indices = jnp.clip(indices, 0, whole[dim] - 1)  # as XLA does for broken promises
+    (found,) = bind_with(
+        op,
+        (operand, shifted(indices, spec, dim, operand.shape[dim], mesh)),
+        slice_sizes=sizes,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+        fill_value=0,
+        unique_indices=False,
     )
-    if looked_up is not None:
-        yield AxisStrategy((looked_up, REPLICATED, REPLICATED), (looked_up,))
-    yield AxisStrategy((PARTIAL, REPLICATED, PARTIAL), (PARTIAL,))
+    if _fill_value(op) == 0:
+        return (found,)
+    is_outside = (indices[..., 0] < 0) | (indices[..., 0] >= whole[dim])
+    return (_filled(op, found, is_outside, shard_index(spec, dim, mesh) == 0),)
 
 
-@local(prim.scatter_add_p)
-def local_scatter_add(op, strategy, mesh, values):
-    operand, indices, updates = values
-    numbers = op.eqn.params["dimension_numbers"]
-    spec = strategy.operand_spec(0)
-    looked_up = _single_indexed_dim(
-        numbers.scatter_dims_to_operand_dims, numbers.inserted_window_dims
-    )
-    if looked_up is None or looked_up not in spec:
-        return evaluate_op(op, values)
-    clamped = _clamped(op, indices, op.eqn.invars[0].aval.shape[looked_up])
-    shifted = _shift(clamped, spec, looked_up, operand, mesh)
-    changed = {"mode": lax.GatherScatterMode.FILL_OR_DROP, "indices_are_sorted": False}
-    return bind_with(op, (operand, shifted, updates), **changed)
+def _filled(op: Op, found: jax.Array, is_outside: jax.Array, is_first: jax.Array) -> jax.Array:
+    """What no shard of the operand has: the first shard yields what the op fills in."""
+    offset_dims = op.eqn.params["dimension_numbers"].offset_dims
+    batch_dims = [dim for dim in range(found.ndim) if dim not in offset_dims]
+    where = lax.broadcast_in_dim(is_outside & is_first, found.shape, batch_dims)
+    return jnp.where(where, jnp.asarray(_fill_value(op), found.dtype), found)
 
 
 @rule(prim.dynamic_slice_p)

@@ -6,7 +6,6 @@ Loops and branches are whole for now; their bodies are priced by `work`, times t
 
 from collections.abc import Iterator
 
-from jax import lax
 from jax.extend.core import primitives as prim
 
 from launcher.autopar.graph import Op
@@ -15,12 +14,11 @@ from launcher.autopar.rules.registry import AxisStrategy, rule
 
 @rule(
     prim.random_bits_p, prim.random_fold_in_p, prim.random_seed_p, prim.random_split_p,
-    prim.threefry2x32_p, prim.rng_bit_generator_p, prim.random_gamma_p, "random_wrap", "random_unwrap",
+    prim.random_gamma_p, "random_wrap", "random_unwrap", "random_clone", prim.threefry2x32_p,
+    prim.rng_bit_generator_p, prim.rng_uniform_p,
 )  # fmt: skip
-@rule(prim.scan_p, prim.while_p, prim.cond_p)
-@rule(prim.scatter_p, prim.scatter_mul_p, prim.scatter_max_p, prim.scatter_min_p)
-@rule(prim.cholesky_p, prim.triangular_solve_p, prim.qr_p, prim.eigh_p, prim.svd_p, prim.lu_p)
-@rule(lax.stack_p, lax.unstack_p, lax.tile_p)
+@rule(prim.scan_p, prim.while_p, prim.cond_p, "platform_index")
+@rule(prim.linear_solve_p, prim.empty2_p)
 def whole(op: Op) -> Iterator[AxisStrategy]:
     del op
     return iter(())

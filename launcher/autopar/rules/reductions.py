@@ -1,17 +1,31 @@
-"""Rules for reductions, cumulative ops, sorting and windows: the dims they leave alone may be split."""
+"""Rules for reductions, cumulative ops and sorting: the dims they leave alone may be split.
+
+Along a dim that is scanned, sorted or searched, every element may depend on every other: it stays whole.
+So does one that is multiplied up or searched for the place of an extremum, for which there is no single
+collective.
+"""
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as prim
 
 from launcher.autopar.graph import Op
 from launcher.autopar.rules.registry import AxisStrategy, operand_rank, rule
-from launcher.autopar.spec import PARTIAL
+from launcher.autopar.spec import PARTIAL, REPLICATED
+
+_COMBINES = {
+    prim.reduce_max_p: "max",
+    prim.reduce_min_p: "min",
+    prim.reduce_or_p: "max",
+    prim.reduce_and_p: "min",
+}
 
 
 def kept_dims(op: Op) -> Iterator[tuple[int, int]]:
     """Pairs (dim of the operand, dim of the result) of the dims that are not reduced."""
-    reduced = op.eqn.params["axes"]
+    params = op.eqn.params
+    reduced = params["axes"] if "axes" in params else params["dimensions"]
     kept = [dim for dim in range(operand_rank(op, 0)) if dim not in reduced]
     yield from ((dim, position) for position, dim in enumerate(kept))
 
@@ -26,69 +40,54 @@ def reduce_sum(op: Op) -> Iterator[AxisStrategy]:
     yield AxisStrategy((PARTIAL,), (PARTIAL,))
 
 
-@rule(prim.reduce_max_p, prim.reduce_min_p)
+@rule(*_COMBINES)
 def reduce_extremum(op: Op) -> Iterator[AxisStrategy]:
-    """A split reduced dim is combined across the axis at once."""
-    combine = "max" if op.primitive is prim.reduce_max_p else "min"
+    """A split reduced dim is combined across the axis at once.
+
+    Not for "and" and "or" of integers, which work bit by bit.
+    """
     for dim, position in kept_dims(op):
         yield AxisStrategy((dim,), (position,))
-    for dim in op.eqn.params["axes"]:
-        yield AxisStrategy((dim,), (-1,), combine=combine)
+    is_bitwise = op.primitive in (prim.reduce_or_p, prim.reduce_and_p) and jnp.issubdtype(
+        op.eqn.invars[0].aval.dtype, jnp.integer
+    )
+    for dim in () if is_bitwise else op.eqn.params["axes"]:
+        yield AxisStrategy((dim,), (REPLICATED,), combine=_COMBINES[op.primitive])
 
 
-@rule(prim.reduce_prod_p, prim.reduce_and_p, prim.reduce_or_p, prim.reduce_xor_p)
-@rule(prim.argmax_p, prim.argmin_p)
+@rule(prim.reduce_prod_p, prim.reduce_xor_p, prim.argmax_p, prim.argmin_p, prim.reduce_p)
 def reduce_other(op: Op) -> Iterator[AxisStrategy]:
+    """A generic reduction has an initial value beside every operand."""
     for dim, position in kept_dims(op):
-        yield AxisStrategy((dim,), (position,))
+        operands = (dim if operand_rank(op, i) else REPLICATED for i in range(len(op.operands)))
+        yield AxisStrategy(tuple(operands), (position,) * len(op.results))
 
 
 @rule(prim.cumsum_p, prim.cumprod_p, prim.cummax_p, prim.cummin_p, prim.cumlogsumexp_p)
 def cumulative(op: Op) -> Iterator[AxisStrategy]:
-    for dim in range(operand_rank(op, 0)):
-        if dim != op.eqn.params["axis"]:
-            yield AxisStrategy((dim,), (dim,))
+    yield from _other_dims(op, op.eqn.params["axis"])
     if op.primitive is prim.cumsum_p:
         yield AxisStrategy((PARTIAL,), (PARTIAL,))
 
 
 @rule(prim.sort_p)
 def sort(op: Op) -> Iterator[AxisStrategy]:
-    for dim in range(operand_rank(op, 0)):
-        if dim != op.eqn.params["dimension"]:
-            yield AxisStrategy((dim,) * len(op.operands), (dim,) * len(op.results))
+    yield from _other_dims(op, op.eqn.params["dimension"])
 
 
 @rule(prim.top_k_p)
 def top_k(op: Op) -> Iterator[AxisStrategy]:
-    searched = op.eqn.params.get("axis", operand_rank(op, 0) - 1)
-    for dim in range(operand_rank(op, 0)):
-        if dim != searched:
-            yield AxisStrategy((dim,), (dim, dim))
+    yield from _other_dims(op, op.eqn.params.get("axis", -1))
 
 
-def unwindowed_dims(op: Op) -> Iterator[int]:
-    """The dims whose window is one element, unpadded, undilated and unstrided."""
-    params = op.eqn.params
+@rule(prim.approx_top_k_p)
+def approx_top_k(op: Op) -> Iterator[AxisStrategy]:
+    yield from _other_dims(op, op.eqn.params["reduction_dimension"])
+
+
+def _other_dims(op: Op, whole: int) -> Iterator[AxisStrategy]:
+    """Split any dim but one, of all operands and results alike."""
     rank = operand_rank(op, 0)
     for dim in range(rank):
-        dilations = (
-            params.get("base_dilation", (1,) * rank)[dim],
-            params.get("window_dilation", (1,) * rank)[dim],
-        )
-        if (
-            params["window_dimensions"][dim] == 1
-            and params["window_strides"][dim] == 1
-            and tuple(params["padding"][dim]) == (0, 0)
-            and dilations == (1, 1)
-        ):
-            yield dim
-
-
-@rule(prim.reduce_window_sum_p, prim.reduce_window_max_p, prim.reduce_window_min_p)
-@rule(prim.select_and_scatter_add_p, prim.select_and_gather_add_p)
-def windows(op: Op) -> Iterator[AxisStrategy]:
-    for dim in unwindowed_dims(op):
-        yield AxisStrategy((dim,) * len(op.operands), (dim,))
-    if op.primitive is prim.reduce_window_sum_p:
-        yield AxisStrategy((PARTIAL,), (PARTIAL,))
+        if dim != whole % rank:
+            yield AxisStrategy((dim,) * len(op.operands), (dim,) * len(op.results))

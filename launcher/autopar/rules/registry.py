@@ -3,32 +3,32 @@
 A rule is one function `choices(op) -> AxisStrategy, ...`. Each choice says, for ONE mesh axis, what the
 axis does to every operand and result (an entry as in `spec`); computing the op on the local shards of
 those operands must then yield the local shards of those results. Strategies over several axes are all
-combinations that divide evenly. "Replicated" is always a choice and is added here.
+combinations that divide evenly. What holds for every op is seen to here: "replicated" is always a choice;
+a literal is whole, or zero; truth values and random keys are no sums, and keys are never split.
 
-To add a rule:
-
-    @rule(my_primitive_p)
-    def my_choices(op):
-        yield AxisStrategy(operands=(0, REPLICATED), results=(0,))    # splits dim 0
-
-and, where the op cannot simply be bound again on local shards (its parameters hold shapes, or it needs to
-know which shard it has), `@local(my_primitive_p)` with a function
-`(op, strategy, mesh, values) -> results` that runs inside `jax.shard_map`.
+Where an op cannot simply be bound again on local shards (its parameters hold shapes, or it needs to know
+which shard it has), a `@local` function `(op, strategy, mesh, values) -> results` runs it inside
+`jax.shard_map`. docs/rules.md shows how to add a rule.
 """
 
 import itertools
 import math
+import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import Literal
 
 from launcher.autopar.graph import Op, evaluate_op
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.spec import REPLICATED, Shape, Spec, fits, local_shape
+from launcher.autopar.rules.unsupported import REASONS
+from launcher.autopar.spec import PARTIAL, REPLICATED, Shape, Spec, fits, local_shape
 from launcher.errors import UnsupportedPrimitiveError
 
 
@@ -36,12 +36,16 @@ from launcher.errors import UnsupportedPrimitiveError
 class AxisStrategy:
     """What one mesh axis does to the operands and results of an op.
 
-    `combine` names a reduction other than a sum ("max", "min") that must follow along the axis.
+    Attributes:
+        combine: a reduction other than a sum ("max", "min") that must follow along the axis.
+        pieces: into how many pieces that no shard may cut the split dims fall (the groups of a
+            convolution, the repeats of a tile); 0 where every element is one.
     """
 
     operands: tuple[int, ...]
     results: tuple[int, ...]
     combine: str | None = None
+    pieces: int = 0
 
     @property
     def divides_work(self) -> bool:
@@ -66,6 +70,11 @@ class Strategy:
         divisions = [size for axis, size in pairs if axis.divides_work]
         return math.prod(divisions)
 
+    def pieces_division(self, mesh_shape: Shape, choice: AxisStrategy) -> int:
+        """Among how many devices the pieces of a choice are shared out."""
+        pairs = zip(self.axes, mesh_shape, strict=True)
+        return math.prod(size for axis, size in pairs if axis == choice)
+
 
 Choices = Callable[[Op], Iterable[AxisStrategy]]
 Local = Callable[[Op, Strategy, LogicalMesh, Sequence[jax.Array]], Sequence[jax.Array]]
@@ -85,7 +94,7 @@ def rule(*primitives: core.Primitive | str) -> Callable[[Choices], Choices]:
     return register
 
 
-def local(*primitives: core.Primitive) -> Callable[[Local], Local]:
+def local(*primitives: core.Primitive | str) -> Callable[[Local], Local]:
     """Register how some primitives run on local shards."""
 
     def register(run: Local) -> Local:
@@ -100,49 +109,105 @@ def axis_choices(op: Op) -> tuple[AxisStrategy, ...]:
     """All choices of an op along one axis, replicated first, without repetitions."""
     choices = _CHOICES.get(str(op.primitive))
     if choices is None:
+        reason = REASONS.get(str(op.primitive), "")
         raise UnsupportedPrimitiveError(
-            f"the model uses the JAX primitive '{op.primitive}' "
-            f"({source_of(op)}), which has no sharding rule; "
-            f"add one as launcher/autopar/rules/registry.py describes, or rewrite the op"
+            f"the model uses the JAX primitive '{op.primitive}' ({source_of(op)}), which has no sharding "
+            f"rule{reason and f': {reason}'}; add one as docs/rules.md describes, or rewrite the op"
         )
     replicated = AxisStrategy(
         operands=(REPLICATED,) * len(op.operands), results=(REPLICATED,) * len(op.results)
     )
-    return tuple(dict.fromkeys((replicated, *choices(op))))
+    offered = (_with_plain_entries(choice) for choice in choices(op))
+    return tuple(dict.fromkeys((replicated, *(c for c in offered if _is_possible(op, c)))))
+
+
+def _with_plain_entries(choice: AxisStrategy) -> AxisStrategy:
+    """Parameters of some primitives hold NumPy's integers, which print and serialise differently."""
+    if all(type(entry) is int for entry in (*choice.operands, *choice.results)):
+        return choice
+    operands, results = map(int, choice.operands), map(int, choice.results)
+    return replace(choice, operands=tuple(operands), results=tuple(results))
+
+
+def _is_possible(op: Op, choice: AxisStrategy) -> bool:
+    """Whether the values can be what the choice asks for, whatever the op."""
+    literals = zip(op.operands, choice.operands, strict=True)
+    if not all(_fits_literal(o, entry) for o, entry in literals if isinstance(o, Literal)):
+        return False
+    atoms = (*op.eqn.invars, *op.eqn.outvars)
+    entries = zip(atoms, (*choice.operands, *choice.results), strict=True)
+    return all(_suits(entry, atom.aval.dtype) for atom, entry in entries)
+
+
+def _fits_literal(literal: Literal, entry: int) -> bool:
+    """Every device has the same literal: it is whole, or a summand if it is zero."""
+    return entry == REPLICATED or (entry == PARTIAL and not np.any(literal.val))
+
+
+def _suits(entry: int, dtype) -> bool:
+    """Sums need numbers of 16 bits or more, or integers (their sums wrap around alike); keys stay whole."""
+    if entry == PARTIAL:
+        if jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.finfo(dtype).bits >= 16
+        return jnp.issubdtype(dtype, jnp.integer)
+    return entry == REPLICATED or not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+
+
+# Code that stands between a model and its ops.
+_LIBRARIES = tuple(
+    f"{pathlib.Path(jax.__file__).parents[1] / name}{os.sep}" for name in ("jax", "flax", "optax")
+)
 
 
 def source_of(op: Op) -> str:
     """Where in the model's source an op comes from, as `file:line (function)`."""
-    frame = op.eqn.source_info.traceback and next(
-        (
-            frame
-            for frame in op.eqn.source_info.traceback.frames
-            if "/jax/" not in frame.file_name and "/flax/" not in frame.file_name
-        ),
-        None,
-    )
-    return (
-        f"{frame.file_name}:{frame.line_num} ({frame.function_name})" if frame else "source unknown"
-    )
+    traceback = op.eqn.source_info.traceback
+    frames = traceback.frames if traceback else ()
+    for frame in frames:
+        if not frame.file_name.startswith(_LIBRARIES):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return "source unknown"
 
 
 def strategies(
     op: Op, shapes: "OpShapes", mesh_shape: Shape, allowed: Sequence[Sequence[AxisStrategy]]
 ) -> tuple[Strategy, ...]:
     """All combinations of one allowed choice per axis whose splits divide evenly."""
-    found = []
-    for axes in itertools.product(*allowed):
-        strategy = Strategy(axes)
-        operand_fit = all(
+    del op  # alike ops of other layers have the same shapes and choices, and share the answer
+    return _combinations(shapes, tuple(mesh_shape), tuple(tuple(choices) for choices in allowed))
+
+
+@lru_cache(maxsize=2**14)
+def _combinations(
+    shapes: "OpShapes", mesh_shape: Shape, allowed: tuple[tuple[AxisStrategy, ...], ...]
+) -> tuple[Strategy, ...]:
+    """What does not fit along one axis alone fits in no combination."""
+    fitting = [
+        [choice for choice in choices if _divides((choice,), shapes, (size,))]
+        for choices, size in zip(allowed, mesh_shape, strict=True)
+    ]
+    combinations = itertools.product(*fitting)
+    return tuple(Strategy(axes) for axes in combinations if _divides(axes, shapes, mesh_shape))
+
+
+def _divides(axes: tuple[AxisStrategy, ...], shapes: "OpShapes", mesh_shape: Shape) -> bool:
+    """Whether every dim that axes split, and the pieces in it, are divided evenly."""
+    strategy = Strategy(axes)
+    return (
+        all(
             fits(strategy.operand_spec(i), shape, mesh_shape)
             for i, shape in enumerate(shapes.operands)
         )
-        if operand_fit and all(
+        and all(
             fits(strategy.result_spec(i), shape, mesh_shape)
             for i, shape in enumerate(shapes.results)
-        ):
-            found.append(strategy)
-    return tuple(found)
+        )
+        and all(
+            axis.pieces % strategy.pieces_division(mesh_shape, axis) == 0
+            for axis in axes
+            if axis.pieces
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +230,6 @@ def operand_rank(op: Op, index: int) -> int:
     return len(op.eqn.invars[index].aval.shape)
 
 
-def is_scalar_literal(op: Op, index: int) -> bool:
-    return isinstance(op.operands[index], Literal)
-
-
 def run_local(
     op: Op, strategy: Strategy, mesh: LogicalMesh, values: Sequence[jax.Array]
 ) -> tuple[jax.Array, ...]:
@@ -179,6 +240,7 @@ def run_local(
 
 
 def _combine(result: jax.Array, strategy: Strategy, mesh: LogicalMesh) -> jax.Array:
+    """The reductions that follow; the maximum of truth values is their "or", the minimum their "and"."""
     for axis, name in zip(strategy.axes, mesh.axis_names, strict=True):
         if axis.combine == "max":
             result = jax.lax.pmax(result, name)

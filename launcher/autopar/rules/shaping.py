@@ -1,10 +1,14 @@
-"""Rules for ops that only move elements: broadcast, reshape, transpose, slice, pad, concatenate, iota."""
+"""Rules for ops that only move elements: broadcast, reshape, transpose, slice, pad, concatenate, iota.
+
+All of them are linear. A dim that is cut at a fixed place (sliced, padded, concatenated, reversed) stays
+whole: its shards would have to exchange elements.
+"""
 
 import math
 from collections.abc import Iterator
 
 import jax
-from jax.extend.core import Literal
+from jax import lax
 from jax.extend.core import primitives as prim
 
 from launcher.autopar.graph import Op
@@ -33,8 +37,7 @@ def broadcast_in_dim(op: Op) -> Iterator[AxisStrategy]:
     }
     for dim in range(len(target)):
         yield AxisStrategy((operand_dim.get(dim, REPLICATED),), (dim,))
-    if not isinstance(op.operands[0], Literal):
-        yield LINEAR
+    yield LINEAR
 
 
 @local(prim.broadcast_in_dim_p)
@@ -46,7 +49,9 @@ def aligned_dims(source: Shape, target: Shape) -> Iterator[tuple[int, int]]:
     """Pairs of dims that lead a group of dims with the same product: equal chunks of the same elements.
 
     Reshaping (6, 4) to (6, 2, 2) aligns 0 with 0 and 1 with 1; (2, 3, 4) to (6, 4) aligns 0 with 0 (a
-    shard of the 2 is a shard of the 6) and 2 with 1.
+    shard of the 2 is a shard of the 6) and 2 with 1. Dims of size 1 lead nothing. Several axes may split
+    an aligned pair, in their order, as long as both dims divide. Left out: axes that split the leading
+    dim completely and go on in the next one.
     """
     i = j = 0
     while i < len(source) and j < len(target):
@@ -66,10 +71,12 @@ def aligned_dims(source: Shape, target: Shape) -> Iterator[tuple[int, int]]:
 
 @rule(prim.reshape_p)
 def reshape(op: Op) -> Iterator[AxisStrategy]:
+    """The dims may be permuted first."""
     source, target = op.eqn.invars[0].aval.shape, op.eqn.outvars[0].aval.shape
+    order = op.eqn.params["dimensions"] or range(len(source))
     if math.prod(source) > 0:
-        for dim, result in aligned_dims(source, target):
-            yield AxisStrategy((dim,), (result,))
+        for position, result in aligned_dims(tuple(source[dim] for dim in order), target):
+            yield AxisStrategy((order[position],), (result,))
     yield LINEAR
 
 
@@ -124,13 +131,11 @@ def local_slice(op, strategy, mesh, values):
 
 @rule(prim.pad_p)
 def pad(op: Op) -> Iterator[AxisStrategy]:
-    """Only an unpadded dim may be split; padding with zeros keeps a sum a sum."""
+    """Only an unpadded dim may be split; what fills up a sum is a sum itself, or zero."""
     for dim, padding in enumerate(op.eqn.params["padding_config"]):
         if tuple(padding) == (0, 0, 0):
             yield AxisStrategy((dim, REPLICATED), (dim,))
-    filler = op.operands[1]
-    if isinstance(filler, Literal) and filler.val == 0:
-        yield AxisStrategy((PARTIAL, REPLICATED), (PARTIAL,))
+    yield AxisStrategy((PARTIAL, PARTIAL), (PARTIAL,))
 
 
 @rule(prim.concatenate_p)
@@ -141,7 +146,7 @@ def concatenate(op: Op) -> Iterator[AxisStrategy]:
     yield AxisStrategy((PARTIAL,) * len(op.operands), (PARTIAL,))
 
 
-@rule(jax.lax.split_p)
+@rule(lax.split_p)
 def split(op: Op) -> Iterator[AxisStrategy]:
     for dim in range(operand_rank(op, 0)):
         if dim != op.eqn.params["axis"]:
@@ -149,10 +154,51 @@ def split(op: Op) -> Iterator[AxisStrategy]:
     yield AxisStrategy((PARTIAL,), (PARTIAL,) * len(op.results))
 
 
-@rule(prim.iota_p)
-def iota(op: Op) -> Iterator[AxisStrategy]:
+@rule(lax.stack_p)
+def stack(op: Op) -> Iterator[AxisStrategy]:
+    """The new dim stays whole."""
+    new = op.eqn.params["axis"]
+    for dim in range(operand_rank(op, 0)):
+        yield AxisStrategy((dim,) * len(op.operands), (dim + (dim >= new),))
+    yield AxisStrategy((PARTIAL,) * len(op.operands), (PARTIAL,))
+
+
+@rule(lax.unstack_p)
+def unstack(op: Op) -> Iterator[AxisStrategy]:
+    dropped = op.eqn.params["axis"]
+    for dim in range(operand_rank(op, 0)):
+        if dim != dropped:
+            yield AxisStrategy((dim,), (dim - (dim > dropped),) * len(op.results))
+    yield AxisStrategy((PARTIAL,), (PARTIAL,) * len(op.results))
+
+
+@rule(lax.tile_p)
+def tile(op: Op) -> Iterator[AxisStrategy]:
+    """Where a dim is repeated, a shard of the result holds some of the repeats, each of them whole."""
+    for dim, repeats in enumerate(op.eqn.params["reps"]):
+        if repeats == 1:
+            yield AxisStrategy((dim,), (dim,))
+        else:
+            yield AxisStrategy((REPLICATED,), (dim,), pieces=repeats)
+    yield LINEAR
+
+
+@local(lax.tile_p)
+def local_tile(op, strategy, mesh, values):
+    shape = local_result_shape(op, strategy, mesh)
+    pairs = zip(shape, values[0].shape, strict=True)
+    return bind_with(op, values, reps=tuple(size // item if item else 1 for size, item in pairs))
+
+
+@rule(prim.iota_p, "empty")
+def from_nothing(op: Op) -> Iterator[AxisStrategy]:
     for dim in range(len(op.eqn.outvars[0].aval.shape)):
         yield AxisStrategy((), (dim,))
+
+
+@local("empty")
+def local_empty(op, strategy, mesh, values):
+    return bind_with(op, values, shape=local_result_shape(op, strategy, mesh))
 
 
 @local(prim.iota_p)

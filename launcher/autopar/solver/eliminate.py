@@ -27,8 +27,11 @@ class Table:
     costs: np.ndarray
 
 
-def plan_order(problem: PairwiseProblem) -> tuple[int, ...] | None:
+def plan_order(
+    problem: PairwiseProblem, *, most_entries: float | None = None
+) -> tuple[int, ...] | None:
     """An elimination order by smallest table first; None if the tables would grow too large."""
+    most_entries = _MOST_ENTRIES if most_entries is None else most_entries
     neighbours: list[set[int]] = [set() for _ in problem.node_costs]
     for i, j in problem.edge_costs:
         if len(problem.node_costs[i]) > 1 and len(problem.node_costs[j]) > 1:
@@ -50,7 +53,7 @@ def plan_order(problem: PairwiseProblem) -> tuple[int, ...] | None:
         if done[node] or size != current[node]:
             continue
         entries += 2.0**size
-        if entries > _MOST_ENTRIES:
+        if entries > most_entries:
             return None
         done[node] = True
         order.append(node)

@@ -1,108 +1,192 @@
-"""The solvers of a pairwise problem: exact elimination where it is cheap, an ILP in its tight form elsewhere.
+"""The solvers of a pairwise problem, the exact and cheap ones first.
 
-The ILP runs over what the exact reductions leave.
+    1. followers.py, reduce.py      exact reductions, with the memory limit
+    2. eliminate.py                 dynamic programming, where the graph is thin and memory no matter
+    3. ilp.py                       the ILP in its tight form, where it is small enough
+    4. messages.py, prices.py       a lower bound, and a first choice
+    5. ilp.py again                 on the strategies that the bound leaves possible
+    6. neighbourhoods.py            large-neighbourhood search, until time is up
 
-Node choices x are binary; for each edge, variables e(p, q) >= 0 are tied to them by marginals,
-
-    sum_q e(p, q) = x_i(p)        sum_p e(p, q) = x_j(q)
-
-so that e needs no integrality, and the relaxation is that of the local polytope. Alpa's form (e binary,
-inequalities) has the same optimum with a weaker relaxation.
+Whatever ends it, there is a choice and a bound on how much better another could be.
 """
 
 import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pulp
 
 from launcher.autopar.solver.eliminate import plan_order, solve_by_elimination
-from launcher.autopar.solver.problem import PairwiseProblem, Solution
-from launcher.autopar.solver.reduce import Reduced, reduce
+from launcher.autopar.solver.flat import FlatProblem
+from launcher.autopar.solver.followers import merge_followers
+from launcher.autopar.solver.ilp import solve_by_ilp
+from launcher.autopar.solver.messages import Messages
+from launcher.autopar.solver.neighbourhoods import Search
+from launcher.autopar.solver.prices import ascend
+from launcher.autopar.solver.problem import PairwiseProblem, Solution, Stage
+from launcher.autopar.solver.reduce import reduce
+from launcher.autopar.solver.restarts import Restarts
+from launcher.errors import InfeasiblePlanError
 
 log = logging.getLogger(__name__)
 
-_GAP_FRACTION = 1e-6
+METHODS = ("auto", "ilp_highs", "ilp_cbc", "search")
+_MOST_ROUNDS = 6  # of reductions
+_ILP_ENTRIES = 150_000  # edge variables that the ILP takes on without a limit on memory
+_ILP_ENTRIES_IN_MEMORY = 80_000
+_BOUND_FRACTION = 0.25  # of the time left, for the bound
+_ILP_FRACTION = 0.5  # of the time left, for an ILP between searches
+_WORTH_ANOTHER_ILP = 0.7  # of the size of the last one
+_SEARCH_S = 10.0  # of search before another look at what is possible
 
 
-def solve(problem: PairwiseProblem, *, time_limit_s: float = 60.0) -> Solution:
+@dataclass(frozen=True, slots=True)
+class Simplified:
+    """What the exact reductions leave, the way back, and the sizes on the way."""
+
+    problem: PairwiseProblem
+    expand: Callable[[Sequence[int]], tuple[int, ...]]
+    stages: tuple[Stage, ...]
+
+
+def solve(
+    problem: PairwiseProblem, *, time_limit_s: float = 60.0, method: str = "auto"
+) -> Solution:
     """Return a choice of least cost, with a bound; proven optimal unless time ran out.
 
-    Elimination as it is, else elimination of what the reductions leave, else the ILP.
+    Raises InfeasiblePlanError where no choice is allowed.
     """
-    order = plan_order(problem)
-    if order is not None:
-        return solve_by_elimination(problem, order)
-    reduced = reduce(problem)
-    rest, _ = reduced.rest()
-    order = plan_order(rest)
-    if order is not None:
-        return _completed(problem, reduced, solve_by_elimination(rest, order))
-    return _completed(problem, reduced, solve_by_ilp(rest, time_limit_s=time_limit_s))
-
-
-def _completed(problem: PairwiseProblem, reduced: Reduced, solution: Solution) -> Solution:
-    """Extend a solution of what was left to the whole problem."""
-    _, nodes = reduced.rest()
-    picks = {
-        node: int(reduced.kept[node][pick])
-        for node, pick in zip(nodes, solution.choice, strict=True)
-    }
-    choice = reduced.choice(picks, len(problem.node_costs))
+    end_s = time.monotonic() + time_limit_s
+    if method == "auto" and problem.memory is None:
+        order = plan_order(problem)
+        if order is not None:
+            return replace(solve_by_elimination(problem, order), method="elimination")
+    simple = simplify(problem)
+    solution = _solve_rest(simple.problem, end_s, method)
+    choice = simple.expand(solution.choice)
     cost = problem.cost(choice)
-    return Solution(choice, cost, cost - (solution.cost - solution.lower_bound))
+    bound = cost - (solution.cost - solution.lower_bound)
+    return Solution(choice, cost, bound, solution.method, simple.stages + solution.stages)
 
 
-def solve_by_ilp(problem: PairwiseProblem, *, time_limit_s: float = 60.0) -> Solution:
-    """Return a choice of least cost by the ILP, with the solver's dual bound."""
-    scale = _scale(problem)
-    ilp = pulp.LpProblem("sharding", pulp.LpMinimize)
-    pick = [
-        [ilp.add_variable(f"x_{node}_{p}", cat="Binary") for p in range(len(costs))]
-        for node, costs in enumerate(problem.node_costs)
-    ]
-    objective = [
-        (variable, float(cost) * scale)
-        for variables, costs in zip(pick, problem.node_costs, strict=True)
-        for variable, cost in zip(variables, costs, strict=True)
-    ]
-    for node, variables in enumerate(pick):
-        ilp += pulp.LpAffineExpression([(v, 1) for v in variables]) == 1, f"one_{node}"
-    for (i, j), matrix in problem.edge_costs.items():
-        objective += _add_edge(ilp, (i, j), matrix * scale, pick[i], pick[j])
-    ilp.setObjective(pulp.LpAffineExpression(objective))
-    ilp.solve(pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=_GAP_FRACTION))
-    choice = tuple(int(np.argmax([v.value() or 0.0 for v in variables])) for variables in pick)
+def simplify(problem: PairwiseProblem) -> Simplified:
+    """Apply the exact reductions until none applies."""
+    stages = [Stage("as given", problem.size())]
+    ways: list[Callable[[Sequence[int]], tuple[int, ...]]] = []
+    for _ in range(_MOST_ROUNDS):
+        before = problem.size()
+        merged = merge_followers(problem)
+        stages.append(Stage("followers merged", merged.problem.size()))
+        reduced = reduce(merged.problem)
+        ways += [merged.expand, _expansion(reduced, len(merged.problem.node_costs))]
+        problem, _ = reduced.rest()
+        stages.append(Stage("reduced", problem.size()))
+        if problem.size() == before:
+            break
+
+    def expand(choice: Sequence[int]) -> tuple[int, ...]:
+        for way in reversed(ways):
+            choice = way(choice)
+        return tuple(choice)
+
+    return Simplified(problem, expand, tuple(stages))
+
+
+def _expansion(reduced, num_nodes: int) -> Callable[[Sequence[int]], tuple[int, ...]]:
+    return lambda choice: reduced.expand(choice, num_nodes)
+
+
+def _solve_rest(problem: PairwiseProblem, end_s: float, method: str) -> Solution:
+    """Solve what is left of a problem by the first way that suits it."""
+    left_s = end_s - time.monotonic()
+    if not problem.node_costs:
+        return Solution((), 0.0, 0.0, "reductions")
+    if method.startswith("ilp_"):
+        return _by_ilp(problem, left_s, method.removeprefix("ilp_"))
+    if method == "auto" and problem.memory is None:
+        order = plan_order(problem)
+        if order is not None:
+            return replace(solve_by_elimination(problem, order), method="elimination")
+        if problem.size().edge_entries <= _ILP_ENTRIES:
+            return _by_ilp(problem, left_s, "highs")
+    return _by_bound_and_search(problem, end_s)
+
+
+def _by_ilp(problem: PairwiseProblem, time_limit_s: float, solver: str) -> Solution:
+    solution = solve_by_ilp(problem, time_limit_s=time_limit_s, solver=solver)
+    if solution is None:
+        raise InfeasiblePlanError(
+            f"no choice was found within {time_limit_s:.0f} s: raise the time limit or the memory limit"
+        )
+    return replace(solution, method=f"ilp ({solver})")
+
+
+def _by_bound_and_search(problem: PairwiseProblem, end_s: float) -> Solution:
+    """Bound first; then, in turns, the ILP on what the bound leaves possible, and the search."""
+    flat = FlatProblem(problem)
+    messages = Messages(flat)
+    bound_end_s = time.monotonic() + _BOUND_FRACTION * (end_s - time.monotonic())
+    bound = ascend(flat, messages, lambda: time.monotonic() > bound_end_s)
+    if bound.choice is None:
+        return _by_ilp(problem, end_s - time.monotonic(), "highs")
+    base = messages.sweep(bound.costs) - float(bound.prices @ flat.room)
+    excess = messages.excess(bound.costs)
+    log.info("bound %.6g, first choice %.6g", bound.value, bound.cost)
+    search = Search(flat, bound.choice, bound.costs, excess, bound.value)
+    restarts = Restarts(search, messages, bound, excess)
+    stages, tried = (), _ILP_ENTRIES_IN_MEMORY
+    while time.monotonic() < end_s and not search.is_done:
+        mask = excess <= search.cost - base + _slack(search.cost)
+        entries = _possible_entries(flat, mask)
+        if entries <= tried:
+            possible = simplify(_restricted(problem, mask))
+            stages = (Stage("possible by the bound", possible.problem.size()),)
+            if _ilp_on_possible(possible, search, end_s):
+                break
+            tried = entries * _WORTH_ANOTHER_ILP
+        restarts.improve(min(end_s, time.monotonic() + _SEARCH_S))
+        log.info("choice %.6g, %.4f %% above the bound", search.cost, 100 * search.gap_fraction)
+    choice = tuple(search.choice.tolist())
     cost = problem.cost(choice)
-    return Solution(choice, cost, min(cost, _lower_bound(ilp, scale)))
+    return Solution(choice, cost, min(cost, search.bound), "bound and search", stages)
 
 
-def _add_edge(ilp: pulp.LpProblem, edge, matrix: np.ndarray, rows, columns):
-    i, j = edge
-    both = [
-        [ilp.add_variable(f"e_{i}_{j}_{p}_{q}", 0) for q in range(len(columns))]
-        for p in range(len(rows))
-    ]
-    for p, variable in enumerate(rows):
-        terms = [(v, 1) for v in both[p]] + [(variable, -1)]
-        ilp += pulp.LpAffineExpression(terms) == 0, f"row_{i}_{j}_{p}"
-    for q, variable in enumerate(columns):
-        terms = [(row[q], 1) for row in both] + [(variable, -1)]
-        ilp += pulp.LpAffineExpression(terms) == 0, f"column_{i}_{j}_{q}"
-    return [
-        (both[p][q], float(matrix[p, q]))
-        for p in range(len(rows))
-        for q in range(len(columns))
-        if matrix[p, q] != 0
-    ]
+def _possible_entries(flat: FlatProblem, mask: np.ndarray) -> int:
+    """The edge variables of an ILP over some strategies, before it is reduced."""
+    kept = np.add.reduceat(mask, flat.offsets[:-1]).tolist()
+    return sum(kept[i] * kept[j] for i, j in flat.problem.edge_costs)
 
 
-def _scale(problem: PairwiseProblem) -> float:
-    """Bring the largest cost to 1e4: solvers work with absolute tolerances."""
-    arrays = (*problem.node_costs, *problem.edge_costs.values())
-    largest = max(float(np.abs(array).max()) for array in arrays)
-    return 1e4 / largest if largest > 0 else 1.0
+def _slack(cost: float) -> float:
+    """So that rounding never rules out the choice at hand."""
+    return 1e-9 * abs(cost)
 
 
-def _lower_bound(ilp: pulp.LpProblem, scale: float) -> float:
-    """The solver's dual bound, in unscaled cost."""
-    return float(ilp.solverModel.getInfo().mip_dual_bound) / scale
+def _restricted(problem: PairwiseProblem, possible: np.ndarray) -> PairwiseProblem:
+    """The problem with impossible strategies forbidden; all strategies in one row."""
+    ends = np.cumsum([len(costs) for costs in problem.node_costs])
+    masks = np.split(possible, ends[:-1])
+    costs = tuple(
+        np.where(mask, costs, np.inf) for mask, costs in zip(masks, problem.node_costs, strict=True)
+    )
+    return replace(problem, node_costs=costs)
+
+
+def _ilp_on_possible(possible: Simplified, search: Search, end_s: float) -> bool:
+    """Improve the choice or the bound by the ILP over what is possible; True if that settled it.
+
+    Every choice cheaper than the present one is among the possible ones.
+    """
+    if not possible.problem.node_costs:
+        search.adopt(possible.expand(()))
+        search.bound = search.cost
+        return True
+    limit_s = _ILP_FRACTION * (end_s - time.monotonic())
+    solution = solve_by_ilp(possible.problem, time_limit_s=limit_s)
+    if solution is None:
+        return False
+    search.adopt(choice := possible.expand(solution.choice))
+    gap = search.problem.cost(choice) - (solution.cost - solution.lower_bound)
+    search.bound = max(search.bound, min(search.cost, gap))
+    return solution.is_proven

@@ -1,31 +1,37 @@
 """The solvers against brute force, and against each other."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from launcher.autopar.solver import eliminate, solve
+from launcher.autopar.solver import Memory, PairwiseProblem, eliminate, simplify, solve
 from launcher.autopar.solver.eliminate import plan_order, solve_by_elimination
-from launcher.autopar.solver.problem import PairwiseProblem, brute_force
-from launcher.autopar.solver.reduce import reduce
-from launcher.autopar.solver.solve import _completed, solve_by_ilp
+from launcher.autopar.solver.ilp import solve_by_ilp
+from launcher.autopar.solver.problem import brute_force
+from launcher.errors import InfeasiblePlanError
+
+NEAR = 1e-6  # the solvers' own tolerance
 
 
-def random_problem(seed: int, *, nodes: int = 7, strategies: int = 4, density: float = 0.6):
-    """A graph with costs of several scales, zeros and ties among them, as sharding problems have."""
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(1, strategies + 1, nodes)
-    costs = tuple(rng.choice([0.0, 1.0, rng.random()], size) for size in sizes)
-    edges = {
-        (i, j): rng.random((sizes[i], sizes[j])) * rng.choice([0.0, 1.0, 10.0])
-        for i in range(nodes)
-        for j in range(i + 1, nodes)
-        if rng.random() < density
-    }
-    return PairwiseProblem(costs, edges)
+def assert_no_regret(problem: PairwiseProblem, method: str) -> bool:
+    """Compare with brute force; whether there was a choice at all."""
+    best = brute_force(problem)
+    if best is None:
+        with pytest.raises(InfeasiblePlanError):
+            solve(problem, time_limit_s=5, method=method)
+        return False
+    solution = solve(problem, time_limit_s=5, method=method)
+    assert problem.fits(solution.choice)
+    assert problem.cost(solution.choice) == pytest.approx(best.cost, rel=NEAR, abs=NEAR)
+    assert solution.cost == pytest.approx(problem.cost(solution.choice))
+    assert solution.lower_bound <= best.cost + NEAR
+    assert solution.gap_fraction <= 1e-3 or solution.cost < NEAR
+    return True
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_the_optimum_is_that_of_brute_force(seed):
+def test_the_optimum_is_that_of_brute_force(random_problem, seed):
     problem = random_problem(seed)
     best = brute_force(problem).cost
     for solution in (solve(problem), solve_by_elimination(problem, plan_order(problem))):
@@ -33,31 +39,96 @@ def test_the_optimum_is_that_of_brute_force(seed):
         assert problem.cost(solution.choice) == pytest.approx(best, abs=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("forbidden", [0.0, 0.4])
+def test_no_regret_with_memory_and_forbidden_pairs(random_problem, seed, forbidden):
+    problem = random_problem(seed, nodes=6, strategies=3, forbidden=forbidden, memory=True)
+    assert_no_regret(problem, "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auto", "ilp_highs", "search"])
+def test_no_regret_on_many_graphs(random_problem, method):
+    allowed = 0
+    for seed in range(1000, 1600):
+        problem = random_problem(
+            seed,
+            nodes=5 + seed % 4,
+            strategies=2 + seed % 3,
+            density=0.4 + 0.1 * (seed % 5),
+            forbidden=0.2 * (seed % 3),
+            memory=seed % 4 > 0,
+        )
+        allowed += assert_no_regret(problem, method)
+    assert allowed > 500
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("method", ["ilp_highs", "ilp_cbc", "search"])
+def test_every_method_finds_the_same_optimum(random_problem, seed, method):
+    assert_no_regret(random_problem(seed, nodes=6, density=0.9, memory=True), method)
+
+
 @pytest.mark.parametrize("seed", range(15))
-def test_the_ilp_alone_finds_the_same_optimum_and_proves_it(seed):
+def test_the_ilp_alone_finds_the_same_optimum_and_proves_it(random_problem, seed):
     problem = random_problem(seed, nodes=6)
     solution = solve_by_ilp(problem)
     assert solution.cost == pytest.approx(brute_force(problem).cost, abs=1e-6)
     assert solution.gap_fraction <= 1e-4
 
 
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_reductions_keep_the_optimum_and_recover_a_choice(seed):
-    problem = random_problem(seed, nodes=9, strategies=3, density=0.5)
-    reduced = reduce(problem)
-    rest, _ = reduced.rest()
-    left = brute_force(rest) if rest.node_costs else brute_force(PairwiseProblem((), {}))
-    completed = _completed(problem, reduced, left)
-    assert completed.cost == pytest.approx(brute_force(problem).cost, abs=1e-9)
-    assert reduced.constant + left.cost == pytest.approx(completed.cost, abs=1e-9)
+def test_reductions_keep_the_optimum_and_recover_a_choice(random_problem, seed, memory):
+    problem = random_problem(
+        seed, nodes=8, strategies=3, density=0.5, forbidden=0.2, memory=memory
+    )
+    best = brute_force(problem)
+    if best is None:
+        return
+    simple = simplify(problem)
+    left = brute_force(simple.problem)
+    choice = simple.expand(left.choice)
+    assert problem.fits(choice)
+    assert problem.cost(choice) == pytest.approx(best.cost, abs=1e-9)
+    sizes = [stage.size.strategies for stage in simple.stages]
+    assert sizes == sorted(sizes, reverse=True)
 
 
-def test_a_dense_graph_goes_to_the_ilp_and_still_meets_the_elimination(monkeypatch):
-    problem = random_problem(3, nodes=8, density=1.0)
+def test_a_follower_is_merged_and_its_memory_goes_with_it():
+    follows = np.where(np.eye(2) > 0, 0.0, np.inf)
+    memory = Memory.of_intervals(
+        [np.array([0, 3])] * 2, np.array([[0, 2], [1, 3]]), limit=5
+    )  # both take 3 at point 1 with the cheap strategy: 6
+    problem = PairwiseProblem((np.array([9.0, 0.0]),) * 2, {(0, 1): follows}, memory)
+    assert solve(problem).choice == (0, 0)
+    assert solve(replace(problem, memory=None)).choice == (1, 1)
+
+
+def test_twins_are_folded():
+    rng = np.random.default_rng(0)
+    hub = {(i, j): rng.random((3, 3)) for i in range(4) for j in range(i + 1, 4)}
+    twin = [rng.random((3, 3)) for _ in range(4)]
+    for copy in range(5):
+        hub.update({(i, 4 + copy): twin[i] for i in range(4)})
+    problem = PairwiseProblem(tuple(np.zeros(3) for _ in range(9)), hub)
+    simple = simplify(problem)
+    assert simple.problem.size().nodes <= 5
+    choice = simple.expand(brute_force(simple.problem).choice)
+    assert problem.cost(choice) == pytest.approx(brute_force(problem).cost)
+    assert len(set(choice[4:])) == 1
+
+
+def test_a_dense_graph_goes_to_the_ilp_and_still_meets_the_elimination(
+    random_problem, monkeypatch
+):
+    problem = random_problem(3, nodes=9, strategies=9, density=1.0)
     expected = solve(problem).cost
     monkeypatch.setattr(eliminate, "_MOST_ENTRIES", 10)
     assert plan_order(problem) is None
-    assert solve(problem).cost == pytest.approx(expected, abs=1e-6)
+    solution = solve(problem)
+    assert solution.cost == pytest.approx(expected, abs=1e-6)
+    assert solution.method == "ilp (highs)"
 
 
 def test_a_long_chain_needs_tables_of_two_nodes_only():
@@ -69,3 +140,10 @@ def test_a_long_chain_needs_tables_of_two_nodes_only():
     for i in range(1999):  # the Viterbi recursion, written independently
         best = (best[:, None] + edges[i, i + 1]).min(axis=0) + costs[i + 1]
     assert solve(problem).cost == pytest.approx(best.min())
+
+
+def test_out_of_time_there_is_still_a_choice_with_its_gap(random_problem):
+    problem = random_problem(5, nodes=60, strategies=6, density=0.3, memory=True)
+    solution = solve(problem, time_limit_s=0.0, method="search")
+    assert problem.fits(solution.choice)
+    assert solution.lower_bound <= solution.cost

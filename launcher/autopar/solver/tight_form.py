@@ -1,0 +1,133 @@
+"""The ILP of a pairwise problem in its tight form, as arrays.
+
+Node choices x are binary; for each edge, variables e(p, q) >= 0 are tied to them by marginals,
+
+    sum_p x_i(p) = 1        sum_q e(p, q) = x_i(p)        sum_p e(p, q) = x_j(q)
+
+so that e needs no integrality, and the relaxation is that of the local polytope. Alpa's form (e binary,
+inequalities) has the same optimum with a weaker relaxation. A memory limit adds, for points t,
+
+    sum over i, p of held_i(p, t) x_i(p) <= room(t)
+
+Few points bind, so the solvers start with some and add those that an answer exceeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.autopar.solver.problem import PairwiseProblem
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Linear constraints: entries by row, and what each row must lie between."""
+
+    row: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TightForm:
+    """Variables: first x, node by node (`offsets`), then e, edge by edge in row-major order."""
+
+    problem: PairwiseProblem
+    offsets: np.ndarray
+    costs: np.ndarray
+    upper: np.ndarray
+    rows: Rows
+    scale: float  # costs are multiplied by it: solvers work with absolute tolerances
+
+    @property
+    def num_binaries(self) -> int:
+        return int(self.offsets[-1])
+
+    def start(self, choice: Sequence[int]) -> np.ndarray:
+        """The variables' values at a choice."""
+        nodes = np.zeros(self.num_binaries)
+        nodes[self.offsets[:-1] + np.asarray(choice, np.int64)] = 1.0
+        values = [nodes]
+        for (i, j), matrix in self.problem.edge_costs.items():
+            edge = np.zeros(matrix.shape)
+            edge[choice[i], choice[j]] = 1.0
+            values.append(edge.ravel())
+        return np.concatenate(values)
+
+    def choice(self, values: np.ndarray) -> tuple[int, ...]:
+        """The choice that the variables' values stand for."""
+        return tuple(
+            int(values[begin:end].argmax())
+            for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)
+        )
+
+    def memory_rows(self, points: Sequence[int]) -> Rows:
+        """The limit at some points; each row divided by its room's scale."""
+        memory = self.problem.memory
+        points = np.asarray(points, np.int64)
+        held = np.zeros((len(points), self.num_binaries))
+        for node, use in enumerate(memory.uses):
+            if use is not None:
+                at = np.searchsorted(use.times, points, side="right")
+                levels = np.concatenate((np.zeros((1, use.change.shape[1])), use.levels()))
+                held[:, self.offsets[node] : self.offsets[node + 1]] = levels[at]
+        scale = np.maximum(np.abs(held).max(axis=1, initial=0.0), 1e-30)
+        row, column = np.nonzero(held)
+        return Rows(
+            row=row,
+            column=column,
+            value=held[row, column] / scale[row],
+            lower=np.full(len(points), -np.inf),
+            upper=memory.room[points] / scale,
+        )
+
+    def first_points(self, most: int) -> np.ndarray:
+        """Points to begin with: the least room, among those where something changes."""
+        memory = self.problem.memory
+        if memory is None:
+            return np.zeros(0, np.int64)
+        return np.sort(np.argsort(memory.room, kind="stable")[:most])
+
+    def overflowing(self, choice: Sequence[int]) -> np.ndarray:
+        """Points where a choice exceeds the limit: of each run of such points, the worst."""
+        memory = self.problem.memory
+        if memory is None:
+            return np.zeros(0, np.int64)
+        over = memory.used(choice) - memory.room
+        is_over = over > memory.tolerance
+        run = np.cumsum(np.diff(is_over, prepend=False) & is_over)
+        at = np.flatnonzero(is_over)
+        worst = {int(run[t]): int(t) for t in at[np.argsort(over[at], kind="stable")]}
+        return np.array(sorted(worst.values()), np.int64)
+
+
+def tight_form(problem: PairwiseProblem) -> TightForm:
+    """Write a problem as an ILP, without its memory rows."""
+    sizes = np.array([len(costs) for costs in problem.node_costs], np.int64)
+    offsets = np.concatenate(([0], np.cumsum(sizes)))
+    costs = [np.asarray(c, np.float64) for c in problem.node_costs]
+    rows = [np.repeat(np.arange(len(sizes)), sizes)]
+    columns, values = [np.arange(offsets[-1])], [np.ones(offsets[-1])]
+    sums = [np.ones(len(sizes))]
+    num_rows, num_columns = len(sizes), int(offsets[-1])
+    for (i, j), matrix in problem.edge_costs.items():
+        n, m = matrix.shape
+        edge = num_columns + np.arange(n * m)
+        by_row, by_column = num_rows + np.arange(n), num_rows + n + np.arange(m)
+        rows += [np.repeat(by_row, m), np.tile(by_column, n), by_row, by_column]
+        columns += [edge, edge, offsets[i] + np.arange(n), offsets[j] + np.arange(m)]
+        values += [np.ones(2 * n * m), -np.ones(n + m)]
+        sums.append(np.zeros(n + m))
+        costs.append(np.asarray(matrix, np.float64).ravel())
+        num_rows, num_columns = num_rows + n + m, num_columns + n * m
+    total = np.concatenate(costs) if costs else np.zeros(0)
+    allowed = np.isfinite(total)
+    total = np.where(allowed, total, 0.0)
+    largest = float(np.abs(total).max(initial=0.0))
+    scale = 1e4 / largest if largest > 0 else 1.0
+    level = np.concatenate(sums)
+    parts = Rows(*map(np.concatenate, (rows, columns, values)), level, level)
+    return TightForm(problem, offsets, total * scale, allowed.astype(float), parts, scale)

@@ -1,0 +1,37 @@
+"""`python -m launcher.bench NAME key=value ...`: run a benchmark, print its table.
+
+A benchmark is a function from its settings to the exit status; `BENCHMARKS` names them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from launcher.bench import contest
+from launcher.errors import ConfigError, LauncherError
+
+BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {"contest": contest.run}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark that the command line names; returns the exit status."""
+    try:
+        name, settings = _parsed(arguments)
+        return BENCHMARKS[name](settings)
+    except LauncherError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_status
+
+
+def _parsed(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
+    if not arguments or arguments[0] not in BENCHMARKS:
+        given = f"no benchmark is called {arguments[0]!r}" if arguments else "no benchmark was named"
+        raise ConfigError(f"{given}: give one of {', '.join(BENCHMARKS)}, then key=value ...")
+    name, *settings = arguments
+    wrong = [setting for setting in settings if "=" not in setting]
+    if wrong:
+        raise ConfigError(f"{wrong[0]!r} is not key=value: write for example data=folder")
+    return name, dict(setting.split("=", 1) for setting in settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""Initial weights and state, one tensor at a time, so that no device ever has to hold the whole model.
+
+The model's own initialiser is traced and run equation by equation, exactly as Python would have run it: the
+numbers are those of `Model.init`, bit for bit. A value is let go as soon as nothing reads it any more.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from launcher.autopar.graph import Graph, Value, eliminate_dead_code, evaluate_op, from_jaxpr
+from launcher.autopar.trace import Input, Role
+from launcher.models.model import Model
+
+
+def initial_values(model: Model, seed: int) -> Iterator[tuple[Input, jax.Array]]:
+    """Yield every parameter and state variable of a fresh model, in the order they are made."""
+    closed, shapes = jax.make_jaxpr(lambda: model.init(seed), return_shape=True)()
+    # Calls stay whole: compiled by themselves, as they are outside a trace.
+    graph = eliminate_dead_code(from_jaxpr(closed, inline=frozenset()))
+    params, state = jax.tree.unflatten(jax.tree.structure(shapes), graph.outputs)
+    named = [
+        *((operand, Input(Role.PARAM, path)) for path, operand in params.items()),
+        *((operand, Input(Role.STATE, path)) for path, operand in state.items()),
+    ]
+    wanted: dict[Value, list[Input]] = defaultdict(list)
+    for operand, name in named:
+        if isinstance(operand, Literal):
+            yield name, jnp.asarray(operand.val, operand.aval.dtype)
+        else:
+            wanted[operand].append(name)
+    for value, array in _run(graph):
+        for name in wanted[value]:
+            yield name, array
+
+
+def _run(graph: Graph) -> Iterator[tuple[Value, jax.Array]]:
+    """Yield every value of a graph without arguments when it is there."""
+    readers = Counter(value for op in graph.ops for value in op.values)
+    values = {value: jnp.asarray(array) for value, array in graph.constants.items()}
+    yield from values.items()
+    for op in graph.ops:
+        operands = [o.val if isinstance(o, Literal) else values[o] for o in op.operands]
+        readers.subtract(op.values)
+        for value in op.values:
+            if not readers[value]:
+                values.pop(value, None)
+        for value, array in zip(op.results, evaluate_op(op, operands), strict=True):
+            if readers[value]:
+                values[value] = array
+            yield value, array
