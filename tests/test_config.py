@@ -200,6 +200,7 @@ MISTAKES = [
     (["model.dtype=fp8"], "model.dtype=fp8 is unknown: take model.dtype=auto or fp32"),
     (["seed=-1"], "seed=-1 is less than 0"),
     (["train.steps=0"], "train.steps=0 is less than 1: give train.steps=1 or more"),
+    (["parallel.zero=4"], "parallel.zero=4 is more than 3: give 0 to 3"),
     (["model.dropout=1"], "model.dropout=1.0 is not less than 1"),
     (["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan is not a finite number"),
     (["model=moe", "model.capacity_factor=0"], "leaves the experts no room"),

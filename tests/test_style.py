@@ -25,6 +25,7 @@ LAYERS = (
     ("runtime",),
     ("main",),
     ("cli",),
+    ("bench",),
     ("__main__",),
 )
 

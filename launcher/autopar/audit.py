@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from launcher.autopar.collectives import Collective
 from launcher.autopar.hlo import HloCollective, axis_groups
 from launcher.autopar.mesh import LogicalMesh
-from launcher.autopar.sharded_graph import Collective
 
 Signature = tuple[str, str, int, str]  # kind, axis, bytes, dtype
 

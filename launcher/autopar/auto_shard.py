@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from launcher.autopar.audit import Audit, audit
+from launcher.autopar.collectives import Collective
 from launcher.autopar.explain import Explanation, explain_step
 from launcher.autopar.graph import (
     CALLS,
@@ -31,7 +32,7 @@ from launcher.autopar.intra_op_options import IntraOpOptions
 from launcher.autopar.live_bytes import peak_bytes
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.run_sharded import run
-from launcher.autopar.sharded_graph import Collective, collectives
+from launcher.autopar.sharded_graph import collectives
 from launcher.autopar.solve_step import SolvedStep, solve_step
 from launcher.autopar.spec import Spec, to_partition_spec
 from launcher.autopar.step_problem import StepProblem, pose

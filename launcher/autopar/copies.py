@@ -3,12 +3,12 @@
 A value is produced under one spec. A reader that wants another gets it by resharding steps from the
 cheapest shard at hand, and the shards made on the way stay for later readers: what several readers need
 is resharded once. The solver may name a spec that a value is brought to before any reader is served
-(a gathered copy for two readers that slice it differently); `via` holds these.
+(a gathered copy for two readers that slice it differently): the `via` of a value.
 
 The planner walks through here to price a plan, and the emitter to write it: same steps, same order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 
@@ -21,10 +21,8 @@ from launcher.autopar.spec import Spec
 class Copies:
     """The specs under which each value is held."""
 
-    def __init__(
-        self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh, via: Mapping[Value, Spec]
-    ):
-        self.avals, self.mesh, self.via = avals, mesh, via
+    def __init__(self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh):
+        self.avals, self.mesh = avals, mesh
         self._held: dict[Value, list[Spec]] = {}
 
     def put(self, value: Value, spec: Spec) -> None:
@@ -34,12 +32,11 @@ class Copies:
     def __contains__(self, value: Value) -> bool:
         return value in self._held
 
-    def steps(self, value: Value, wanted: Spec) -> list[Step]:
-        """The steps that make a shard of `value` under `wanted` available; () if it is."""
+    def steps(self, value: Value, wanted: Spec, via: Spec | None) -> list[Step]:
+        """The steps that make a shard of `value` under `wanted` available, by way of `via`; [] if it is."""
         if wanted in self._held[value]:
             return []
         found: list[Step] = []
-        via = self.via.get(value)
         if via is not None and via not in self._held[value]:
             found += self._extend(value, via)
         if wanted not in self._held[value]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 
+from launcher.autopar.collectives import Collective
 from launcher.autopar.graph import Value, evaluate_op
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass
@@ -17,6 +18,7 @@ from launcher.autopar.rules import Strategy
 from launcher.autopar.shards import ShardedValues, pack, reshard_local, unpack
 from launcher.autopar.spec import Spec
 from launcher.autopar.stage_layout import StageLayout
+from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
 from launcher.autopar.trace import Role
 
 Arrays = Mapping
@@ -28,6 +30,7 @@ class StageEmitter:
     def __init__(self, planner: IntraOpPlanner, sharding: StageSharding, layout: StageLayout):
         self.model, self.layout = planner.model, layout
         self.mesh = sharding.settings.mesh
+        self.ledger: list[Collective] = []
         self.picks = sharding.picks
         self.aliases = planner.wiring(layout.first, layout.last).aliases
         self.producer = {
@@ -82,6 +85,7 @@ class StageEmitter:
             layer = self.model.layers[index]
             if index not in values:
                 values[index] = self._resumed(index, inputs, kept)
+            values[index].via = self._copies(layer.cls, BACKWARD_COPY)
             self._put_cotangents(layer, values[index], incoming)
             values[index].run(layer.cls.backward_ops, self.strategies[layer.cls.name])
             self._collect(layer, values[index], sums, incoming, returned)
@@ -93,6 +97,21 @@ class StageEmitter:
         cls = self.model.layers[index].cls
         return _read(values[index], cls.outputs[output], spec)
 
+    def _values(self, cls: LayerClass, copies: str) -> ShardedValues:
+        """A layer's values before any: its closed-over arrays."""
+        own = ShardedValues(cls.joint.avals, self.mesh, self.ledger)
+        own.via = self._copies(cls, copies)
+        own.put_constants(cls.joint.constants)
+        return own
+
+    def _copies(self, cls: LayerClass, kind: str) -> dict[Value, Spec]:
+        """Where the values of a layer are brought before they are read, forward or backward."""
+        return {
+            value: spec
+            for (found, name, value), spec in self.picks.items()
+            if found == kind and name == cls.name
+        }
+
     def slot_spec(self, cls: LayerClass, slot: int) -> Spec:
         name, slot = self.aliases.get((cls.name, slot), (cls.name, slot))
         return self.picks["slot", name, slot]
@@ -100,8 +119,7 @@ class StageEmitter:
     def _start(self, index: int, inputs: "_StageInputs", values) -> ShardedValues:
         """The values of a layer before its first op: constants and inputs."""
         layer = self.model.layers[index]
-        own = ShardedValues(layer.cls.joint.avals, self.mesh)
-        own.put_constants(layer.cls.joint.constants)
+        own = self._values(layer.cls, FORWARD_COPY)
         for slot, traced_value in enumerate(layer.inputs):
             spec = self.slot_spec(layer.cls, slot)
             if traced_value in self.producer:
@@ -114,8 +132,7 @@ class StageEmitter:
     def _resumed(self, index: int, inputs: "_StageInputs", kept: Arrays) -> ShardedValues:
         """The values of a layer before its backward ops, from what was kept."""
         layer = self.model.layers[index]
-        own = ShardedValues(layer.cls.joint.avals, self.mesh)
-        own.put_constants(layer.cls.joint.constants)
+        own = self._values(layer.cls, FORWARD_COPY)
         for slot, traced_value in enumerate(layer.inputs):
             role, spec = layer.cls.slots[slot].role, self.slot_spec(layer.cls, slot)
             value = layer.cls.joint.inputs[slot]
@@ -194,7 +211,8 @@ class _StageInputs:
                 shard, source = self._batch[path], layout.batch[path]
             case None:
                 shard, source = self._imports[value], layout.imports[value]
-        return reshard_local(shard, traced.graph.avals[value], source, spec, self.emitter.mesh)
+        aval, emitter = traced.graph.avals[value], self.emitter
+        return reshard_local(shard, aval, source, spec, emitter.mesh, emitter.ledger)
 
 
 def _derive_keys(emitter: StageEmitter, key_data) -> dict[Value, jax.Array]:

@@ -17,13 +17,13 @@ convolutions only the strategies that divide the work the most. Ties go to fewer
 work per device.
 """
 
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from jax.extend.core import Literal
 
+from launcher.autopar.collectives import combine_cost
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.mesh import LogicalMesh, TieBreaking
@@ -319,25 +319,6 @@ class _RegionBuilder:
             self.problem.connect(port, copy, aval, self.times)
             for reader in readers.values():
                 self.problem.connect(copy, reader, aval, self.times)
-
-
-def combine_cost(op: Op, strategy: Strategy, mesh: LogicalMesh) -> float:
-    """The all-reduces of maxima and minima that are part of an op."""
-    return sum(mesh.all_reduce(axis, num_bytes) for axis, num_bytes in combines(op, strategy, mesh))
-
-
-def combines(op: Op, strategy: Strategy, mesh: LogicalMesh) -> list[tuple[int, int]]:
-    """(axis, bytes) of the all-reduces of maxima and minima that are part of an op."""
-    return [
-        (axis, _local_bytes(var.aval, strategy.result_spec(index), mesh))
-        for axis, choice in enumerate(strategy.axes)
-        if choice.combine
-        for index, var in enumerate(op.eqn.outvars)
-    ]
-
-
-def _local_bytes(aval, spec: Spec, mesh: LogicalMesh) -> int:
-    return aval.dtype.itemsize * math.prod(aval.shape) // num_shards(spec, mesh.shape)
 
 
 def _with_ties_broken(mesh: LogicalMesh, region: Region) -> LogicalMesh:

@@ -247,8 +247,9 @@ class IntraOpPlanner:
     def _edge(self, problem, name: str, value: Value, key: Key, part: Part, group: Group) -> None:
         fragment = self._fragment(name, problem.settings)
         if value in fragment.source:
-            matrix = fragment.matrix(value, problem.choices[key])
-            problem.edges.append(EdgeCost(fragment.source[value][0], key, matrix, part, group))
+            source = fragment.exit(value, backward=part.backward)
+            matrix = fragment.matrix(value, source, problem.choices[key])
+            problem.edges.append(EdgeCost(source.key, key, matrix, part, group))
 
     def _wiring(self, first: int, last: int) -> StageWiring:
         return wire(self.model, self._producer, self.param_owners, first, last)

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 
 from jax.extend.core import Literal
 
+from launcher.autopar.collectives import Collective, describe, of_op, of_step
 from launcher.autopar.control_flow import Flow
 from launcher.autopar.copies import Copies
 from launcher.autopar.graph import Graph, Op, Operand, Value, equal_values
-from launcher.autopar.graph_problem import GraphProblem, Key, combines
+from launcher.autopar.graph_problem import GraphProblem, Key
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.regions import Nest, Region
-from launcher.autopar.reshard import Kind, Step, step_cost
+from launcher.autopar.reshard import Step
 from launcher.autopar.rules import Strategy
-from launcher.autopar.rules.registry import source_of
 from launcher.autopar.spec import Spec, replicated
 
 
@@ -63,32 +63,6 @@ class ShardedGraph:
     output_specs: tuple[Spec, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Collective:
-    """One collective that is priced, and runs.
-
-    Attributes:
-        kind: as HLO names it: all-gather, all-reduce, reduce-scatter, all-to-all.
-        num_bytes: per device: what an all-gather ends with, what the others begin with.
-        axis: the name of the mesh axis.
-        dtype: as HLO names it.
-        op: the op that it belongs to, with its place in the source.
-        times: how often it runs, for a collective inside a loop.
-        cost: of one run, in the mesh's unit.
-        repeats: whether an equal value is brought to the same sharding before, as recomputation does. It
-            is priced, since it is meant to run; but XLA may find out, and run it once.
-    """
-
-    kind: str
-    num_bytes: int
-    axis: str
-    dtype: str
-    op: str
-    times: float
-    cost: float
-    repeats: bool = False
-
-
 def write_out(
     region: Region,
     problem: GraphProblem,
@@ -105,12 +79,12 @@ class _Writer:
     def __init__(self, region: Region, problem: GraphProblem, picks: Mapping[Key, object]):
         self.region, self.problem, self.picks = region, problem, picks
         self.mesh = problem.admission.mesh
-        via = {
+        self.via = {
             value: picks[key]
             for (path, value), key in problem.copies.items()
             if path == region.path
         }
-        self.copies = Copies(region.graph.avals, self.mesh, via)
+        self.copies = Copies(region.graph.avals, self.mesh)
         self.instructions: list[Move | Apply | Loop] = []
 
     def write(self, input_specs: Mapping[Value, Spec], output_specs: tuple[Spec, ...]):
@@ -130,7 +104,7 @@ class _Writer:
 
     def _read(self, operand: Operand, spec: Spec, reader: Op | None) -> None:
         if not isinstance(operand, Literal):
-            steps = self.copies.steps(operand, spec)
+            steps = self.copies.steps(operand, spec, self.via.get(operand))
             self.instructions += [Move(operand, step, reader) for step in steps]
 
     def _write_op(self, op: Op, strategy: Strategy) -> None:
@@ -177,46 +151,13 @@ def collectives(sharded: ShardedGraph, times: float = 1.0) -> Iterator[Collectiv
     seen: set[tuple[Operand, Step]] = set()
     for instruction in sharded.instructions:
         match instruction:
-            case Move(value, step, _) if step.kind.communicates:
-                moved = (same.get(value, value), step)
-                yield _moved(sharded, instruction, times, repeats=moved in seen)
+            case Move(value, step, reader) if step.kind.communicates:
+                moved, dtype = (same.get(value, value), step), sharded.graph.avals[value].dtype
+                place = describe(reader) if reader else "output"
+                yield of_step(step, dtype, mesh, place, times=times, repeats=moved in seen)
                 seen.add(moved)
             case Apply(op, strategy):
-                yield from _combines(op, strategy, mesh, times)
+                yield from of_op(op, strategy, mesh, times=times)
             case Loop(_, flow, _, bodies):
                 for body, inner in zip(flow.bodies, bodies, strict=True):
                     yield from collectives(inner, times * body.times)
-
-
-def _moved(sharded: ShardedGraph, move: Move, times: float, *, repeats: bool) -> Collective:
-    step, mesh = move.step, sharded.mesh
-    return Collective(
-        kind=step.kind.value,
-        num_bytes=step.num_bytes,
-        axis=mesh.axis_names[step.axis],
-        dtype=hlo_dtype(sharded.graph.avals[move.value].dtype),
-        op=describe(move.reader) if move.reader else "output",
-        times=times,
-        cost=step_cost(step, mesh),
-        repeats=repeats,
-    )
-
-
-def _combines(op: Op, strategy: Strategy, mesh: LogicalMesh, times: float) -> Iterator[Collective]:
-    for axis, num_bytes in combines(op, strategy, mesh):
-        name, cost = mesh.axis_names[axis], mesh.all_reduce(axis, num_bytes)
-        dtype, kind = hlo_dtype(op.eqn.outvars[0].aval.dtype), Kind.ALL_REDUCE.value
-        yield Collective(kind, num_bytes, name, dtype, describe(op), times, cost)
-
-
-def hlo_dtype(dtype) -> str:
-    """A dtype as HLO names it: f32, bf16, s32, u8, pred."""
-    if dtype == bool:
-        return "pred"
-    kinds = {"f": "f", "i": "s", "u": "u", "c": "c"}
-    return "bf16" if dtype == "bfloat16" else f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
-
-
-def describe(op: Op) -> str:
-    """An op by its primitive and its place in the source."""
-    return f"{op.primitive} at {source_of(op)}"

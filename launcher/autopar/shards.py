@@ -1,15 +1,17 @@
 """Values on one device: local shards under several shardings, and the steps that turn one into another.
 
-Everything here runs inside `jax.shard_map`. What `reshard` lists, `ShardedValues.get` executes, once per
+Everything here runs inside `jax.shard_map`. What `copies` lists, `ShardedValues.get` executes, once per
 value and spec, however many ops read it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from launcher.autopar.collectives import Collective, describe, of_op, of_step
+from launcher.autopar.copies import Copies
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.reshard import Kind, Step, reshard
@@ -37,9 +39,18 @@ def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
             return jnp.where(lax.axis_index(name) == 0, shard, jnp.zeros_like(shard))
 
 
-def reshard_local(shard: jax.Array, aval, source: Spec, target: Spec, mesh: LogicalMesh):
-    """Turn a local shard of one spec into that of another."""
+def reshard_local(
+    shard: jax.Array,
+    aval,
+    source: Spec,
+    target: Spec,
+    mesh: LogicalMesh,
+    ledger: list[Collective] | None = None,
+) -> jax.Array:
+    """Turn a local shard of one spec into that of another; `ledger` takes down the collectives."""
     for step in reshard(aval.shape, aval.dtype.itemsize, source, target, mesh):
+        if ledger is not None and step.kind.communicates:
+            ledger.append(of_step(step, aval.dtype, mesh, "input or gradient"))
         shard = apply_step(step, shard, mesh)
     return shard
 
@@ -55,34 +66,33 @@ def unpack(shard: jax.Array, spec: Spec) -> jax.Array:
 
 
 class ShardedValues:
-    """The values of one graph on this device, each under the specs it was produced or asked for in."""
+    """The values of one graph on this device, each under the specs it was produced or asked for in.
 
-    def __init__(self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh):
+    `via` says to which spec a value is brought before its readers are served; `ledger` takes down the
+    collectives, in the order in which they are written.
+    """
+
+    def __init__(
+        self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh, ledger: list[Collective]
+    ):
         self.avals, self.mesh = avals, mesh
-        self._produced: dict[Value, Spec] = {}
+        self.via: Mapping[Value, Spec] = {}
+        self._ledger = ledger
+        self._copies = Copies(avals, mesh)
         self._shards: dict[tuple[Value, Spec], jax.Array] = {}
 
     def put(self, value: Value, spec: Spec, shard: jax.Array) -> None:
         """Define a value by its shard under one spec."""
-        self._produced[value] = spec
+        self._copies.put(value, spec)
         self._shards[value, spec] = shard
 
-    def __contains__(self, value: Value) -> bool:
-        return value in self._produced
-
-    def spec(self, value: Value) -> Spec:
-        """The spec a value was produced in."""
-        return self._produced[value]
-
-    def get(self, value: Value, spec: Spec) -> jax.Array:
+    def get(self, value: Value, spec: Spec, place: str = "output") -> jax.Array:
         """The shard of a value under a spec, resharding it on the first request."""
-        if (value, spec) not in self._shards:
-            aval, source = self.avals[value], self._produced[value]
-            shard = self._shards[value, source]
-            for step in reshard(aval.shape, aval.dtype.itemsize, source, spec, self.mesh):
-                known = self._shards.get((value, step.target))
-                shard = apply_step(step, shard, self.mesh) if known is None else known
-                self._shards[value, step.target] = shard
+        for step in self._copies.steps(value, spec, self.via.get(value)):
+            shard = self._shards[value, step.source]
+            if step.kind.communicates:
+                self._ledger.append(of_step(step, self.avals[value].dtype, self.mesh, place))
+            self._shards[value, step.target] = apply_step(step, shard, self.mesh)
         return self._shards[value, spec]
 
     def run(self, ops: Sequence[Op], strategies: dict[tuple[Value, ...], Strategy]) -> None:
@@ -90,12 +100,13 @@ class ShardedValues:
         for op in ops:
             strategy = strategies[op.results]
             operands = [
-                self.get(operand, strategy.operand_spec(i))
+                self.get(operand, strategy.operand_spec(i), describe(op))
                 if isinstance(operand, Value)
                 else operand.val
                 for i, operand in enumerate(op.operands)
             ]
             results = run_local(op, strategy, self.mesh, operands)
+            self._ledger += of_op(op, strategy, self.mesh)
             for i, (value, shard) in enumerate(zip(op.results, results, strict=True)):
                 self.put(value, strategy.result_spec(i), shard)
 

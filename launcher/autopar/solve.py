@@ -54,7 +54,9 @@ def main(arguments: Sequence[str], *, started_s: float) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m launcher.autopar.solve", description="Solve a sharding problem.")
+    parser = _Parser(
+        prog="python -m launcher.autopar.solve", description="Solve a sharding problem."
+    )
     parser.add_argument("instance", type=Path, metavar="INSTANCE.json[.gz]")
     parser.add_argument("--time-limit", type=float, default=60.0, metavar="S", help="wall seconds")
     parser.add_argument("--out", type=Path, default=Path("solution.json"), metavar="FILE")
@@ -96,7 +98,9 @@ def _report(solution: Solution, problem: PairwiseProblem, took_s: float, limit_s
     if problem.memory is not None:
         peak = problem.memory.used(solution.choice).max(initial=0.0)
         lines.append(f"peak usage {peak:.15g} of {problem.memory.limit:.15g}")
-    lines.append(f"{'after':20} {'nodes':>7} {'strategies':>10} {'edges':>7} {'entries':>9} {'points':>7}")
+    lines.append(
+        f"{'after':20} {'nodes':>7} {'strategies':>10} {'edges':>7} {'entries':>9} {'points':>7}"
+    )
     for stage in solution.stages:
         size = stage.size
         lines.append(

@@ -9,21 +9,25 @@ stands for, and all of them get the same strategies. Nodes and what they choose:
     export       spec of a value that leaves the stage, forward
     return       spec of a gradient that leaves the stage, backward
     accumulator  spec of a parameter's gradient while it is summed over microbatches; may be partial
+    ..._copy     spec that a value with several readers in the forward or the backward program is brought to
+                 before they are served, so that they share what that costs
 
 An edge prices the resharding between what one node yields and the next one reads. All costs are seconds
 per microbatch; what happens once a step (synchronising gradients, the update) counts a
 `num_microbatches`-th.
 
-Left out: memory, which the caller checks for the solution; sharing of one resharding by several readers,
-which is priced once per reader here.
+Left out: memory, which the caller checks for the solution.
 """
 
-from collections.abc import Hashable, Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from jax.extend.core import Literal
 
+from launcher.autopar.collectives import combine_cost
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.layers import LayerClass
@@ -31,11 +35,10 @@ from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.param_costs import ParamCosts, param_costs, reshard_matrix, state_spec
 from launcher.autopar.restrictions import ClassTags, Restrictions
-from launcher.autopar.rules import Strategy, axis_choices, shapes_of, strategies
+from launcher.autopar.rules import axis_choices, shapes_of, strategies
 from launcher.autopar.solver import PairwiseProblem
-from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, num_shards, replicated
+from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, replicated
 from launcher.autopar.trace import Role
-from launcher.autopar.work import aval_bytes
 
 Key = tuple  # ("op", class, index), ("slot", class, slot), ... as listed above
 
@@ -72,6 +75,7 @@ class StageSettings:
     optimizer: OptimizerFootprint = ADAMW
 
 
+FORWARD_COPY, BACKWARD_COPY = "forward_copy", "backward_copy"
 Group = Hashable  # what occurs together: a class of layers, a connection of two, the parameters of a slot
 ONCE_IN_STAGE: Group = "stage"
 
@@ -84,6 +88,14 @@ def owned_group(place: tuple[str, int]) -> Group:
 def borrowed_group(place: tuple[str, int]) -> Group:
     """What each parameter costs that lies at a (class, slot) and that another stage updates."""
     return ("borrowed", *place)
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """Where a value leaves or enters a node: `specs` has one entry per choice of the node."""
+
+    key: Key
+    specs: tuple[Spec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +167,14 @@ class ClassFragment:
         self.choices: dict[Key, tuple] = {}
         self.nodes: list[NodeCost] = []
         self.edges: list[EdgeCost] = []
-        self.source: dict[Value, tuple[Key, int]] = {}  # value -> (node, result index)
+        self.source: dict[Value, Port] = {}  # where each value is produced
+        self._readers: dict[tuple[str, Value], list[Port]] = defaultdict(list)  # by program
         self._param_costs: dict[int, dict[int, ParamCosts]] = {}
         self._add_inputs()
         self._add_ops()
         self._add_accumulators()
+        for (kind, value), readers in self._readers.items():
+            self._connect(kind, value, readers)
 
     def key(self, kind: str, index: int) -> Key:
         return (kind, self.cls.name, index)
@@ -167,45 +182,35 @@ class ClassFragment:
     def aval(self, value: Value):
         return self.cls.joint.avals[value]
 
-    def specs_of(self, value: Value) -> tuple[Spec, ...]:
-        """The specs a value may be produced in."""
-        key, result = self.source[value]
-        return self._port(key, result)
+    def exit(self, value: Value, *, backward: bool) -> Port:
+        """Where readers outside the layer get a value from, in the forward or the backward program."""
+        kind = BACKWARD_COPY if backward else FORWARD_COPY
+        key = self.key(kind, value)
+        return Port(key, self.choices[key]) if key in self.choices else self.source[value]
 
-    def connect(self, value: Value, target: Key, specs, part: Part) -> None:
-        """Price the resharding from a value's producer to a reader with these specs."""
-        matrix = self.matrix(value, specs)
-        self.edges.append(EdgeCost(self.source[value][0], target, matrix, part, self.cls.name))
-
-    def matrix(self, value: Value, specs) -> np.ndarray:
-        """Resharding cost from each of the producer's choices to each of a reader's."""
-        return reshard_matrix(self.aval(value), self.specs_of(value), tuple(specs), self.mesh)
+    def matrix(self, value: Value, source: Port, specs) -> np.ndarray:
+        """Resharding cost of a value from each choice of a node to each of a reader's specs."""
+        return reshard_matrix(self.aval(value), source.specs, tuple(specs), self.mesh)
 
     def boundary_specs(self, value: Value) -> tuple[Spec, ...]:
         """In which specs a value may leave the stage: whole sums only."""
         return self._input_specs(value, None)
-
-    def _port(self, key: Key, result: int) -> tuple[Spec, ...]:
-        choices = self.choices[key]
-        if key[0] == "op":
-            return tuple(strategy.result_spec(result) for strategy in choices)
-        return choices
 
     def _add_inputs(self) -> None:
         inputs = self.cls.joint.inputs
         for index, slot in enumerate(self.cls.slots):
             key = self.key("slot", index)
             self.choices[key] = self._input_specs(inputs[index], slot.role)
-            self.source[inputs[index]] = (key, 0)
+            self.source[inputs[index]] = Port(key, self.choices[key])
         for output, value in self.cls.cotangents.items():
             key = self.key("cotangent", output)
             self.choices[key] = self._input_specs(value, None)
-            self.source[value] = (key, 0)
+            self.source[value] = Port(key, self.choices[key])
         for value in inputs:
             if value not in self.source:  # a closed-over array
                 key = self.key("constant", value)
                 self.choices[key] = (replicated(self.mesh.num_axes),)
-                self.source[value] = (key, 0)
+                self.source[value] = Port(key, self.choices[key])
 
     def _input_specs(self, value: Value, role: Role | None) -> tuple[Spec, ...]:
         """Where an input may lie: never partial; along a batch axis as the restrictions say."""
@@ -242,26 +247,48 @@ class ClassFragment:
         self.choices[key] = found
         seconds = self.settings.compute.op_s(op)
         division = np.array([strategy.work_division(shape) for strategy in found])
-        costs = seconds / division + [self._combine_s(op, strategy) for strategy in found]
+        costs = seconds / division + [combine_cost(op, strategy, self.mesh) for strategy in found]
         self.nodes.append(NodeCost(key, costs, part, self.cls.name))
         for index, operand in enumerate(op.operands):
             if not isinstance(operand, Literal):
-                specs = tuple(strategy.operand_spec(index) for strategy in found)
-                self.connect(operand, key, specs, part)
+                port = Port(key, tuple(strategy.operand_spec(index) for strategy in found))
+                self._read(operand, port, part)
         for index, value in enumerate(op.results):
-            self.source[value] = (key, index)
+            self.source[value] = Port(key, tuple(s.result_spec(index) for s in found))
 
-    def _combine_s(self, op: Op, strategy: Strategy) -> float:
-        """The all-reduces of maxima and minima that are part of an op."""
-        num_bytes = sum(
-            aval_bytes(var.aval) / num_shards(strategy.result_spec(i), self.mesh.shape)
-            for i, var in enumerate(op.eqn.outvars)
+    def _read(self, value: Value, reader: Port, part: Part) -> None:
+        """Take down a reader, in each program that it is part of."""
+        for kind, reads in ((FORWARD_COPY, part.forward), (BACKWARD_COPY, part.backward)):
+            if reads and reader not in self._readers[kind, value]:
+                self._readers[kind, value].append(reader)
+
+    def _connect(self, kind: str, value: Value, readers: Sequence[Port]) -> None:
+        """Edges from a value to its readers in one program, by way of a copy where there are several."""
+        source, part = (
+            self.source[value],
+            Part(forward=kind == FORWARD_COPY, backward=kind == BACKWARD_COPY),
         )
-        return sum(
-            self.mesh.all_reduce(axis, num_bytes)
-            for axis, choice in enumerate(strategy.axes)
-            if choice.combine
-        )
+        leaves = value in (self._gradient_values if part.backward else self.cls.outputs)
+        if len(readers) + leaves > 1:
+            key = self.key(kind, value)
+            specs = [spec for port in (source, *readers) for spec in port.specs]
+            self.choices[key] = tuple(dict.fromkeys(specs))
+            copy = Port(key, self.choices[key])
+            self._add_edge(value, source, copy, part)
+            source = copy
+        for reader in readers:
+            self._add_edge(value, source, reader, part)
+
+    def _add_edge(self, value: Value, source: Port, target: Port, part: Part) -> None:
+        matrix = self.matrix(value, source, target.specs)
+        self.edges.append(EdgeCost(source.key, target.key, matrix, part, self.cls.name))
+
+    @cached_property
+    def _gradient_values(self) -> frozenset[Value]:
+        """The gradients that leave the layer, to be summed elsewhere."""
+        params = set(self.param_slots)
+        found = (v for slot, v in self.cls.gradients.items() if slot not in params)
+        return frozenset(value for value in found if not isinstance(value, Literal))
 
     @property
     def param_slots(self) -> tuple[int, ...]:
@@ -272,7 +299,7 @@ class ClassFragment:
         for slot in filter(self.cls.has_gradient, self.param_slots):
             key, value = self.key("accumulator", slot), self.cls.gradients[slot]
             self.choices[key] = self._accumulator_specs(value, self.aval(value).shape)
-            self.connect(value, key, self.choices[key], Part(backward=True))
+            self._read(value, Port(key, self.choices[key]), Part(backward=True))
 
     def param_costs(self, zero: int) -> Mapping[int, ParamCosts]:
         """What each parameter slot costs once per step, at a ZeRO stage."""

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parsed(arguments: Sequence[str]) -> tuple[str, dict[str, str]]:
     if not arguments or arguments[0] not in BENCHMARKS:
-        given = f"no benchmark is called {arguments[0]!r}" if arguments else "no benchmark was named"
+        given = (
+            f"no benchmark is called {arguments[0]!r}" if arguments else "no benchmark was named"
+        )
         raise ConfigError(f"{given}: give one of {', '.join(BENCHMARKS)}, then key=value ...")
     name, *settings = arguments
     wrong = [setting for setting in settings if "=" not in setting]

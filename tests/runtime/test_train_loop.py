@@ -80,7 +80,7 @@ def test_device_memory_that_is_used_up(fake):
     with pytest.raises(
         TrainingError,
         match=r"out of device memory after step 1 of 4 \(RESOURCE_EXHAUSTED: .* 123 bytes\.\); "
-        r"train\.global_batch=4: lower it, raise parallel\.num_microbatches",
+        r"train\.global_batch=4: lower it, or plan with more parallel\.num_microbatches",
     ):
         fake.train(fake.Executor([1.0] * 4, at_step={2: exhaust}), fake.settings(4))
 

@@ -20,7 +20,7 @@ import numpy as np
 from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.solver.live_memory import Memory
 from launcher.autopar.solver.problem import PairwiseProblem
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, StorageError
 
 FORBIDDEN = 1e18
 
@@ -45,7 +45,14 @@ def read_problem(path: Path) -> PairwiseProblem:
 
 def write_choice(path: Path, choice: Sequence[int]) -> None:
     """Write the strategy of each node as a JSON list."""
-    write_atomically(path, json.dumps(list(choice)) + "\n")
+    try:
+        write_atomically(path, json.dumps(list(choice)) + "\n")
+    except StorageError as error:
+        reason = error.__cause__
+        raise StorageError(
+            f"cannot write {path} ({reason.strerror or reason}): give --out a file in a folder that "
+            f"can be written and has space"
+        ) from error
 
 
 class _Reader:
@@ -72,16 +79,14 @@ class _Reader:
         return _assembled([_forbidding(row) for row in costs], pairs, tables, memory)
 
     def _tables(self, edges: dict, pairs: np.ndarray, costs: list[np.ndarray]) -> list[np.ndarray]:
-        if pairs.size and not (0 <= pairs.min() and pairs.max() < len(costs)):
+        if pairs.size and not (pairs.min() >= 0 and pairs.max() < len(costs)):
             at = int(np.flatnonzero(((pairs < 0) | (pairs >= len(costs))).any(axis=1))[0])
             self._fail(f"edges.nodes[{at}]", f"names node {pairs[at].tolist()} of {len(costs)}")
         shapes = [(len(costs[i]), len(costs[j])) for i, j in pairs.tolist()]
         rows = self._rows(edges, "edges", "costs", sizes=[n * m for n, m in shapes])
         if len(rows) != len(shapes):
             self._fail("edges.costs", f"has {len(rows)} entries for {len(shapes)} edges")
-        return [
-            _forbidding(row).reshape(shape) for row, shape in zip(rows, shapes, strict=True)
-        ]
+        return [_forbidding(row).reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
 
     def _rows(self, owner: dict, place: str, name: str, sizes=None) -> list[np.ndarray]:
         rows = self._field(owner, name, list, place)
@@ -108,11 +113,12 @@ class _Reader:
         try:
             pairs = np.array(rows if rows else np.zeros((0, 2)))
             whole = pairs.astype(np.int64)
-            if pairs.shape == (len(rows), 2) and pairs.dtype.kind in "if" and (whole == pairs).all():
-                return whole
         except (TypeError, ValueError, OverflowError):
-            pass
-        self._fail(f"{place}.{name}", "is not a list of pairs of whole numbers")
+            pairs = whole = np.zeros(0)
+        is_whole = pairs.dtype.kind in "if" and bool((whole == pairs).all())
+        if pairs.shape != (len(rows), 2) or not is_whole:
+            self._fail(f"{place}.{name}", "is not a list of pairs of whole numbers")
+        return whole
 
     def _field(self, owner: object, name: str, kind: type, place: str = "") -> dict | list:
         if not isinstance(owner, dict) or not isinstance(owner.get(name), kind):

@@ -60,7 +60,6 @@ class TooLittleMemoryError(InfeasiblePlanError):
             f"the memory limit of {limit:.15g} is too small: at least {least:.15g} is needed even "
             f"if every node took its least; raise the limit to that"
         )
-        self.least = least
 
 
 class _Graph:
@@ -207,7 +206,9 @@ class _Graph:
         link = own.pop(follower)
         del self.neighbours[follower][leader]
         rows = np.arange(len(answers))
-        self.costs[leader] = self.costs[leader] + self.costs[follower][answers] + link[rows, answers]
+        self.costs[leader] = (
+            self.costs[leader] + self.costs[follower][answers] + link[rows, answers]
+        )
         moved = []
         for other, matrix in self.neighbours[follower].items():
             del self.neighbours[other][follower]

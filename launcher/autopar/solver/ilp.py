@@ -1,7 +1,7 @@
 """The ILP through PuLP: HiGHS by default, CBC as the alternative; both prove the same optimum.
 
-`improve_by_ilp` is for the many small ILPs of the large-neighbourhood search: HiGHS without PuLP, because PuLP
-3 hands over no known solution to start from and spends longer on building such a model than HiGHS on
+`improve_by_ilp` is for the many small ILPs of the large-neighbourhood search: HiGHS without PuLP, because
+PuLP 3 hands over no known solution to start from and spends longer on building such a model than HiGHS on
 solving it.
 """
 
@@ -38,9 +38,15 @@ def solve_by_ilp(
     form = tight_form(problem)
     ilp, variables = _pulp_problem(form)
     num_rows, points = len(form.rows.upper), form.first_points(_FIRST_POINTS)
+    limited: set[int] = set()
+    choice: tuple[int, ...] = ()
     while True:
-        if len(points):
-            num_rows = _add_rows(ilp, variables, form.memory_rows(points), num_rows)
+        new = [point for point in points.tolist() if point not in limited]
+        for point in limited.intersection(points.tolist()):
+            num_rows = _add_rows(ilp, variables, form.cover_row(point, choice), num_rows)
+        if new:
+            num_rows = _add_rows(ilp, variables, form.memory_rows(new), num_rows)
+            limited.update(new)
         backend = _backend(solver, max(0.1, end - time.monotonic()))
         ilp.solve(backend)
         if ilp.sol_status == pulp.LpSolutionInfeasible:
@@ -106,12 +112,11 @@ def least_excess(problem: PairwiseProblem, *, time_limit_s: float) -> Excess | N
     ilp.setObjective(pulp.LpAffineExpression([(above, 1.0)]))
     num_rows, points = len(form.rows.upper), form.first_points(_FIRST_POINTS)
     while time.monotonic() < end:
-        rows = form.memory_rows(points)
+        rows = form.memory_rows(points, scale)
         for row in range(len(points)):
             at = rows.row == row
             held = _expression(variables, rows.column[at], rows.value[at])
-            unit = problem.memory.room[points[row]] / rows.upper[row] if rows.upper[row] else 1.0
-            ilp += held - above * (scale / unit) <= float(rows.upper[row]), f"row_{num_rows + row}"
+            ilp += held - above <= float(rows.upper[row]), f"row_{num_rows + row}"
         num_rows += len(points)
         ilp.solve(_backend("highs", max(0.1, end - time.monotonic())))
         if ilp.sol_status == pulp.LpSolutionInfeasible:

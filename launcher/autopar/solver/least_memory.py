@@ -26,14 +26,18 @@ def least_limit(problem: PairwiseProblem, end_s: float) -> str:
         memory = _of_merged(problem.memory, merged)
         least = max(least, memory.limit + memory.shortage)
         if merged.problem.size().edge_entries > _MOST_ENTRIES:
-            return f"a limit below {least:.15g} cannot be met; the graph is too large to say which can"
+            return (
+                f"a limit below {least:.15g} cannot be met; the graph is too large to say which can"
+            )
         costs = tuple(np.zeros(len(costs)) for costs in merged.problem.node_costs)
         rest = replace(merged.problem, node_costs=costs, memory=memory)
         found = least_excess(rest, time_limit_s=max(1.0, end_s - time.monotonic()))
     except InfeasiblePlanError:
         return "forbidden costs alone leave no choice, so no limit can be met"
     if found is None:
-        return f"a limit below {least:.15g} cannot be met; time ran out before one that can was found"
+        return (
+            f"a limit below {least:.15g} cannot be met; time ran out before one that can was found"
+        )
     if found.is_least:
         return f"the smallest limit that can be met is {memory.limit + found.excess:.15g}"
     return f"a limit of {memory.limit + found.excess:.15g} can be met, none below {least:.15g}"

@@ -43,9 +43,7 @@ class Messages:
         self._forward = [
             self._outgoing(i, self._earlier[i], self._degree[i], row) for i in range(len(degrees))
         ]
-        self._backward = [
-            self._outgoing(i, 0, self._earlier[i], row) for i in range(len(degrees))
-        ]
+        self._backward = [self._outgoing(i, 0, self._earlier[i], row) for i in range(len(degrees))]
 
     def sweep(self, costs: np.ndarray) -> float:
         """Go forward and back once; returns the lower bound for these costs."""

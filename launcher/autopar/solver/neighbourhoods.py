@@ -25,8 +25,9 @@ from launcher.autopar.solver.reduce import reduce
 
 _THREADS = 2
 _SHORT_S, _LONG_S, _LIMIT_S = 0.7, 2.5, 5.0  # of one ILP: grow below, shrink above, stop
-_FIRST_VARIABLES, _LEAST_VARIABLES, _MOST_VARIABLES = 20_000, 2_000, 100_000
+_FIRST_VARIABLES, _LEAST_VARIABLES, _MOST_VARIABLES = 30_000, 2_000, 100_000
 _STRATEGIES = (6, 12, 30, 1000)  # how many a node may keep, drawn anew for each neighbourhood
+_SHARES = (0.15, 0.2, 0.25, 0.4)  # of the draws
 _MORE_EFFORT = 1.4
 _STUCK_AFTER = 1.5  # times each node was freed, on average
 _MOST_ENTRIES = 20_000_000  # of the tables of an elimination
@@ -56,7 +57,12 @@ class Search:
     """
 
     def __init__(
-        self, flat: FlatProblem, choice: np.ndarray, priced: np.ndarray, excess: np.ndarray, bound: float
+        self,
+        flat: FlatProblem,
+        choice: np.ndarray,
+        priced: np.ndarray,
+        excess: np.ndarray,
+        bound: float,
     ):
         self.choice = choice.copy()
         self.cost = flat.problem.cost(choice.tolist())
@@ -109,13 +115,15 @@ class Search:
         rng = np.random.default_rng(seed)
         variables = self._variables
         while (left_s := end_s - time.monotonic()) > 0.1 and not (self.is_done or self.is_stuck):
-            most = int(rng.choice(_STRATEGIES))
+            most = int(rng.choice(_STRATEGIES, p=_SHARES))
             with self._lock:
                 choice, used = self.choice.copy(), self._used
             part = self._part(rng, choice, used, most, variables[most])
             began = time.monotonic()
             answer = _best_answer(part, min(_LIMIT_S * self._effort, left_s))
-            self._accept({i: int(a[p]) for (i, a), p in zip(part.allowed.items(), answer, strict=True)})
+            self._accept(
+                {i: int(a[p]) for (i, a), p in zip(part.allowed.items(), answer, strict=True)}
+            )
             took_s = (time.monotonic() - began) / self._effort
             if took_s > _LONG_S:
                 variables[most] = max(_LEAST_VARIABLES, variables[most] * 0.8)
@@ -250,7 +258,9 @@ class Search:
         memory = None
         if flat.memory is not None:
             uses = flat.memory.uses
-            kept_uses = tuple(None if uses[i] is None else uses[i].of(a) for i, a in allowed.items())
+            kept_uses = tuple(
+                None if uses[i] is None else uses[i].of(a) for i, a in allowed.items()
+            )
             memory = replace(flat.memory, uses=kept_uses)
             memory = replace(memory, room=flat.room - used + memory.used(start)).tightened()
         return _Neighbourhood(allowed, PairwiseProblem(tuple(costs), edges, memory), start)
@@ -265,7 +275,9 @@ def _best_answer(part: _Neighbourhood, time_limit_s: float) -> tuple[int, ...]:
     elif not reduced.uses and (order := plan_order(rest, most_entries=_MOST_ENTRIES)) is not None:
         answer = solve_by_elimination(rest, order).choice
     else:
-        start = _projected(rest, [reduced.kept[node] for node in nodes], [part.start[n] for n in nodes])
+        start = _projected(
+            rest, [reduced.kept[node] for node in nodes], [part.start[n] for n in nodes]
+        )
         answer = improve_by_ilp(rest, start, time_limit_s=time_limit_s)
     return reduced.expand(answer, len(part.start))
 

@@ -20,6 +20,7 @@ _STEP = 0.3  # the largest change of a price's logarithm, falling off with the n
 _STEP_DECAY = 0.02
 _MEMORY_OF_USE = 0.8  # of the running average
 _ROUND_EVERY = 10
+_SETTLING_STEPS, _SETTLING_STEP, _SETTLED_LOAD = 40, 0.1, 0.97
 _PATIENCE = 40  # steps without a rise of the bound worth mentioning
 _WORTH_FRACTION = 1e-5
 
@@ -35,18 +36,23 @@ class Bound:
     cost: float = np.inf
 
 
-def ascend(flat: FlatProblem, messages: Messages, out_of_time: Callable[[], bool]) -> Bound:
-    """Raise the bound until time is up or it stands still; remember the cheapest choice that fits."""
+def ascend(
+    flat: FlatProblem,
+    messages: Messages,
+    soon: Callable[[], bool],
+    out_of_time: Callable[[], bool],
+) -> Bound:
+    """Raise the bound until time is soon up or it stands still; then look for choices that fit."""
     bound = Bound(-np.inf, np.zeros(len(flat.room)), flat.costs)
     for _ in range(_FIRST_SWEEPS):
         bound.value = max(bound.value, messages.sweep(flat.costs))
-        if out_of_time():
+        if soon():
             break
     room = np.maximum(flat.room, 1e-3 * flat.room.max(initial=1.0))
     prices = np.full(len(room), 0.01 * abs(bound.value) / max(1, len(room))) / room
     load: np.ndarray | float = 1.0
     step = rose = 0
-    while not out_of_time() and step - rose < _PATIENCE and bound.value < bound.cost:
+    while not soon() and step - rose < _PATIENCE and bound.value < bound.cost:
         costs = flat.with_prices(prices)
         value = messages.sweep(costs) - float(prices @ flat.room)
         if value > bound.value:
@@ -61,10 +67,30 @@ def ascend(flat: FlatProblem, messages: Messages, out_of_time: Callable[[], bool
             change = _STEP / (1 + _STEP_DECAY * step) * np.clip(load - 1, -1, 1)
             prices = prices * np.exp(change)
         step += 1
+    _settle(flat, messages, bound, out_of_time)
     remember(flat, bound, messages.rounded(bound.costs, within_room=True))
     if bound.choice is None:
         remember(flat, bound, _smallest(flat))
     return bound
+
+
+def _settle(
+    flat: FlatProblem, messages: Messages, bound: Bound, out_of_time: Callable[[], bool]
+) -> None:
+    """Look for choices that fit beside the best bound: raise prices where each rounding overflows.
+
+    The bound's own prices balance on average; roundings then overflow by a few percent.
+    """
+    prices = bound.prices.copy()
+    room = np.maximum(flat.room, 1e-3 * flat.room.max(initial=1.0))
+    for _ in range(_SETTLING_STEPS if len(prices) else 0):
+        if out_of_time():
+            return
+        costs = flat.with_prices(prices)
+        messages.sweep(costs)
+        remember(flat, bound, messages.rounded(costs, within_room=True))
+        load = flat.used(messages.rounded(costs, within_room=False)) / room
+        prices = prices * np.exp(_SETTLING_STEP * np.clip(load / _SETTLED_LOAD - 1, -0.1, 1))
 
 
 def _smallest(flat: FlatProblem) -> np.ndarray:

@@ -23,7 +23,9 @@ from launcher.autopar.solver.problem import PairwiseProblem
 
 # Below this share of the cost scale two costs count as equal, so that rounding keeps no strategy alive.
 _TOLERANCE = 1e-12
-_MOST_COMPARED = 20_000_000  # entries of edges times pairs of strategies: more is not worth its time
+_MOST_COMPARED = (
+    20_000_000  # entries of edges times pairs of strategies: more is not worth its time
+)
 
 
 @dataclass(slots=True)
@@ -63,8 +65,7 @@ class Reduced:
     def expand(self, choice: Sequence[int], num_nodes: int) -> tuple[int, ...]:
         """Extend a choice of `rest` to all nodes."""
         picks = {
-            node: int(self.kept[node][pick])
-            for node, pick in zip(self.costs, choice, strict=True)
+            node: int(self.kept[node][pick]) for node, pick in zip(self.costs, choice, strict=True)
         }
         return self.choice(picks, num_nodes)
 

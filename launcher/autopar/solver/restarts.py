@@ -1,11 +1,11 @@
 """Searching from several starts, and the best mixture of where they end.
 
-A neighbourhood search ends in a choice that no neighbourhood it tried improves. Starts that differ end in different
-ones; each is best somewhere, and an ILP over only their strategies finds the best mixture (solution
-merging; Rothberg, INFORMS Journal on Computing 2007, does so with mixed-integer programs).
+A neighbourhood search ends in a choice that no neighbourhood it tried improves. Starts that differ end in
+different ones; each is best somewhere, and an ILP over only their strategies finds the best mixture
+(solution merging; Rothberg, INFORMS Journal on Computing 2007, does so with mixed-integer programs).
 
-The best choice is searched again between new starts, in larger neighbourhoods. New starts come from rounding the messages of costs with noise. Whether one helps is luck; the bound is not
-touched.
+The best choice is searched again between new starts, in larger neighbourhoods. New starts come from
+rounding the messages of costs with noise. Whether one helps is luck; the bound is not touched.
 """
 
 import time

@@ -35,7 +35,8 @@ METHODS = ("auto", "ilp_highs", "ilp_cbc", "search")
 _MOST_ROUNDS = 6  # of reductions
 _ILP_ENTRIES = 150_000  # edge variables that the ILP takes on without a limit on memory
 _ILP_ENTRIES_IN_MEMORY = 80_000
-_BOUND_FRACTION = 0.25  # of the time left, for the bound
+_BOUND_FRACTIONS = (0.3, 0.45)  # of the time left: for the bound, and for first choices as well
+_REDUCED_ONCE = 500_000  # edge entries: from here on a second round takes longer than it is worth
 _ILP_FRACTION = 0.5  # of the time left, for an ILP between searches
 _WORTH_ANOTHER_ILP = 0.7  # of the size of the last one
 _SEARCH_S = 10.0  # of search before another look at what is possible
@@ -61,13 +62,23 @@ def solve(
     if method == "auto" and problem.memory is None:
         order = plan_order(problem)
         if order is not None:
-            return replace(solve_by_elimination(problem, order), method="elimination")
+            return _allowed(replace(solve_by_elimination(problem, order), method="elimination"))
     simple = simplify(problem)
-    solution = _solve_rest(simple.problem, end_s, method)
+    solution = _allowed(_solve_rest(simple.problem, end_s, method))
     choice = simple.expand(solution.choice)
     cost = problem.cost(choice)
+    assert problem.fits(choice), "a reduction lost bytes"
     bound = cost - (solution.cost - solution.lower_bound)
     return Solution(choice, cost, bound, solution.method, simple.stages + solution.stages)
+
+
+def _allowed(solution: Solution) -> Solution:
+    """The solution, unless its choice is forbidden, as then all choices are."""
+    if np.isfinite(solution.cost):
+        return solution
+    raise InfeasiblePlanError(
+        "no choice is allowed: forbidden costs rule out all; allow some pairs"
+    )
 
 
 def simplify(problem: PairwiseProblem) -> Simplified:
@@ -82,7 +93,7 @@ def simplify(problem: PairwiseProblem) -> Simplified:
         ways += [merged.expand, _expansion(reduced, len(merged.problem.node_costs))]
         problem, _ = reduced.rest()
         stages.append(Stage("reduced", problem.size()))
-        if problem.size() == before:
+        if problem.size() in (before, merged.problem.size()) or not _is_worth_another(problem):
             break
 
     def expand(choice: Sequence[int]) -> tuple[int, ...]:
@@ -91,6 +102,13 @@ def simplify(problem: PairwiseProblem) -> Simplified:
         return tuple(choice)
 
     return Simplified(problem, expand, tuple(stages))
+
+
+def _is_worth_another(problem: PairwiseProblem) -> bool:
+    """Whether another round of reductions may find more in little time."""
+    return problem.size().edge_entries < _REDUCED_ONCE or not all(
+        np.isfinite(matrix).all() for matrix in problem.edge_costs.values()
+    )
 
 
 def _expansion(reduced, num_nodes: int) -> Callable[[Sequence[int]], tuple[int, ...]]:
@@ -126,8 +144,11 @@ def _by_bound_and_search(problem: PairwiseProblem, end_s: float) -> Solution:
     """Bound first; then, in turns, the ILP on what the bound leaves possible, and the search."""
     flat = FlatProblem(problem)
     messages = Messages(flat)
-    bound_end_s = time.monotonic() + _BOUND_FRACTION * (end_s - time.monotonic())
-    bound = ascend(flat, messages, lambda: time.monotonic() > bound_end_s)
+    now_s = time.monotonic()
+    bound_s, settled_s = (now_s + share * (end_s - now_s) for share in _BOUND_FRACTIONS)
+    bound = ascend(
+        flat, messages, lambda: time.monotonic() > bound_s, lambda: time.monotonic() > settled_s
+    )
     if bound.choice is None:
         return _by_ilp(problem, end_s - time.monotonic(), "highs")
     base = messages.sweep(bound.costs) - float(bound.prices @ flat.room)

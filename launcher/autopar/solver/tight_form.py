@@ -64,8 +64,8 @@ class TightForm:
             for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True)
         )
 
-    def memory_rows(self, points: Sequence[int]) -> Rows:
-        """The limit at some points; each row divided by its room's scale."""
+    def memory_rows(self, points: Sequence[int], unit_bytes: float | None = None) -> Rows:
+        """The limit at some points, in a unit; without one each row is divided by its largest entry."""
         memory = self.problem.memory
         points = np.asarray(points, np.int64)
         held = np.zeros((len(points), self.num_binaries))
@@ -75,6 +75,8 @@ class TightForm:
                 levels = np.concatenate((np.zeros((1, use.change.shape[1])), use.levels()))
                 held[:, self.offsets[node] : self.offsets[node + 1]] = levels[at]
         scale = np.maximum(np.abs(held).max(axis=1, initial=0.0), 1e-30)
+        if unit_bytes is not None:
+            scale[:] = unit_bytes
         row, column = np.nonzero(held)
         return Rows(
             row=row,
@@ -83,6 +85,24 @@ class TightForm:
             lower=np.full(len(points), -np.inf),
             upper=memory.room[points] / scale,
         )
+
+    def cover_row(self, point: int, choice: Sequence[int]) -> Rows:
+        """Forbid what overflows at a point by less than a solver's tolerance (a cover inequality).
+
+        Not all nodes that hold something there may pick what holds as much as now, or more.
+        """
+        columns, count = [], 0
+        for node, use in enumerate(self.problem.memory.uses):
+            step = -1 if use is None else int(use.times.searchsorted(point, side="right")) - 1
+            if step >= 0:
+                held = use.levels()[step]
+                if held[choice[node]] > 0:
+                    count += 1
+                    larger = np.flatnonzero(held >= held[choice[node]])
+                    columns.append(self.offsets[node] + larger)
+        column = np.concatenate(columns)
+        zeros, ones = np.zeros(len(column), np.int64), np.ones(len(column))
+        return Rows(zeros, column, ones, np.array([-np.inf]), np.array([count - 1.0]))
 
     def first_points(self, most: int) -> np.ndarray:
         """Points to begin with: the least room, among those where something changes."""

@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from launcher.autopar.graph import CALLS, from_jaxpr
-from launcher.autopar.rules import axis_choices, registry, shapes_of, strategies
+from launcher.autopar.rules import AxisStrategy, axis_choices, registry, shapes_of, strategies
 from launcher.autopar.rules.unsupported import REASONS
 from launcher.errors import UnsupportedPrimitiveError
 
@@ -127,3 +127,19 @@ def test_its_place_is_in_the_model_where_a_library_called_it():
 
 def test_a_primitive_has_a_rule_or_a_reason_not_both():
     assert not set(registry._CHOICES) & set(REASONS)
+
+
+def magnitude_of_summands(op):
+    yield AxisStrategy((P,), (P,))
+
+
+def neighbour(op):
+    yield AxisStrategy((0,), (1,))
+
+
+@pytest.mark.parametrize("wrong", [magnitude_of_summands, neighbour])
+def test_a_wrong_rule_is_found(wrong, monkeypatch, check):
+    """|x| + |0| is |x|: only arbitrary summands show that a magnitude is not linear."""
+    monkeypatch.setitem(registry._CHOICES, "abs", wrong)
+    with pytest.raises(AssertionError, match="abs"):
+        check(jnp.abs, f64(8, 8))

@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from launcher.autopar.solver import PairwiseProblem, solve
 from launcher.autopar.solver.flat import FlatProblem
 from launcher.autopar.solver.messages import Messages
 from launcher.autopar.solver.neighbourhoods import Search
@@ -28,8 +29,6 @@ def test_sweeps_raise_a_bound_that_stays_below_the_optimum(random_problem, seed)
 
 def test_on_a_tree_the_bound_is_the_optimum():
     rng = np.random.default_rng(1)
-    from launcher.autopar.solver import PairwiseProblem, solve
-
     edges = {(int(rng.integers(i)), i): rng.random((3, 3)) for i in range(1, 40)}
     problem = PairwiseProblem(tuple(rng.random(3) for _ in range(40)), edges)
     messages = Messages(flat := FlatProblem(problem))
@@ -46,7 +45,7 @@ def test_prices_give_a_bound_and_choices_that_fit(random_problem, seed):
         return
     flat = FlatProblem(problem)
     end_s = time.monotonic() + 0.2
-    bound = ascend(flat, Messages(flat), lambda: time.monotonic() > end_s)
+    bound = ascend(flat, Messages(flat), lambda: time.monotonic() > end_s, lambda: False)
     assert bound.value <= best.cost + 1e-9
     if bound.choice is not None:
         assert problem.fits(bound.choice)
@@ -59,7 +58,7 @@ def test_the_search_only_improves_and_always_fits(random_problem, seed):
     problem = random_problem(seed, nodes=40, strategies=5, density=0.15, memory=True)
     flat = FlatProblem(problem)
     messages = Messages(flat)
-    bound = ascend(flat, messages, lambda: True)
+    bound = ascend(flat, messages, lambda: True, lambda: True)
     assert bound.choice is not None
     search = Search(flat, bound.choice, bound.costs, messages.excess(bound.costs), bound.value)
     search.run(time.monotonic() + 1.0)
