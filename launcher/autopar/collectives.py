@@ -80,10 +80,9 @@ def combine_cost(op: Op, strategy: Strategy, mesh: LogicalMesh) -> float:
 
 def hlo_dtype(dtype) -> str:
     """A dtype as HLO names it: f32, bf16, s32, u8, pred."""
-    if dtype == bool:
-        return "pred"
+    special = {"bool": "pred", "bfloat16": "bf16"}
     kinds = {"f": "f", "i": "s", "u": "u", "c": "c"}
-    return "bf16" if dtype == "bfloat16" else f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
+    return special.get(dtype.name) or f"{kinds[dtype.kind]}{8 * dtype.itemsize}"
 
 
 def describe(op: Op) -> str:

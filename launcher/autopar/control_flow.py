@@ -67,6 +67,14 @@ class Crossing:
     may_be_partial: bool = False
     whole: bool = False
 
+    def into(self, body: int) -> tuple[int, ...]:
+        """The inputs of a body that it feeds."""
+        return tuple(index for where, index in self.inputs if where == body)
+
+    def out_of(self, body: int) -> tuple[int, ...]:
+        """The outputs of a body that arrive at it."""
+        return tuple(index for where, index in self.outputs if where == body)
+
     def outer_spec(self, spec: Spec) -> Spec:
         """The spec outside for one inside."""
         return tuple(entry + 1 if entry >= 0 else entry for entry in spec) if self.stacked else spec

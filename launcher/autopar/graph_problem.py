@@ -286,16 +286,14 @@ class _RegionBuilder:
         return self.problem.add_spec_node(("crossing", self.region.path, leader, number), specs)
 
     def _add_bodies(self, nest: Nest, ports: Sequence[Port], times: float) -> None:
-        pairs = list(zip(nest.flow.crossings, ports, strict=True))
         for number, (body, region) in enumerate(zip(nest.flow.bodies, nest.bodies, strict=True)):
             inputs, outputs = {}, {}
-            for crossing, port in pairs:
-                for where, index in crossing.inputs:
-                    if where == number:
-                        inputs[region.graph.inputs[index]] = port
-                for where, index in crossing.outputs:
-                    if where == number:
-                        outputs[index] = Port(port.key, 1, port.specs)
+            for crossing, port in zip(nest.flow.crossings, ports, strict=True):
+                inputs |= dict.fromkeys(
+                    (region.graph.inputs[i] for i in crossing.into(number)), port
+                )
+                arrives = Port(port.key, 1, port.specs)
+                outputs |= dict.fromkeys(crossing.out_of(number), arrives)
             self.problem.add_region(region, inputs, outputs, times * body.times)
 
     def _connect(self) -> None:

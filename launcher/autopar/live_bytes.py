@@ -5,6 +5,7 @@ nothing holds them. A loop adds the most that its body holds. Left out: what XLA
 materialises (so this is an upper estimate for elementwise chains), and the buffers of collectives.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -20,39 +21,44 @@ Shard = tuple[Value, Spec]
 
 def live_bytes(sharded: ShardedGraph) -> list[int]:
     """Bytes per device while each instruction runs."""
-    last = _last_uses(sharded)
     end = len(sharded.instructions)
+    last = _last_uses(sharded) | dict.fromkeys(sharded.input_specs.items(), end)
     change: dict[int, int] = defaultdict(int)
-    held: set[Shard] = set()
+    for shard, made in _made(sharded).items():
+        num_bytes = shard_bytes(sharded, *shard)
+        change[made] += num_bytes
+        change[last.get(shard, made) + 1] -= num_bytes
+    held = itertools.accumulate(change[at] for at in range(end))
+    pairs = zip(held, sharded.instructions, strict=True)
+    return [now + _inside(instruction) for now, instruction in pairs]
 
-    def make(at: int, value: Value, spec: Spec) -> None:
-        if (value, spec) not in held:
-            held.add((value, spec))
-            num_bytes = shard_bytes(sharded, value, spec)
-            change[at] += num_bytes
-            change[last.get((value, spec), at) + 1] -= num_bytes
 
-    for value, spec in sharded.input_specs.items():
-        last[value, spec] = end
-        make(0, value, spec)
-    extra = [0] * end
+def _made(sharded: ShardedGraph) -> dict[Shard, int]:
+    """Every shard with the instruction that makes it; inputs are there from the start."""
+    found: dict[Shard, int] = dict.fromkeys(sharded.input_specs.items(), 0)
     for at, instruction in enumerate(sharded.instructions):
-        match instruction:
-            case Move(value, step, _):
-                make(at, value, step.target)
-            case Apply(op, strategy):
-                for index, value in enumerate(op.results):
-                    make(at, value, strategy.result_spec(index))
-            case Loop(op, flow, specs, bodies):
-                for crossing, spec in zip(flow.crossings, specs, strict=True):
-                    if crossing.result is not None:
-                        make(at, op.results[crossing.result], crossing.outer_spec(spec))
-                extra[at] = max(peak_bytes(body) for body in bodies)
-    timeline, now = [], 0
-    for at in range(end):
-        now += change[at]
-        timeline.append(now + extra[at])
-    return timeline
+        for shard in _made_by(instruction):
+            found.setdefault(shard, at)
+    return found
+
+
+def _made_by(instruction: Move | Apply | Loop) -> list[Shard]:
+    match instruction:
+        case Move(value, step, _):
+            return [(value, step.target)]
+        case Apply(op, strategy):
+            return [(value, strategy.result_spec(i)) for i, value in enumerate(op.results)]
+        case Loop(op, flow, specs, _):
+            return [
+                (op.results[crossing.result], crossing.outer_spec(spec))
+                for crossing, spec in zip(flow.crossings, specs, strict=True)
+                if crossing.result is not None
+            ]
+
+
+def _inside(instruction: Move | Apply | Loop) -> int:
+    """The most that the body of a loop holds."""
+    return max(map(peak_bytes, instruction.bodies)) if isinstance(instruction, Loop) else 0
 
 
 def peak_bytes(sharded: ShardedGraph) -> int:

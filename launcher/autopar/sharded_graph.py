@@ -133,15 +133,14 @@ class _Writer:
         found = []
         for number, region in enumerate(nest.bodies):
             inputs: dict[Value, Spec] = {}
-            outputs = [whole] * len(region.graph.outputs)
+            outputs: dict[int, Spec] = {}
             for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
-                places = [index for where, index in crossing.inputs if where == number]
-                inputs |= {region.graph.inputs[index]: spec for index in places}
-                for where, index in crossing.outputs:
-                    if where == number:
-                        outputs[index] = spec
-            writer = _Writer(region, self.problem, self.picks)
-            found.append(writer.write(inputs, tuple(outputs)))
+                inputs |= dict.fromkeys(
+                    (region.graph.inputs[i] for i in crossing.into(number)), spec
+                )
+                outputs |= dict.fromkeys(crossing.out_of(number), spec)
+            arrive = tuple(outputs.get(k, whole) for k in range(len(region.graph.outputs)))
+            found.append(_Writer(region, self.problem, self.picks).write(inputs, arrive))
         return tuple(found)
 
 

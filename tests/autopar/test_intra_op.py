@@ -62,19 +62,30 @@ class Walk:
         ):
             self.where |= {value: self.pick(kind, i) for i, value in values.items()}
         self.steps = {"forward": [], "backward": []}
+        self.copied = set()
 
     def pick(self, kind, index):
         return self.picks[kind, self.cls.name, index]
 
-    def move(self, value, target, *phases):
-        """Seconds to bring a value to a spec; notes the collectives."""
+    def move(self, value, target, phase=None):
+        """Seconds to bring a value to a spec, by way of its copy in this phase; notes the collectives."""
+        copy = self.picks.get((f"{phase}_copy", self.cls.name, value))
+        if copy is None:
+            return self.reshard(value, self.where[value], target, phase)
+        seconds = 0.0
+        if (phase, value) not in self.copied:
+            self.copied.add((phase, value))
+            seconds = self.reshard(value, self.where[value], copy, phase)
+        return seconds + self.reshard(value, copy, target, phase)
+
+    def reshard(self, value, source, target, phase):
         aval = self.cls.joint.avals[value]
-        arguments = (aval.shape, aval.dtype.itemsize, self.where[value], target, self.mesh)
-        for phase in phases:
+        arguments = (aval.shape, aval.dtype.itemsize, source, target, self.mesh)
+        if phase is not None:
             self.steps[phase] += [step for step in reshard(*arguments) if step.kind.communicates]
         return reshard_cost(*arguments)
 
-    def op_s(self, index, op, phases):
+    def op_s(self, index, op, phase):
         strategy = self.pick("op", index)
         assert all(axis in axis_choices(op) for axis in strategy.axes)
         division = 1
@@ -84,7 +95,7 @@ class Walk:
         seconds = self.settings.compute.op_s(op) / division
         for position, operand in enumerate(op.operands):
             if isinstance(operand, int):
-                seconds += self.move(operand, strategy.operand_spec(position), *phases)
+                seconds += self.move(operand, strategy.operand_spec(position), phase)
         for position, value in enumerate(op.results):
             self.where[value] = strategy.result_spec(position)
             local = (
@@ -106,24 +117,21 @@ class Walk:
             "backward": {id(op) for op in cls.backward_ops},
         }
         total = dict.fromkeys(members, 0.0)
-        for index, op in enumerate(cls.joint.ops):
-            phases = [phase for phase, ops in members.items() if id(op) in ops]
-            seconds = self.op_s(index, op, phases)
-            for phase in phases:
-                total[phase] += seconds
+        for phase, ops in members.items():
+            for index, op in enumerate(cls.joint.ops):
+                if id(op) in ops:
+                    total[phase] += self.op_s(index, op, phase)
         for output, value in enumerate(cls.outputs):
             total["forward"] += self.move(value, self.pick("export", output), "forward")
         synchronize = update = 0.0
         for slot, value in cls.gradients.items():
             home, accumulator = self.pick("slot", slot), self.pick("accumulator", slot)
             total["backward"] += self.move(value, accumulator, "backward")
-            self.where[value] = accumulator
             aval = cls.joint.avals[value]
             zero = self.settings.zero
             state = optimizer_spec(home, aval.shape, self.mesh, zero)
-            synchronize += self.move(value, home if zero == 1 else state)
-            self.where[value] = state
-            synchronize += self.move(value, home)
+            synchronize += self.reshard(value, accumulator, home if zero == 1 else state, None)
+            synchronize += self.reshard(value, state, home, None)
             num_bytes = 4 * np.prod(aval.shape) / num_shards(state, self.mesh.shape)
             update += 7 * num_bytes / self.settings.compute.device.memory_bytes_per_s
         return Seconds(total["forward"], total["backward"], synchronize, update)
