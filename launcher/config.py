@@ -257,6 +257,13 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class PlanConfig:
+    """What to do with a plan besides carrying it out."""
+
+    audit: bool  # compile every stage, and compare its collectives with the priced ones
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is told."""
 
@@ -272,6 +279,7 @@ class Config:
     logger: LoggerConfig
     runtime: RuntimeConfig
     train: TrainConfig
+    plan: PlanConfig
 
 
 # The groups whose alternatives have fields of their own: (group, name of the option) -> schema.

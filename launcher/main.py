@@ -23,7 +23,7 @@ from launcher.autopar.wording import large
 from launcher.config import Config, ParallelConfig
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
-from launcher.runtime import devices, train_loop
+from launcher.runtime import devices, plan_audit, train_loop
 from launcher.runtime.executor import LocalExecutor
 from launcher.runtime.metrics import Meter, PlanMetrics
 from launcher.runtime.progress import phase, progress_sink
@@ -44,6 +44,8 @@ def run(config: Config, run_dir: Path) -> int:
 
     planned = make_plan(config, model, cluster, optimizer, console)
     save_plan(planned, model, cluster, run_dir)
+    if config.plan.audit:
+        audit_plan(config, planned, model, cluster, optimizer, console)
     if not trains:
         return 0
 
@@ -69,7 +71,7 @@ def run(config: Config, run_dir: Path) -> int:
 def find_cluster(config: Config) -> Cluster:
     """The cluster of the config; `local` is whatever this machine has."""
     cluster = Cluster.from_config(config.cluster)
-    if emulates(config):
+    if emulates(config) or (config.plan.audit and config.mode == "plan"):
         devices.emulate(cluster.num_devices)
     elif cluster.name == "local":
         found = devices.discover(cluster.num_devices)
@@ -145,6 +147,25 @@ def save_plan(planned: Planned, model: Model, cluster: Cluster, run_dir: Path) -
     page = run_dir / "plan.html"
     write_page(planned.plan, planned.outlook.timeline, cluster, page, model.abstract_params)
     log.info("written: %s, %s", run_dir / "plan.json", page)
+
+
+def audit_plan(
+    config: Config,
+    planned: Planned,
+    model: Model,
+    cluster: Cluster,
+    optimizer: Optimizer,
+    console: Console,
+) -> None:
+    """Compile the plan's stages, and print what was priced beside what was compiled.
+
+    With `mode=plan`, CPU devices stand for the cluster's.
+    """
+    stand_in = emulates(config) or config.mode == "plan"
+    grid = devices.acquire(cluster, emulated=stand_in)
+    with phase(console, "auditing") as progress:
+        audits = plan_audit.audit_plan(planned.realized, model, optimizer, grid, progress)
+    log.info("%s", plan_audit.report(audits))
 
 
 def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bool) -> Meter:

@@ -20,6 +20,7 @@ from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import Role
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
+from launcher.runtime.build_programs import build_programs
 from launcher.runtime.evaluator import Evaluator, split_batch
 from launcher.runtime.initial import initial_values
 from launcher.runtime.loose_metrics import LooseMetrics
@@ -119,8 +120,7 @@ class LocalExecutor(Executor):
     # Setting up
 
     def _build(self, optimizer: Optimizer, grid: np.ndarray, progress) -> list[StageState]:
-        count = len(self.realized.stages)
-        programs = [self._programs(index, optimizer, grid) for index in range(count)]
+        programs = build_programs(self.realized, self.model, optimizer, grid)
         held: list[dict[Role, Arrays]] = [{Role.PARAM: {}, Role.STATE: {}} for _ in programs]
         for source, array in initial_values(self.model, self.seed):
             for built, own in zip(programs, held, strict=True):
@@ -130,37 +130,13 @@ class LocalExecutor(Executor):
                     own[source.role][source.path] = jax.device_put(array, where)
         stages = []
         for index, (built, own) in enumerate(zip(programs, held, strict=True)):
-            progress(f"stage {index + 1} of {count}")
+            progress(f"stage {index + 1} of {len(programs)}")
             params = own[Role.PARAM]
             optimizer_state = built.init_optimizer({p: params[p] for p in sorted(built.owned)})
             stages.append(
                 StageState(built, built.compile(), params, own[Role.STATE], optimizer_state)
             )
         return stages
-
-    def _programs(self, index: int, optimizer: Optimizer, grid: np.ndarray) -> StagePrograms:
-        stage = self.realized.stages[index]
-        # A parameter that no gradient reaches is updated too, as by an optimizer that sees zeros.
-        owned = {
-            path
-            for path in stage.layout.params
-            if self.realized.owner[path] == index
-            and jnp.issubdtype(self.model.abstract_params[path].dtype, jnp.floating)
-        }
-        tied = {
-            path: len(stages)
-            for path, stages in self.realized.contributors.items()
-            if path in owned and stages
-        }
-        return StagePrograms(
-            stage.emitter,
-            grid[np.ix_(stage.stage.hosts, stage.stage.devices)].flatten(),
-            optimizer,
-            owned=frozenset(owned),
-            tied=tied,
-            num_norms=len(self.realized.stages),
-            settings=stage.settings,
-        )
 
     # One step
 

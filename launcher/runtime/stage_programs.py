@@ -82,9 +82,9 @@ class StagePrograms:
         home = self.layout.params[path]
         if self.settings.zero < 2:
             return home
-        return self._state_spec(path)
+        return self.state_spec(path)
 
-    def _state_spec(self, path: str) -> Spec:
+    def state_spec(self, path: str) -> Spec:
         home, aval = self.layout.params[path], self.avals.params[path]
         return optimizer_spec(home, aval.shape, self.logical, self.settings.zero)
 
@@ -98,7 +98,7 @@ class StagePrograms:
             aval = self.avals.params.get(path)
             if aval is None or aval.shape != leaf.shape:
                 return self.whole
-            return self.sharding(self._state_spec(path), aval.ndim)
+            return self.sharding(self.state_spec(path), aval.ndim)
 
         return jax.tree_util.tree_map_with_path(of_leaf, state)
 
@@ -106,9 +106,9 @@ class StagePrograms:
         """Compile all programs of the stage."""
         return Compiled(
             forward=self.compile_forward(),
-            backward=self._compile_backward(),
-            synchronize=self._compile_synchronize(),
-            update=self._compile_update(),
+            backward=self.compile_backward(),
+            synchronize=self.compile_synchronize(),
+            update=self.compile_update(),
             zeros=self._compile_zeros(),
             reduce_tied=self._compile_reduce_tied(),
         )
@@ -155,7 +155,7 @@ class StagePrograms:
         arguments = [self._abstracts(*i) for i in inputs]
         return function.lower(*arguments, self._key(), self._abstracts(*imports)).compile()
 
-    def _compile_backward(self) -> jax.stages.Compiled:
+    def compile_backward(self) -> jax.stages.Compiled:
         layout, avals = self.layout, self.avals
         before = ((layout.params, avals.params), (layout.batch, avals.batch))
         after = (
@@ -191,7 +191,7 @@ class StagePrograms:
         specs = self.layout.accumulators
         return {path: spec for path, spec in specs.items() if (path in self.owned) == owned}
 
-    def _compile_synchronize(self) -> jax.stages.Compiled:
+    def compile_synchronize(self) -> jax.stages.Compiled:
         """(accumulators, gradients received) -> (gradients, squared norm), of owned parameters."""
         params, accumulators = self.avals.params, self._accumulators(owned=True)
         targets = {path: self.gradient_spec(path) for path in sorted(self.owned)}
@@ -226,12 +226,13 @@ class StagePrograms:
                 gradient = gradient + part
             gradients[path] = gradient
             squares.append(self._square(gradient, target))
-        total = sum(squares, start=jnp.zeros((), self._norm_dtype))
+        total = sum(squares, start=jnp.zeros((), self.norm_dtype))
         return gradients, lax.psum(total, self.logical.axis_names)
 
     def _reduced(self, path: str, packed: jax.Array, source: Spec, target: Spec) -> jax.Array:
         shard = unpack(packed, source)
-        return reshard_local(shard, self.avals.params[path], source, target, self.logical)
+        aval, ledger = self.avals.params[path], self.emitter.ledger
+        return reshard_local(shard, aval, source, target, self.logical, ledger)
 
     def _compile_reduce_tied(self) -> jax.stages.Compiled | None:
         """Accumulators of parameters that another stage owns -> their sums, to be sent there."""
@@ -249,7 +250,7 @@ class StagePrograms:
         return function.lower(self._abstracts(accumulators, params)).compile()
 
     @property
-    def _norm_dtype(self) -> jnp.dtype:
+    def norm_dtype(self) -> jnp.dtype:
         """The same on all stages, whatever parameters they have."""
         return jnp.result_type(jnp.float32, *(a.dtype for a in self.avals.params.values()))
 
@@ -263,13 +264,13 @@ class StagePrograms:
         wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
         return jnp.sum(wide * wide) / replicas
 
-    def _compile_update(self) -> jax.stages.Compiled:
+    def compile_update(self) -> jax.stages.Compiled:
         """(parameters, optimizer state, gradients, squared norms) -> (parameters, state, norm)."""
         owned = sorted(self.owned)
         params = {p: self._abstract(self.avals.params[p], self.layout.params[p]) for p in owned}
         gradients = {p: self._abstract(self.avals.params[p], self.gradient_spec(p)) for p in owned}
         state = self.abstract_optimizer_state()
-        norm = jax.ShapeDtypeStruct((), self._norm_dtype, sharding=self.whole)
+        norm = jax.ShapeDtypeStruct((), self.norm_dtype, sharding=self.whole)
 
         def outside(tree):
             return jax.tree.map(lambda leaf: leaf.sharding, tree)
