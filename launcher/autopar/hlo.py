@@ -24,6 +24,7 @@ _LISTED = re.compile(r"replica_groups=\{(?P<groups>(?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(
     r"replica_groups=\[(?P<shape>[\d,]+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
 )
+_MESH = re.compile(r"replica_groups=mesh\[(?P<shape>[^\]]*)\] ?\{(?P<axes>[^}]*)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +78,23 @@ def _groups(line: str) -> Groups:
         order = _numbers(match["order"]) if match["order"] else range(len(dims))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
         return frozenset(tuple(sorted(map(int, group))) for group in ids)
+    if match := _MESH.search(line):
+        return _mesh_groups(match["shape"], match["axes"])
     if match := _LISTED.search(line):
         found = re.findall(r"\{([\d,]*)\}", match["groups"])
         return frozenset(tuple(sorted(_numbers(group))) for group in found)
     return frozenset()
+
+
+def _mesh_groups(shape: str, axes: str) -> Groups:
+    """`mesh['a'=4,'b'=2] {'a'}`: the devices that differ along the named axes only."""
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", shape)}
+    named = re.findall(r"'([^']+)'", axes)
+    order = [name for name in sizes if name not in named] + named
+    ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    rows = ids.transpose([list(sizes).index(name) for name in order])
+    rows = rows.reshape(-1, math.prod(sizes[name] for name in named))
+    return frozenset(tuple(sorted(map(int, row))) for row in rows)
 
 
 def _numbers(text: str) -> list[int]:

@@ -35,6 +35,9 @@ METHODS = ("auto", "ilp_highs", "ilp_cbc", "search")
 _MOST_ROUNDS = 6  # of reductions
 _ILP_ENTRIES = 150_000  # edge variables that the ILP takes on without a limit on memory
 _ILP_ENTRIES_IN_MEMORY = 80_000
+_QUICK_ENTRIES = 3_000_000  # of an elimination's tables: some hundredths of a second
+_BOUND_ROUNDS, _SWEEPS = 20, 15  # of the bound that goes before an elimination
+_THIN_ENTRIES = 60_000  # edge entries left by the bound, for another look at elimination
 _BOUND_FRACTIONS = (0.3, 0.45)  # of the time left: for the bound, and for first choices as well
 _REDUCED_ONCE = 500_000  # edge entries: from here on a second round takes longer than it is worth
 _ILP_FRACTION = 0.5  # of the time left, for an ILP between searches
@@ -123,12 +126,44 @@ def _solve_rest(problem: PairwiseProblem, end_s: float, method: str) -> Solution
     if method.startswith("ilp_"):
         return _by_ilp(problem, left_s, method.removeprefix("ilp_"))
     if method == "auto" and problem.memory is None:
-        order = plan_order(problem)
+        order = plan_order(problem, most_entries=_QUICK_ENTRIES)
         if order is not None:
             return replace(solve_by_elimination(problem, order), method="elimination")
+        solution = _by_bound_and_elimination(problem, end_s)
+        if solution is not None:
+            return solution
         if problem.size().edge_entries <= _ILP_ENTRIES:
-            return _by_ilp(problem, left_s, "highs")
+            return _by_ilp(problem, end_s - time.monotonic(), "highs")
     return _by_bound_and_search(problem, end_s)
+
+
+def _by_bound_and_elimination(problem: PairwiseProblem, end_s: float) -> Solution | None:
+    """Bound, drop what the bound rules out, and eliminate the rest, once it is thin enough; exact.
+
+    A sharding problem's bound comes close to its optimum within some dozen sweeps, and then rules out
+    nearly everything. None where it does not.
+    """
+    flat = FlatProblem(problem)
+    messages = Messages(flat)
+    cost = np.inf
+    for _ in range(_BOUND_ROUNDS):
+        for _ in range(_SWEEPS):
+            base = messages.sweep(flat.costs)
+        if time.monotonic() > end_s:
+            return None
+        cost = min(cost, problem.cost(messages.rounded(flat.costs, within_room=False).tolist()))
+        mask = messages.excess(flat.costs) <= cost - base + _slack(cost)
+        if not np.isfinite(cost) or _possible_entries(flat, mask) > _THIN_ENTRIES:
+            continue
+        possible = simplify(_restricted(problem, mask))
+        order = plan_order(possible.problem, most_entries=_QUICK_ENTRIES)
+        if order is not None:
+            solution = solve_by_elimination(possible.problem, order)
+            choice = possible.expand(solution.choice)
+            cost = problem.cost(choice)
+            stage = Stage("possible by the bound", possible.problem.size())
+            return Solution(choice, cost, cost, "bound and elimination", (stage,))
+    return None
 
 
 def _by_ilp(problem: PairwiseProblem, time_limit_s: float, solver: str) -> Solution:
