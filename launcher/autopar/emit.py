@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 import jax
 
-from launcher.autopar.collectives import Collective
 from launcher.autopar.graph import Value, evaluate_op
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass
 from launcher.autopar.rules import Strategy
-from launcher.autopar.shards import ShardedValues, pack, reshard_local, unpack
+from launcher.autopar.shards import Ledger, ShardedValues, pack, reshard_local, unpack
 from launcher.autopar.spec import Spec
 from launcher.autopar.stage_layout import StageLayout
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
@@ -30,7 +29,7 @@ class StageEmitter:
     def __init__(self, planner: IntraOpPlanner, sharding: StageSharding, layout: StageLayout):
         self.model, self.layout = planner.model, layout
         self.mesh = sharding.settings.mesh
-        self.ledger: list[Collective] = []
+        self.ledger = Ledger()
         self.picks = sharding.picks
         self.aliases = planner.wiring(layout.first, layout.last).aliases
         self.producer = {

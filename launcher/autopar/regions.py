@@ -44,13 +44,17 @@ class Region:
 
 def build_region(graph: Graph, *, folded: bool = True, path: Path = ()) -> Region:
     """Fold a graph and the bodies nested in it."""
-    folding = fold(graph.ops) if folded else unfolded(graph.ops)
+    return region_of(graph, fold(graph.ops) if folded else unfolded(graph.ops), path)
+
+
+def region_of(graph: Graph, folding: Folding, path: Path = ()) -> Region:
+    """A region with a given folding; the bodies nested in it are folded by their repeats."""
     nests = {}
     for position, op in enumerate(graph.ops):
         if is_control_flow(op) and folding.representative[position] == position:
             flow = flow_of(op)
             bodies = tuple(
-                build_region(body.graph, folded=folded, path=(*path, position, number))
+                build_region(body.graph, path=(*path, position, number))
                 for number, body in enumerate(flow.bodies)
             )
             nests[position] = Nest(flow, bodies)

@@ -158,9 +158,7 @@ def _steps_from(shape: Shape, itemsize: int, spec: Spec, mesh: LogicalMesh) -> I
             kind = _kind(entry, target_entry)
             if kind is None or kind.value in mesh.forbidden:
                 continue
-            if not (
-                _is_minor(spec, axis, entry) and _is_minor(spec, axis, target_entry)
-            ):
+            if not (_is_minor(spec, axis, entry) and _is_minor(spec, axis, target_entry)):
                 continue
             target = (*spec[:axis], target_entry, *spec[axis + 1 :])
             if fits(target, shape, mesh.shape):

@@ -5,6 +5,7 @@ value and spec, however many ops read it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,26 @@ from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.reshard import Kind, Step, reshard
 from launcher.autopar.rules import Strategy, run_local
 from launcher.autopar.spec import Spec, local_shape, partial_axes, replicated
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The collectives of a program, taken down in the order in which they are written.
+
+    A shard that is resharded again by the same step, in another layer that reads the same parameter, is
+    marked as a repetition.
+    """
+
+    collectives: list[Collective] = field(default_factory=list)
+    _seen: dict[tuple[int, Step], jax.Array] = field(default_factory=dict)
+
+    def note(self, step: Step, shard: jax.Array, mesh: LogicalMesh, place: str) -> None:
+        """Take down a resharding step of a shard, if it communicates."""
+        if step.kind.communicates:
+            key = (id(shard), step)
+            repeats = key in self._seen
+            self._seen[key] = shard  # held, so that no other array gets its id
+            self.collectives.append(of_step(step, shard.dtype, mesh, place, repeats=repeats))
 
 
 def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
@@ -45,12 +66,12 @@ def reshard_local(
     source: Spec,
     target: Spec,
     mesh: LogicalMesh,
-    ledger: list[Collective] | None = None,
+    ledger: Ledger | None = None,
 ) -> jax.Array:
     """Turn a local shard of one spec into that of another; `ledger` takes down the collectives."""
     for step in reshard(aval.shape, aval.dtype.itemsize, source, target, mesh):
-        if ledger is not None and step.kind.communicates:
-            ledger.append(of_step(step, aval.dtype, mesh, "input or gradient"))
+        if ledger is not None:
+            ledger.note(step, shard, mesh, "input or gradient")
         shard = apply_step(step, shard, mesh)
     return shard
 
@@ -72,9 +93,7 @@ class ShardedValues:
     collectives, in the order in which they are written.
     """
 
-    def __init__(
-        self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh, ledger: list[Collective]
-    ):
+    def __init__(self, avals: Sequence[jax.core.ShapedArray], mesh: LogicalMesh, ledger: Ledger):
         self.avals, self.mesh = avals, mesh
         self.via: Mapping[Value, Spec] = {}
         self._ledger = ledger
@@ -90,8 +109,7 @@ class ShardedValues:
         """The shard of a value under a spec, resharding it on the first request."""
         for step in self._copies.steps(value, spec, self.via.get(value)):
             shard = self._shards[value, step.source]
-            if step.kind.communicates:
-                self._ledger.append(of_step(step, self.avals[value].dtype, self.mesh, place))
+            self._ledger.note(step, shard, self.mesh, place)
             self._shards[value, step.target] = apply_step(step, shard, self.mesh)
         return self._shards[value, spec]
 
@@ -106,7 +124,7 @@ class ShardedValues:
                 for i, operand in enumerate(op.operands)
             ]
             results = run_local(op, strategy, self.mesh, operands)
-            self._ledger += of_op(op, strategy, self.mesh)
+            self._ledger.collectives += of_op(op, strategy, self.mesh)
             for i, (value, shard) in enumerate(zip(op.results, results, strict=True)):
                 self.put(value, strategy.result_spec(i), shard)
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.autopar.audit import Audit, audit
-from launcher.autopar.collectives import Collective, hlo_dtype, of_step
+from launcher.autopar.collectives import Collective, hlo_dtype
 from launcher.autopar.hlo import read_collectives
 from launcher.autopar.realize import RealizedPlan
-from launcher.autopar.reshard import reshard
+from launcher.autopar.sharded_graph import collectives
+from launcher.autopar.shards import Ledger
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
@@ -73,14 +74,14 @@ def _audit_stage(realized: RealizedPlan, programs: StagePrograms):
         ("synchronize", 1, programs.compile_synchronize),
         ("update", 1, programs.compile_update),
     ):
-        ledger: list[Collective] = []
-        programs.emitter.ledger = ledger
+        programs.emitter.ledger = Ledger()
         text = compile_().as_text()
+        priced = programs.emitter.ledger.collectives
         if name == "synchronize":
-            ledger += _norm(programs)
+            priced += _norm(programs)
         if name == "update":
-            ledger += _gathers(programs)
-        yield name, times, audit(ledger, read_collectives(text), programs.logical)
+            priced += collectives(programs.sharded_update[1])
+        yield name, times, audit(priced, read_collectives(text), programs.logical)
 
 
 def _norm(programs: StagePrograms) -> list[Collective]:
@@ -92,17 +93,6 @@ def _norm(programs: StagePrograms) -> list[Collective]:
     axis = active[0] if len(active) == 1 else "several"
     dtype = programs.norm_dtype
     return [Collective("all-reduce", dtype.itemsize, axis, hlo_dtype(dtype), "norm", 1.0, 0.0)]
-
-
-def _gathers(programs: StagePrograms) -> list[Collective]:
-    """The updated parameters, brought from where the optimizer state lies to where they live."""
-    found = []
-    for path in sorted(programs.owned):
-        aval, mesh = programs.avals.params[path], programs.logical
-        home = programs.layout.params[path]
-        steps = reshard(aval.shape, aval.dtype.itemsize, programs.state_spec(path), home, mesh)
-        found += [of_step(s, aval.dtype, mesh, path) for s in steps if s.kind.communicates]
-    return found
 
 
 def report(audits: list[ProgramAudit]) -> str:

@@ -2,8 +2,8 @@
 
 The emitter's functions run inside `jax.shard_map` over the stage's mesh; everything is compiled ahead of
 the first step, for the shardings that the plan gives. Gradients are summed over microbatches unreduced
-where the plan says so and brought together once, in `synchronize`. The update alone is left to XLA's
-partitioner: it works element by element on shards that already lie where they belong.
+where the plan says so and brought together once, in `synchronize`. The update's ops are sharded between the
+places where parameters, optimizer state and gradients lie.
 
 Parameters are keyed by path, values that cross stages by their number in the traced model.
 """
@@ -11,7 +11,7 @@ Parameters are keyed by path, values that cross stages by their number in the tr
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.param_costs import optimizer_spec
+from launcher.autopar.run_sharded import run
+from launcher.autopar.shard_as_given import shard_as_given
+from launcher.autopar.sharded_graph import ShardedGraph
 from launcher.autopar.shards import reshard_local, unpack
-from launcher.autopar.spec import REPLICATED, Spec, local_shape, partial_axes, to_partition_spec
+from launcher.autopar.spec import (
+    REPLICATED,
+    Spec,
+    local_shape,
+    partial_axes,
+    replicated,
+    to_partition_spec,
+)
 from launcher.autopar.trace import Role
 from launcher.models.optimizer import Optimizer
 
@@ -88,19 +98,20 @@ class StagePrograms:
         home, aval = self.layout.params[path], self.avals.params[path]
         return optimizer_spec(home, aval.shape, self.logical, self.settings.zero)
 
-    def optimizer_sharding(self, state) -> object:
-        """Shardings of an optimizer state's leaves: like their parameter, split further by ZeRO."""
+    def optimizer_specs(self, state) -> list[Spec]:
+        """Where an optimizer state's leaves lie: like their parameter, split further by ZeRO."""
+        return [
+            self._optimizer_spec(path, leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        ]
 
-        def of_leaf(key_path, leaf) -> NamedSharding:
-            path = next(
-                (k.key for k in reversed(key_path) if isinstance(k, jax.tree_util.DictKey)), None
-            )
-            aval = self.avals.params.get(path)
-            if aval is None or aval.shape != leaf.shape:
-                return self.whole
-            return self.sharding(self.state_spec(path), aval.ndim)
-
-        return jax.tree_util.tree_map_with_path(of_leaf, state)
+    def _optimizer_spec(self, key_path, leaf) -> Spec:
+        keys = (k.key for k in reversed(key_path) if isinstance(k, jax.tree_util.DictKey))
+        path = next(keys, None)
+        aval = self.avals.params.get(path)
+        if aval is None or aval.shape != leaf.shape:
+            return replicated(self.logical.num_axes)
+        return self.state_spec(path)
 
     def compile(self) -> Compiled:
         """Compile all programs of the stage."""
@@ -266,21 +277,33 @@ class StagePrograms:
 
     def compile_update(self) -> jax.stages.Compiled:
         """(parameters, optimizer state, gradients, squared norms) -> (parameters, state, norm)."""
-        owned = sorted(self.owned)
-        params = {p: self._abstract(self.avals.params[p], self.layout.params[p]) for p in owned}
-        gradients = {p: self._abstract(self.avals.params[p], self.gradient_spec(p)) for p in owned}
+        arguments, sharded = self.sharded_update
+        structure = jax.tree.structure((*arguments[:2], arguments[3][0]))
+
+        def update(*local):
+            return jax.tree.unflatten(structure, run(sharded, jax.tree.leaves(local)))
+
+        in_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+        out_specs = (*in_specs[:2], PartitionSpec())
+        function = self._shard_map(update, in_specs, out_specs, donate_argnums=(0, 1))
+        return function.lower(*arguments).compile()
+
+    @cached_property
+    def sharded_update(self) -> tuple[tuple, ShardedGraph]:
+        """The update's abstract arguments, and its ops sharded between where they lie."""
+        owned, whole = sorted(self.owned), replicated(self.logical.num_axes)
+        avals = {path: self.avals.params[path] for path in owned}
+        homes = {path: self.layout.params[path] for path in owned}
+        reduced = {path: self.gradient_spec(path) for path in owned}
         state = self.abstract_optimizer_state()
         norm = jax.ShapeDtypeStruct((), self.norm_dtype, sharding=self.whole)
-
-        def outside(tree):
-            return jax.tree.map(lambda leaf: leaf.sharding, tree)
-
-        function = jax.jit(
-            partial(apply_update, self.optimizer),
-            out_shardings=(outside(params), outside(state), self.whole),
-            donate_argnums=(0, 1),
-        )
-        return function.lower(params, state, gradients, [norm] * self.num_norms).compile()
+        norms = [norm] * self.num_norms
+        arguments = (self._abstracts(homes, avals), state, self._abstracts(reduced, avals), norms)
+        kept = [*homes.values(), *self.optimizer_specs(state)]
+        given = [*kept, *reduced.values(), *[whole] * self.num_norms]
+        function = partial(apply_update, self.optimizer)
+        sharded = shard_as_given(function, arguments, given, [*kept, whole], self.logical)
+        return arguments, sharded
 
     def abstract_optimizer_state(self):
         """Shapes and shardings of the optimizer state of the owned parameters."""
@@ -289,12 +312,9 @@ class StagePrograms:
             self.optimizer.transform.init,
             {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in params.items()},
         )
-        shardings = self.optimizer_sharding(shapes)
-        return jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            shapes,
-            shardings,
-        )
+        leaves, structure = jax.tree.flatten(shapes)
+        placed = map(self._abstract, leaves, self.optimizer_specs(shapes))
+        return jax.tree.unflatten(structure, placed)
 
     def init_optimizer(self, params: Arrays):
         """The optimizer's first state, made where it will lie."""
