@@ -51,6 +51,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for index, item in enumerate(items) if index in drawn]
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Print the errors that exactness tests noted, as a table of model, plan, dtype."""
+    rows = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in report.user_properties
+        if name == "largest error"
+    ]
+    if rows:
+        terminalreporter.section("largest errors against one device")
+        for family, plan, dtype, error in sorted(rows, key=lambda row: (row[2], row[0], row[1])):
+            terminalreporter.write_line(f"{dtype}  {family:<8}{plan:<32}{error:.1e}")
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Compare a text with a file of tests/golden/; with --update-golden write the file instead."""

@@ -141,7 +141,7 @@ class StageEmitter:
             if owner == index:
                 own.put(value, spec, unpack(kept[owner, value], spec))
         if self.layout.recompute == "layer":
-            own.run(layer.cls.forward_ops, self.strategies[layer.cls.name])
+            own.run(layer.cls.recomputed_ops(), self.strategies[layer.cls.name])
         return own
 
     def _recomputed(self, inputs: "_StageInputs", kept: Arrays) -> dict[int, ShardedValues]:
@@ -154,8 +154,12 @@ class StageEmitter:
         values: dict[int, ShardedValues] = {}
         for index in range(self.layout.first, self.layout.last):
             values[index] = self._start(index, inputs, values)
-            cls = self.model.layers[index].cls
-            values[index].run(cls.forward_ops, self.strategies[cls.name])
+            layer = self.model.layers[index]
+            later = self.model.layers[index + 1 : self.layout.last]
+            read = {value for other in later for value in other.inputs}
+            pairs = zip(layer.outputs, layer.cls.outputs, strict=True)
+            needed = layer.cls.recomputed_ops([inner for value, inner in pairs if value in read])
+            values[index].run(needed, self.strategies[layer.cls.name])
         return values
 
     def _put_cotangents(self, layer: Layer, own: ShardedValues, incoming: "_Cotangents") -> None:

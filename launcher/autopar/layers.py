@@ -74,6 +74,11 @@ class LayerClass:
     def outputs(self) -> tuple[Value, ...]:
         return self.joint.outputs[: self.num_outputs]
 
+    def recomputed_ops(self, outputs: Sequence[Value] = ()) -> tuple[Op, ...]:
+        """The forward ops that the backward pass, or these outputs, need again."""
+        read = used_values(self.backward_ops)
+        return live_ops(self.forward_ops, [*read, *self.gradients.values(), *outputs])
+
     @property
     def gradients(self) -> dict[int, Value]:
         """Slot -> the value of its gradient."""

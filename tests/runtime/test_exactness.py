@@ -3,7 +3,8 @@
 The reference is the plain model under `jax.value_and_grad` on one device, microbatch by microbatch. In
 double precision only the order of sums differs: 1e-9 of the largest entry of a tensor. In single precision
 a gradient that is zero in truth (a key's bias) is all rounding, so the scale is at least a thousandth of
-the largest gradient of all.
+the largest gradient of all. The summary of a run has the largest error of every case; the whole table is
+`pytest tests/runtime/test_exactness.py -m "slow or not slow"`.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ CONFIGS = {
 }
 PLANS = {
     "data": {"mode": "data"},
-    "tensor": {"mode": "manual", "tp": 4, "dp": 1, "pp": 2},
+    "tensor": {"mode": "manual", "tp": 4, "dp": 1, "pp": 1, "hosts": 1},
+    "tensor x pipeline": {"mode": "manual", "tp": 4, "dp": 1, "pp": 2},
     "pipeline": {"mode": "manual", "dp": 1, "tp": 1, "pp": 2, "hosts": 1, "devices": 2},
     "data x tensor": {"mode": "manual", "dp": 2, "tp": 4},
     "data x pipeline": {"mode": "manual", "dp": 4, "pp": 2, "schedule": "gpipe"},
@@ -121,7 +123,8 @@ def largest_errors(found, wanted, floor: float):
     }
 
 
-def check(family: str, plan: str, dtype: str, bound: float, floor: float) -> None:
+def check(family: str, plan: str, dtype: str, bound: float, floor: float, note) -> None:
+    """Compare one plan's loss, gradients and state; notes the largest error for the table at the end."""
     executor = executor_for(family, dtype, plan)
     loss, gradients = executor.gradients(draw_batch(executor.model), 0)
     count = executor.plan.num_microbatches
@@ -130,34 +133,35 @@ def check(family: str, plan: str, dtype: str, bound: float, floor: float) -> Non
     assert float(loss) == pytest.approx(wanted_loss, rel=bound)
     errors = largest_errors(gradients, wanted, floor)
     worst = max(errors, key=errors.get)
+    note("largest error", [family, plan, dtype, float(errors[worst])])
     assert errors[worst] <= bound, f"{worst}: {errors[worst]:.2e}"
     for path, array in executor.state().items():
         np.testing.assert_allclose(array, wanted_state[path], rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize(("family", "plan"), CASES)
-def test_loss_and_gradients_in_double_precision(family, plan):
+def test_loss_and_gradients_in_double_precision(family, plan, record_property):
     with jax.enable_x64(True):
-        check(family, plan, "fp64", bound=1e-9, floor=1e-30)
+        check(family, plan, "fp64", bound=1e-9, floor=1e-30, note=record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "plan"), SLOW)
-def test_loss_and_gradients_in_double_precision_of_the_other_plans(family, plan):
+def test_loss_and_gradients_in_double_precision_of_the_other_plans(family, plan, record_property):
     with jax.enable_x64(True):
-        check(family, plan, "fp64", bound=1e-9, floor=1e-30)
+        check(family, plan, "fp64", bound=1e-9, floor=1e-30, note=record_property)
 
 
 @pytest.mark.parametrize("plan", ["data x tensor", "all three"])
-def test_loss_and_gradients_in_single_precision(plan):
-    check("gpt", plan, "fp32", bound=1e-5, floor=1e-3)
+def test_loss_and_gradients_in_single_precision(plan, record_property):
+    check("gpt", plan, "fp32", bound=1e-5, floor=1e-3, note=record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_loss_and_gradients_in_single_precision_of_every_plan(family, plan):
-    check(family, plan, "fp32", bound=1e-5, floor=1e-3)
+def test_loss_and_gradients_in_single_precision_of_every_plan(family, plan, record_property):
+    check(family, plan, "fp32", bound=1e-5, floor=1e-3, note=record_property)
 
 
 def test_steps_update_as_one_device_does_with_clipping_and_a_tied_embedding():

@@ -36,8 +36,11 @@ _MOST_ROUNDS = 6  # of reductions
 _ILP_ENTRIES = 150_000  # edge variables that the ILP takes on without a limit on memory
 _ILP_ENTRIES_IN_MEMORY = 80_000
 _QUICK_ENTRIES = 3_000_000  # of an elimination's tables: some hundredths of a second
+_ENTRIES = 30_000_000  # where the reductions have nothing left to do
 _BOUND_ROUNDS, _SWEEPS = 20, 15  # of the bound that goes before an elimination
-_THIN_ENTRIES = 60_000  # edge entries left by the bound, for another look at elimination
+_THIN_ENTRIES = 60_000  # edge entries left by the bound, for an elimination
+_WORTH_ANOTHER_LOOK = 0.7  # of the entries at the last look
+_SMALL_ILP_ENTRIES = 25_000  # edge variables that the ILP settles sooner than the bound
 _BOUND_FRACTIONS = (0.3, 0.45)  # of the time left: for the bound, and for first choices as well
 _REDUCED_ONCE = 500_000  # edge entries: from here on a second round takes longer than it is worth
 _ILP_FRACTION = 0.5  # of the time left, for an ILP between searches
@@ -126,10 +129,11 @@ def _solve_rest(problem: PairwiseProblem, end_s: float, method: str) -> Solution
     if method.startswith("ilp_"):
         return _by_ilp(problem, left_s, method.removeprefix("ilp_"))
     if method == "auto" and problem.memory is None:
-        order = plan_order(problem, most_entries=_QUICK_ENTRIES)
+        order = plan_order(problem, most_entries=_ENTRIES)
         if order is not None:
             return replace(solve_by_elimination(problem, order), method="elimination")
-        solution = _by_bound_and_elimination(problem, end_s)
+        is_small = problem.size().edge_entries <= _SMALL_ILP_ENTRIES
+        solution = None if is_small else _by_bound_and_elimination(problem, end_s)
         if solution is not None:
             return solution
         if problem.size().edge_entries <= _ILP_ENTRIES:
@@ -145,7 +149,7 @@ def _by_bound_and_elimination(problem: PairwiseProblem, end_s: float) -> Solutio
     """
     flat = FlatProblem(problem)
     messages = Messages(flat)
-    cost = np.inf
+    cost, tried = np.inf, _THIN_ENTRIES
     for _ in range(_BOUND_ROUNDS):
         for _ in range(_SWEEPS):
             base = messages.sweep(flat.costs)
@@ -153,8 +157,10 @@ def _by_bound_and_elimination(problem: PairwiseProblem, end_s: float) -> Solutio
             return None
         cost = min(cost, problem.cost(messages.rounded(flat.costs, within_room=False).tolist()))
         mask = messages.excess(flat.costs) <= cost - base + _slack(cost)
-        if not np.isfinite(cost) or _possible_entries(flat, mask) > _THIN_ENTRIES:
+        entries = _possible_entries(flat, mask)
+        if not np.isfinite(cost) or entries > tried:
             continue
+        tried = entries * _WORTH_ANOTHER_LOOK
         possible = simplify(_restricted(problem, mask))
         order = plan_order(possible.problem, most_entries=_QUICK_ENTRIES)
         if order is not None:

@@ -1,0 +1,85 @@
+"""For every model, the collectives of a plan's compiled programs are those that were priced."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from launcher import models
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.make_plan import find_plan
+from launcher.autopar.space import PlanOptions
+from launcher.config import GptConfig, MoeConfig, WrnConfig
+from launcher.models.optimizer import Optimizer
+from launcher.runtime import plan_audit
+
+CONFIGS = {
+    "gpt": GptConfig(size="tiny", dtype="fp32", dropout=0.1, layers=3),
+    "moe": MoeConfig(size="tiny", dtype="fp32"),
+    "wrn": WrnConfig(size="tiny", dtype="fp32"),
+    "gpt-fp16": GptConfig(size="tiny", dtype="fp16", layers=2),
+}
+ON_FOUR = {
+    "tensor": {"dp": 1, "tp": 4},
+    "data x tensor, zero-3": {"dp": 2, "tp": 2, "zero": 3},
+}
+ON_EIGHT = {
+    "data, zero-2": {"dp": 8, "zero": 2},
+    "all three, recomputed": {"dp": 2, "tp": 2, "pp": 2, "recompute": "layer"},
+}
+CASES = [
+    ("gpt", 1, "tensor"), ("gpt", 1, "data x tensor, zero-3"), ("gpt", 2, "data, zero-2"),
+    ("gpt", 2, "all three, recomputed"), ("gpt-fp16", 1, "data x tensor, zero-3"),
+    ("moe", 1, "data x tensor, zero-3"), ("moe", 2, "data, zero-2"),
+    ("wrn", 1, "data x tensor, zero-3"), ("wrn", 2, "data, zero-2"),
+]  # fmt: skip
+ALL = [(family, 1 + (plan in ON_EIGHT), plan) for family in CONFIGS for plan in ON_FOUR | ON_EIGHT]
+
+
+def audits_of(family: str, hosts: int, plan: str):
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
+    model = models.build(CONFIGS[family])
+    transform = optax.adafactor(1e-2) if family == "moe" else optax.adamw(1e-3)
+    forced = (ON_FOUR | ON_EIGHT)[plan]
+    options = PlanOptions(
+        mode="manual", global_batch=16, num_microbatches=2, optimizer=transform, **forced
+    )
+    planned = find_plan(model, machine, options, lambda text: None)
+    optimizer = Optimizer(transform=transform, clip_norm=1.0, schedule=lambda step: 0.1)
+    grid = np.array(jax.devices()[: machine.num_devices], dtype=object).reshape(hosts, 4)
+    return plan_audit.audit_plan(planned.realized, model, optimizer, grid, lambda text: None)
+
+
+def check(family: str, hosts: int, plan: str) -> None:
+    audits = audits_of(family, hosts, plan)
+    assert all(audit.audit.agrees for audit in audits), f"\n{plan_audit.report(audits)}"
+    assert sum(priced for audit in audits for _, priced, _ in audit.audit.rows) > 4
+
+
+@pytest.mark.parametrize(("family", "hosts", "plan"), CASES)
+def test_what_is_compiled_is_what_was_priced(family, hosts, plan):
+    check(family, hosts, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "hosts", "plan"), [case for case in ALL if case not in CASES])
+def test_what_is_compiled_is_what_was_priced_in_the_other_cases(family, hosts, plan):
+    check(family, hosts, plan)
+
+
+def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
+    """All that data parallelism communicates of the parameters is in the programs that run once."""
+    audits = audits_of("gpt", 2, "data, zero-2")
+    per_microbatch = [a for a in audits if a.program in ("forward", "backward")]
+    once = [a for a in audits if a.program == "synchronize"]
+    assert {a.times for a in per_microbatch} == {2}
+    assert {a.times for a in once} == {1}
+    reductions = ("all-reduce", "reduce-scatter")
+    kinds = {row[0][0] for a in per_microbatch for row in a.audit.rows}
+    assert kinds.isdisjoint(reductions)
+    assert (
+        sum(priced for a in once for (kind, *_), priced, _ in a.audit.rows if kind in reductions)
+        > 20
+    )
