@@ -145,17 +145,19 @@ def _by_bound_and_elimination(problem: PairwiseProblem, end_s: float) -> Solutio
     """Bound, drop what the bound rules out, and eliminate the rest, once it is thin enough; exact.
 
     A sharding problem's bound comes close to its optimum within some dozen sweeps, and then rules out
-    nearly everything. None where it does not.
+    nearly everything. None where it does not; out of time, the best choice met, with the bound.
     """
     flat = FlatProblem(problem)
     messages = Messages(flat)
-    cost, tried = np.inf, _THIN_ENTRIES
+    best, cost, tried = None, np.inf, _THIN_ENTRIES
     for _ in range(_BOUND_ROUNDS):
         for _ in range(_SWEEPS):
             base = messages.sweep(flat.costs)
+        choice = tuple(messages.rounded(flat.costs, within_room=False).tolist())
+        if problem.cost(choice) < cost:
+            best, cost = choice, problem.cost(choice)
         if time.monotonic() > end_s:
-            return None
-        cost = min(cost, problem.cost(messages.rounded(flat.costs, within_room=False).tolist()))
+            return None if best is None else Solution(best, cost, min(base, cost), "bound")
         mask = messages.excess(flat.costs) <= cost - base + _slack(cost)
         entries = _possible_entries(flat, mask)
         if not np.isfinite(cost) or entries > tried:
@@ -174,11 +176,24 @@ def _by_bound_and_elimination(problem: PairwiseProblem, end_s: float) -> Solutio
 
 def _by_ilp(problem: PairwiseProblem, time_limit_s: float, solver: str) -> Solution:
     solution = solve_by_ilp(problem, time_limit_s=time_limit_s, solver=solver)
+    if solution is None and problem.memory is None:
+        solution = _rounded(problem)
     if solution is None:
         raise InfeasiblePlanError(
             f"no choice was found within {time_limit_s:.0f} s: raise the time limit or the memory limit"
         )
     return replace(solution, method=f"ilp ({solver})")
+
+
+def _rounded(problem: PairwiseProblem) -> Solution | None:
+    """Some choice, with a bound: what is left when time is up."""
+    flat = FlatProblem(problem)
+    messages = Messages(flat)
+    for _ in range(_SWEEPS):
+        bound = messages.sweep(flat.costs)
+    choice = tuple(messages.rounded(flat.costs, within_room=False).tolist())
+    cost = problem.cost(choice)
+    return Solution(choice, cost, min(bound, cost)) if np.isfinite(cost) else None
 
 
 def _by_bound_and_search(problem: PairwiseProblem, end_s: float) -> Solution:

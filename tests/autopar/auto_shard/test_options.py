@@ -68,6 +68,27 @@ class TestOptions:
                 zoo.training_step(zoo.mlp_loss), params, batch, mesh=zoo.FLAT, options=options
             )
 
+    @pytest.mark.parametrize("solver", ["auto", "ilp_highs", "search"])
+    def test_out_of_time_the_best_found_stands_with_its_gap(self, zoo, solver, caplog):
+        step, params, batch = zoo.transformer(1, 8)
+        best = autopar.auto_shard(step, params, batch, mesh=zoo.EIGHT)
+        options = autopar.IntraOpOptions(time_limit_s=1e-3, solver=solver)
+        rough = autopar.auto_shard(step, params, batch, mesh=zoo.EIGHT, options=options)
+        assert rough.objective * (1 - rough.gap_fraction) <= best.objective <= rough.objective
+        assert rough.gap_fraction > 0
+        assert "from optimal" in caplog.text
+
+    def test_all_solvers_agree(self, zoo):
+        params, batch = zoo.mlp(2, 64, 64)
+        found = [
+            autopar.auto_shard(
+                zoo.training_step(zoo.mlp_loss), params, batch, mesh=zoo.SQUARE,
+                options=autopar.IntraOpOptions(solver=solver),
+            ).objective
+            for solver in ("auto", "ilp_highs", "ilp_cbc", "search")
+        ]  # fmt: skip
+        assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
     def test_explain_prices_the_alternatives(self, zoo):
         params, batch = zoo.mlp(2, 4, 512)
         sharded = autopar.auto_shard(zoo.training_step(zoo.mlp_loss), params, batch, mesh=zoo.FLAT)
