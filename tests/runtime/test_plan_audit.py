@@ -10,10 +10,12 @@ import pytest
 from launcher import models
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
+from launcher.autopar.shards import Ledger
 from launcher.autopar.space import PlanOptions
 from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
 from launcher.runtime import plan_audit
+from launcher.runtime.build_programs import build_programs
 
 CONFIGS = {
     "gpt": GptConfig(size="tiny", dtype="fp32", dropout=0.1, layers=3),
@@ -38,7 +40,7 @@ CASES = [
 ALL = [(family, 1 + (plan in ON_EIGHT), plan) for family in CONFIGS for plan in ON_FOUR | ON_EIGHT]
 
 
-def audits_of(family: str, hosts: int, plan: str):
+def planned_of(family: str, hosts: int, plan: str):
     machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
     model = models.build(CONFIGS[family])
     transform = optax.adafactor(1e-2) if family == "moe" else optax.adamw(1e-3)
@@ -49,7 +51,11 @@ def audits_of(family: str, hosts: int, plan: str):
     planned = find_plan(model, machine, options, lambda text: None)
     optimizer = Optimizer(transform=transform, clip_norm=1.0, schedule=lambda step: 0.1)
     grid = np.array(jax.devices()[: machine.num_devices], dtype=object).reshape(hosts, 4)
-    return plan_audit.audit_plan(planned.realized, model, optimizer, grid, lambda text: None)
+    return planned.realized, model, optimizer, grid
+
+
+def audits_of(family: str, hosts: int, plan: str):
+    return plan_audit.audit_plan(*planned_of(family, hosts, plan), lambda text: None)
 
 
 def check(family: str, hosts: int, plan: str) -> None:
@@ -83,3 +89,33 @@ def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
         sum(priced for a in once for (kind, *_), priced, _ in a.audit.rows if kind in reductions)
         > 20
     )
+
+
+def computation_s(stage) -> dict[str, float]:
+    """A stage's computation per microbatch, forward and backward, without what it communicates."""
+    emitter, found = stage.emitter, {"forward": 0.0, "backward": 0.0}
+    for layer in emitter.model.layers[emitter.layout.first : emitter.layout.last]:
+        for number, op in enumerate(layer.cls.joint.ops):
+            strategy = emitter.picks["op", layer.cls.name, number]
+            share = strategy.work_division(emitter.mesh.shape)
+            seconds = stage.settings.compute.op_s(op) / share
+            found["forward"] += seconds * (op in layer.cls.forward_ops)
+            found["backward"] += seconds * (op in layer.cls.backward_ops)
+    return found
+
+
+@pytest.mark.parametrize(("family", "hosts", "plan"), [
+    ("gpt", 1, "data x tensor, zero-3"), ("moe", 1, "tensor"), ("wrn", 1, "data x tensor, zero-3"),
+])  # fmt: skip
+def test_what_the_planner_charged_is_what_the_programs_communicate(family, hosts, plan):
+    realized, model, optimizer, grid = planned_of(family, hosts, plan)
+    stage, programs = realized.stages[0], build_programs(realized, model, optimizer, grid)[0]
+    computation = computation_s(stage)
+    for name, compile_, charged in (
+        ("forward", programs.compile_forward, stage.sharding.seconds.forward),
+        ("backward", programs.compile_backward, stage.sharding.seconds.backward),
+    ):
+        programs.emitter.ledger = Ledger()
+        compile_()
+        communicated = sum(c.cost for c in programs.emitter.ledger.collectives)
+        assert charged == pytest.approx(computation[name] + communicated, rel=1e-9)
