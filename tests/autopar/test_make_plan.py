@@ -178,15 +178,19 @@ def test_placed_parameters_stay_where_the_plan_puts_them(gpt, cpu8):
 
 
 BROKEN = {
-    "a dim that does not divide": (
+    "a dim too many": (
         (_TWO[0], replace(_TWO[1], params={"blocks/3/mlp/up/bias": (None, "data")})), None,
-        r"cannot lie as the plan says .*stages\[\]\.params",
+        r"has 2 entries, and the tensor has 1 dim",
+    ),
+    "an axis that may not split": (
+        (_TWO[0], replace(_TWO[1], params={"blocks/3/mlp/up/bias": ("data",)})), None,
+        r"is not possible on the mesh .*drop the entry",
     ),
     "blocks that differ": (
         (replace(_TWO[0], params={
             "blocks/1/mlp/up/bias": ("tensor",), "blocks/2/mlp/up/bias": (None,)
         }), _TWO[1]), None,
-        r"'blocks/2/mlp/up/bias' must lie as in the other layers like it",
+        r"'blocks/2/mlp/up/bias' must lie as 'blocks/1/mlp/up/bias'",
     ),
     "an unknown strategy": (
         (replace(_TWO[0], strategies={"layer0/op": ("0:nonsense",)}), _TWO[1]), None,
@@ -194,7 +198,7 @@ BROKEN = {
     ),
     "a strategy of no op": (
         (replace(_TWO[0], strategies={"layer0/op": ("9999:R>R",)}), _TWO[1]), None,
-        r"no strategy 'R>R' for \('op', 'layer0', 9999\)",
+        r"no strategy 'R>R' for entry 9999 of layer0/op",
     ),
     "a strategy without a number": (
         (replace(_TWO[0], strategies={"layer0/op": ("R>R",)}), _TWO[1]), None,

@@ -55,12 +55,17 @@ def test_text_names_only_what_is_not_replicated():
 
 
 def test_prices_are_those_of_rings():
-    num_bytes = ITEMSIZE * math.prod(SHAPE)
-    assert reshard_cost(SHAPE, ITEMSIZE, (R, 0), (R, R), MESH) == 1.0 + 0.1 * num_bytes / 2
-    assert reshard_cost(SHAPE, ITEMSIZE, (R, P), (R, R), MESH) == 2 * (1.0 + 0.1 * num_bytes / 2)
-    assert reshard_cost(SHAPE, ITEMSIZE, (R, P), (R, 1), MESH) == 1.0 + 0.1 * num_bytes / 2
-    assert reshard_cost(SHAPE, ITEMSIZE, (R, 0), (R, 1), MESH) == 1.0 + 0.1 * num_bytes / 2 / 2
-    assert reshard_cost(SHAPE, ITEMSIZE, (R, R), (0, 1), MESH) == 0.0
+    half = 1.0 + 0.1 * ITEMSIZE * math.prod(SHAPE) / 2
+    prices = {
+        ((R, 0), (R, R)): half,
+        ((R, P), (R, R)): 2 * half,
+        ((R, P), (R, 1)): half,
+        ((R, 0), (R, 1)): (1.0 + half) / 2,
+        ((R, R), (0, 1)): 0.0,
+    }
+    for (source, target), price in prices.items():
+        found = reshard_cost(SHAPE, ITEMSIZE, source, target, MESH)
+        assert found == pytest.approx(price, rel=1e-12)
 
 
 def test_a_major_axis_cannot_leave_before_the_minor_one():

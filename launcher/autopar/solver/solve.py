@@ -66,7 +66,7 @@ def solve(
     """
     end_s = time.monotonic() + time_limit_s
     if method == "auto" and problem.memory is None:
-        order = plan_order(problem)
+        order = plan_order(problem, most_entries=_QUICK_ENTRIES)
         if order is not None:
             return _allowed(replace(solve_by_elimination(problem, order), method="elimination"))
     simple = simplify(problem)

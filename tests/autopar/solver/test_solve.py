@@ -1,11 +1,12 @@
 """The solvers against brute force, and against each other."""
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from launcher.autopar.solver import Memory, PairwiseProblem, eliminate, simplify, solve
+from launcher.autopar.solver import Memory, PairwiseProblem, simplify, solve
 from launcher.autopar.solver.eliminate import plan_order, solve_by_elimination
 from launcher.autopar.solver.ilp import solve_by_ilp
 from launcher.autopar.solver.problem import brute_force
@@ -132,8 +133,9 @@ def test_twins_are_folded():
 def test_a_dense_graph_goes_to_the_ilp_and_still_meets_the_elimination(random_problem, monkeypatch):
     problem = random_problem(3, nodes=9, strategies=9, density=1.0)
     expected = solve(problem).cost
-    monkeypatch.setattr(eliminate, "_MOST_ENTRIES", 10)
-    assert plan_order(problem) is None
+    solve_module = importlib.import_module("launcher.autopar.solver.solve")
+    monkeypatch.setattr(solve_module, "_QUICK_ENTRIES", 10)
+    monkeypatch.setattr(solve_module, "_ENTRIES", 10)
     solution = solve(problem)
     assert solution.cost == pytest.approx(expected, abs=1e-6)
     assert solution.method == "ilp (highs)"
