@@ -27,6 +27,7 @@ from launcher.autopar.collectives import combine_cost
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.mesh import LogicalMesh, TieBreaking
+from launcher.autopar.ports import Port
 from launcher.autopar.regions import Nest, Region
 from launcher.autopar.reshard import reshard_costs
 from launcher.autopar.restrictions import ClassTags, Restrictions
@@ -37,19 +38,6 @@ from launcher.autopar.work import aval_bytes, op_flops, result_bytes
 
 Key = Hashable
 _TIE_FRACTION = 1e-6  # of the dearest collective: what one more collective is charged to break ties
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """A place where a value leaves or enters a node: `specs` has one entry per choice of the node."""
-
-    key: Key
-    index: int
-    specs: tuple[Spec, ...]
-
-    @property
-    def name(self) -> tuple[Key, int]:
-        return self.key, self.index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +123,7 @@ class GraphProblem:
     def add_spec_node(self, key: Key, specs: Iterable[Spec], index: int = 0) -> Port:
         """A node that chooses a spec."""
         self.add_node(key, tuple(specs))
-        return Port(key, index, self.choices[key])
+        return Port(key, self.choices[key], index)
 
     def prefer_small(self, port: Port, aval) -> None:
         """Of two equal places for a value, the one that holds less."""
@@ -241,7 +229,7 @@ class _RegionBuilder:
         for value, readers in self.readers.items():
             key = self.problem.copies.get((self.region.path, value))
             if key is not None:
-                found[value] += (Port(key, 0, self.problem.choices[key]),)
+                found[value] += (Port(key, self.problem.choices[key]),)
             found[value] += tuple(port for port in readers.values() if port.name in self.results)
         return found
 
@@ -257,10 +245,10 @@ class _RegionBuilder:
         found = self.problem.choices[key]
         for index, operand in enumerate(op.operands):
             specs = tuple(strategy.operand_spec(index) for strategy in found)
-            self._read(operand, Port(key, index, specs))
+            self._read(operand, Port(key, specs, index))
         for index, value in enumerate(op.results):
             specs = tuple(strategy.result_spec(index) for strategy in found)
-            self.ports[value] = Port(key, index, specs)
+            self.ports[value] = Port(key, specs, index)
 
     def _add_flow(self, op: Op, position: int, leader: int) -> None:
         nest = self.region.nests[leader]
@@ -269,7 +257,7 @@ class _RegionBuilder:
             for number, crossing in enumerate(nest.flow.crossings)
         ]
         for crossing, port in zip(nest.flow.crossings, crossings, strict=True):
-            outer = Port(port.key, 0, tuple(crossing.outer_spec(spec) for spec in port.specs))
+            outer = Port(port.key, tuple(crossing.outer_spec(spec) for spec in port.specs))
             if crossing.operand is not None:
                 self._read(op.operands[crossing.operand], outer)
             if crossing.result is not None:
@@ -292,7 +280,7 @@ class _RegionBuilder:
                 inputs |= dict.fromkeys(
                     (region.graph.inputs[i] for i in crossing.into(number)), port
                 )
-                arrives = Port(port.key, 1, port.specs)
+                arrives = Port(port.key, port.specs, 1)
                 outputs |= dict.fromkeys(crossing.out_of(number), arrives)
             self.problem.add_region(region, inputs, outputs, times * body.times)
 

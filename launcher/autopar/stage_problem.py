@@ -34,6 +34,7 @@ from launcher.autopar.layers import LayerClass
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.param_costs import ParamCosts, param_costs, reshard_matrix, state_spec
+from launcher.autopar.ports import Port
 from launcher.autopar.restrictions import ClassTags, Restrictions
 from launcher.autopar.rules import axis_choices, shapes_of, strategies
 from launcher.autopar.solver import PairwiseProblem
@@ -88,14 +89,6 @@ def owned_group(place: tuple[str, int]) -> Group:
 def borrowed_group(place: tuple[str, int]) -> Group:
     """What each parameter costs that lies at a (class, slot) and that another stage updates."""
     return ("borrowed", *place)
-
-
-@dataclass(frozen=True, slots=True)
-class Port:
-    """Where a value leaves or enters a node: `specs` has one entry per choice of the node."""
-
-    key: Key
-    specs: tuple[Spec, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import jax
 from jax.extend.core import Literal
 
 from launcher.autopar.graph import Graph, Value
-from launcher.autopar.graph_problem import Admission, GraphProblem, Port
+from launcher.autopar.graph_problem import Admission, GraphProblem
 from launcher.autopar.intra_op_options import IntraOpOptions
 from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.ports import Port
 from launcher.autopar.regions import Region, build_region
 from launcher.autopar.reshard import Kind
 from launcher.autopar.restrictions import ClassTags, Restrictions
@@ -149,7 +150,7 @@ def _add_outputs(
             ports.append(None)
         elif index in roles.carried:
             source = inputs[roles.carried[index]]
-            ports.append(Port(source.key, 1, source.specs))
+            ports.append(Port(source.key, source.specs, 1))
         else:
             specs = problem.admission.specs(graph.avals[operand])
             ports.append(problem.add_spec_node(("output", index), specs))
