@@ -71,9 +71,11 @@ def run(config: Config, run_dir: Path) -> int:
 def find_cluster(config: Config) -> Cluster:
     """The cluster of the config; `local` is whatever this machine has."""
     cluster = Cluster.from_config(config.cluster)
-    if emulates(config) or (config.plan.audit and config.mode == "plan"):
+    audits = config.plan.audit and config.mode == "plan"
+    is_local = cluster.name == "local"
+    if emulates(config) or audits or not (is_local or cluster.device.accelerator):
         devices.emulate(cluster.num_devices)
-    elif cluster.name == "local":
+    elif is_local:
         found = devices.discover(cluster.num_devices)
         if found.count:
             cluster = Cluster.local(

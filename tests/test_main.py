@@ -138,3 +138,19 @@ def test_what_the_user_got_wrong_is_said_in_one_line(tmp_path, overrides, error,
         main.run(load(["logger=jsonl", "mode=plan", *overrides]), tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (["cluster=cpu8"], 8),
+        (["cluster=8xp3", "runtime=emulate"], 64),
+        (["cluster=8xp3", "mode=plan", "plan.audit=true"], 64),
+        (["cluster=8xp3", "mode=plan"], None),
+    ],
+)
+def test_cpu_devices_stand_in_where_no_accelerator_is_wanted(monkeypatch, given, count):
+    asked: list[int] = []
+    monkeypatch.setattr(main.devices, "emulate", asked.append)
+    main.find_cluster(load(given))
+    assert asked == ([] if count is None else [count])
