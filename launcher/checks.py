@@ -13,7 +13,7 @@ from launcher.config import SCHEMAS, Config, CustomConfig, GptConfig, MoeConfig,
 from launcher.errors import ConfigError
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "mode": ("train", "plan"),
+    "mode": ("train", "plan", "eval"),
     "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
     "model.second_expert": ("always", "random"),
     "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
@@ -27,7 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 # Values that the interface has and this version has not.
 LATER: Mapping[str, tuple[str, ...]] = {
-    "mode": ("profile", "eval", "submit"),
+    "mode": ("profile", "submit"),
     "parallel.schedule": ("interleaved", "zb_h1"),
 }
 
@@ -72,6 +72,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "train.global_batch": COUNTS,
     "train.eval_every": AMOUNTS,
     "train.eval_batches": AMOUNTS,
+    "train.sample_tokens": AMOUNTS,
+    "train.sample_temperature": AMOUNTS,
+    "train.sample_top_k": AMOUNTS,
 }
 
 # What each kind of parallelism allows: key -> the values beside null that do not contradict it.
@@ -96,6 +99,7 @@ def validate(config: Config) -> None:
     _check_parallel(config.parallel)
     _check_batch(config)
     _check_model(config)
+    _check_end(config)
 
 
 def _check_names(config: Config) -> None:
@@ -229,6 +233,24 @@ def _check_model(config: Config) -> None:
                 f"model.target={target} is not of the form package.module:function: "
                 f"give the function that builds the model, such as my_package.my_module:build"
             )
+
+
+def _check_end(config: Config) -> None:
+    """What a run does after its last step."""
+    if config.mode == "eval" and config.train.eval_batches == 0:
+        raise ConfigError(
+            "mode=eval has nothing to do with train.eval_batches=0: give 1 or more"
+        )
+    if config.mode == "eval" and config.train.export_weights:
+        raise ConfigError(
+            "train.export_weights=true would write the weights that mode=eval was given: "
+            "leave it out, or take mode=train"
+        )
+    if config.train.sample_tokens and not config.train.sample_prompt:
+        raise ConfigError(
+            f"train.sample_tokens={config.train.sample_tokens} needs something to go on from, and "
+            f"train.sample_prompt is empty: give a text, such as train.sample_prompt='The '"
+        )
 
 
 def _reject_heads(hidden: int, heads: int) -> None:

@@ -22,6 +22,7 @@ class ModelConfig:
     name: str
     size: str = "auto"  # a name of the family's table; auto: the largest that fits the cluster
     dtype: str = "auto"  # of the computation: auto | fp32 | bf16 | fp16 | fp64
+    weights: str | None = None  # a safetensors file to begin with; null: drawn from the seed
 
 
 @dataclass(kw_only=True)
@@ -201,6 +202,7 @@ class OptimizerConfig:
     decay: str  # after the warm-up: constant | cosine | linear (to 0 at the last step)
     clip_norm: float  # the largest global norm of the gradients; 0: no clipping
     weight_decay: float
+    loss_scale: str = "auto"  # auto (dynamic for fp16, else 1) | dynamic | a number
 
 
 @dataclass(kw_only=True)
@@ -254,6 +256,11 @@ class TrainConfig:
     global_batch: int | None  # samples per optimizer step; null: the default of the model's size
     eval_every: int  # steps between evaluations; 0: only after the last step
     eval_batches: int  # batches per evaluation; 0: no evaluation
+    export_weights: bool  # write weights.safetensors at the end
+    sample_tokens: int  # tokens of text to write at the end; 0: none
+    sample_prompt: str  # what that text begins with
+    sample_temperature: float  # of the draws; 0: always the likeliest token
+    sample_top_k: int  # draw from so many of the likeliest tokens; 0: from all
 
 
 @dataclass(kw_only=True)
@@ -267,7 +274,7 @@ class PlanConfig:
 class Config:
     """Everything a run is told."""
 
-    mode: str  # train | plan
+    mode: str  # train | plan | eval
     seed: int
     debug: bool
     model: ModelConfig

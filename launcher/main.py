@@ -1,13 +1,17 @@
 """The only place that wires. Read top to bottom, it is the program:
 
-config -> cluster -> model -> plan -> devices -> executor -> training loop
+config -> cluster -> model -> plan -> devices -> executor -> training loop -> weights
 """
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from launcher import data, models
@@ -21,51 +25,168 @@ from launcher.autopar.space import PlanOptions
 from launcher.autopar.summary import summarize
 from launcher.autopar.wording import large
 from launcher.config import Config, ParallelConfig
+from launcher.data.dataset import Dataset
+from launcher.errors import TrainingError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
-from launcher.runtime import devices, plan_audit, train_loop
-from launcher.runtime.executor import LocalExecutor
+from launcher.runtime import devices, evaluation_run, plan_audit, train_loop
+from launcher.runtime.evaluation_run import Evaluation
+from launcher.runtime.initial import initial_values
+from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.memory_error import memory_error
 from launcher.runtime.metrics import Meter, PlanMetrics
 from launcher.runtime.progress import phase, progress_sink
+from launcher.runtime.run_end import RunEnd
+from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
 from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
 from launcher.runtime.wandb_sink import WandbRun, WandbSink
+from launcher.runtime.weights import WeightsFile, open_weights
 
 log = logging.getLogger(__name__)
+
+Arrays = Callable[[], Mapping[str, jax.Array]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a run is made of, before there is a plan."""
+
+    config: Config
+    run_dir: Path
+    console: Console
+    cluster: Cluster
+    model: Model
+    optimizer: Optimizer
+    # Of a run that computes; a plan alone needs none of them.
+    dataset: Dataset | None
+    weights: WeightsFile | None
+    sampler: Sampler | None
 
 
 def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
-    console = Console()
-    cluster = find_cluster(config)
-    model = build_model(config, cluster)
-    trains = config.mode == "train"
-    dataset = data.build(config.data, model, config.seed) if trains else None
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
-
-    planned = make_plan(config, model, cluster, optimizer, console)
+    setup = make_setup(config, run_dir, Console())
+    cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
+    planned = make_plan(config, model, cluster, optimizer, setup.console)
     save_plan(planned, model, cluster, run_dir)
     if config.plan.audit:
-        audit_plan(config, planned, model, cluster, optimizer, console)
-    if not trains:
+        audit_plan(config, planned, model, cluster, optimizer, setup.console)
+    if config.mode == "plan":
         return 0
-
     grid = devices.acquire(cluster, emulated=emulates(config))
-    with phase(console, "compiling") as progress:
+    if config.mode == "eval":
+        evaluate(setup, planned, grid)
+    else:
+        train(setup, planned, grid)
+    return 0
+
+
+def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
+    """Build everything but the plan; what the user got wrong about it is found here."""
+    cluster = find_cluster(config)
+    model = build_model(config, cluster)
+    computes = config.mode != "plan"
+    path = config.model.weights
+    dataset = data.build(config.data, model, config.seed) if computes else None
+    return Setup(
+        config=config,
+        run_dir=run_dir,
+        console=console,
+        cluster=cluster,
+        model=model,
+        optimizer=build_optimizer(config.optimizer, config.train.steps, model.dtype),
+        dataset=dataset,
+        weights=open_weights(Path(path), model) if computes and path else None,
+        sampler=find_sampler(config, cluster, model, dataset) if computes else None,
+    )
+
+
+def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
+    """Compile the plan, and train."""
+    config, model, optimizer = setup.config, setup.model, setup.optimizer
+    with phase(setup.console, "compiling") as progress:
         executor = LocalExecutor(
-            planned.realized, model, optimizer, grid, seed=config.seed, progress=progress
-        )
-    settings = train_loop.TrainSettings(
+            planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
+            weights=setup.weights and setup.weights.values(model),
+        )  # fmt: skip
+    meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
+    log.info("training on %s", setup.dataset.name)
+    train_loop.run(
+        executor,
+        setup.dataset,
+        train_settings(config, planned),
+        meter,
+        make_sinks(config, planned, meter, setup.run_dir, setup.console),
+        learning_rate=optimizer.schedule,
+        explain_memory=explain_memory(planned, grid),
+        at_end=make_end(setup, planned, executor.arrays),
+    )
+    executor.close()
+
+
+def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
+    """Bring the weights where the plan wants them, and evaluate them."""
+    config, model, weights = setup.config, setup.model, setup.weights
+    if weights is None:
+        log.info("model.weights is not given: these are the initial weights of seed=%d", config.seed)
+    values = weights.values(model) if weights else initial_values(model, config.seed)
+    evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values)
+    meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
+    log.info("evaluating on %s", setup.dataset.name)
+    step = weights.step if weights else 0
+    evaluation_run.run(
+        evaluation,
+        setup.dataset,
+        dataclasses.replace(train_settings(config, planned), steps=step, first_step=step),
+        meter,
+        make_sinks(config, planned, meter, setup.run_dir, setup.console),
+        explain_memory=explain_memory(planned, grid),
+        at_end=make_end(setup, planned, evaluation.arrays),
+    )
+
+
+def train_settings(config: Config, planned: Planned) -> train_loop.TrainSettings:
+    """How long to train, and when to evaluate."""
+    return train_loop.TrainSettings(
         steps=config.train.steps,
         global_batch=planned.plan.global_batch,
         eval_every=config.train.eval_every,
         eval_batches=config.train.eval_batches,
     )
-    meter = make_meter(planned, model, cluster, emulated=emulates(config))
-    sinks = make_sinks(config, planned, meter, run_dir, console)
-    log.info("training on %s", dataset.name)
-    train_loop.run(executor, dataset, settings, meter, sinks, learning_rate=optimizer.schedule)
-    executor.close()
-    return 0
+
+
+def find_sampler(
+    config: Config, cluster: Cluster, model: Model, dataset: Dataset
+) -> Sampler | None:
+    """What writes a text at the end, if one is asked for."""
+    if not config.train.sample_tokens:
+        return None
+    settings = SampleSettings(
+        num_tokens=config.train.sample_tokens,
+        prompt=config.train.sample_prompt,
+        temperature=config.train.sample_temperature,
+        top_k=config.train.sample_top_k,
+        seed=config.seed,
+    )
+    is_real = cluster.device.accelerator and not emulates(config)
+    return make_sampler(settings, model, dataset, cluster.device.memory_bytes if is_real else None)
+
+
+def make_end(setup: Setup, planned: Planned, arrays: Arrays) -> RunEnd:
+    """What is written after the last step."""
+    return RunEnd(
+        run_dir=setup.run_dir,
+        model=setup.model,
+        plan=planned.plan,
+        arrays=arrays,
+        exports=setup.config.train.export_weights,
+        sampler=setup.sampler,
+    )
+
+
+def explain_memory(planned: Planned, grid: np.ndarray) -> Callable[[BaseException], TrainingError]:
+    """What to say when a device's memory is used up and nobody knows by which instruction."""
+    return partial(memory_error, plan=planned.plan, doing=None, devices=list(grid.flat))
 
 
 def find_cluster(config: Config) -> Cluster:

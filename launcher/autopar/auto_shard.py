@@ -19,14 +19,7 @@ from jax.sharding import Mesh
 from launcher.autopar.audit import Audit, audit
 from launcher.autopar.collectives import Collective
 from launcher.autopar.explain import Explanation, explain_step
-from launcher.autopar.graph import (
-    CALLS,
-    CUSTOM_CALLS,
-    Graph,
-    eliminate_common_ops,
-    eliminate_dead_code,
-    from_jaxpr,
-)
+from launcher.autopar.graph import Graph, flat_graph
 from launcher.autopar.hlo import read_collectives
 from launcher.autopar.intra_op_options import IntraOpOptions
 from launcher.autopar.live_bytes import peak_bytes
@@ -210,12 +203,10 @@ def _trace(step: Callable, arguments: tuple) -> tuple[Graph, object, int]:
     try:
         closed, result = jax.make_jaxpr(step, return_shape=True)(*arguments)
     except Exception as error:
-        raise ConfigError(
-            f"the function cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-    graph = from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS, barriers=True)
-    graph = eliminate_dead_code(eliminate_common_ops(graph))
-    return graph, result, len(jax.tree.leaves(arguments))
+        first_line = str(error).strip().splitlines()[:1]  # a bare `assert` says nothing
+        reason = ": ".join((type(error).__name__, *first_line))
+        raise ConfigError(f"the function cannot be traced: {reason}") from error
+    return flat_graph(closed), result, len(jax.tree.leaves(arguments))
 
 
 def _names(step: Callable, arguments: tuple) -> tuple[str, ...]:

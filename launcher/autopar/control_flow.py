@@ -14,24 +14,16 @@ loop accumulates over microbatches are reduced once, after it. A `while` loop co
 nobody knows how many there will be; every branch of a `cond` counts as taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import Literal
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.graph import (
-    CALLS,
-    CUSTOM_CALLS,
-    Graph,
-    Op,
-    Operand,
-    eliminate_dead_code,
-    from_jaxpr,
-)
+from launcher.autopar.graph import Graph, Op, Operand, flat_graph
 from launcher.autopar.spec import Spec
 
 Place = tuple[int, int]  # (body, index of an input or output)
@@ -99,10 +91,6 @@ def flow_of(op: Op) -> Flow:
     return _READERS[op.primitive](op)
 
 
-def _graph(closed: ClosedJaxpr) -> Graph:
-    return eliminate_dead_code(from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS))
-
-
 def _avals(op: Op) -> list[jax.core.ShapedArray]:
     return [atom.aval for atom in op.eqn.invars]
 
@@ -124,13 +112,16 @@ def _starts_as_sum(operand: Operand) -> bool:
     return not isinstance(operand, Literal) or not np.any(operand.val)
 
 
+def _constants(avals: Sequence[jax.core.ShapedArray], *, first: int, body: int) -> list[Crossing]:
+    """The operands, from `first` on, that are the first inputs of a body on every trip."""
+    return [Crossing(aval, operand=first + k, inputs=((body, k),)) for k, aval in enumerate(avals)]
+
+
 def _scan(op: Op) -> Flow:
     params, avals = op.eqn.params, _avals(op)
-    graph = _graph(params["jaxpr"])
+    graph = flat_graph(params["jaxpr"])
     consts, carried = params["num_consts"], params["num_carry"]
-    crossings = [
-        Crossing(avals[k], operand=k, inputs=((0, k),)) for k in range(consts)
-    ]  # fmt: skip
+    crossings = _constants(avals[:consts], first=0, body=0)
     for k in range(carried):
         at = consts + k
         crossings.append(
@@ -141,7 +132,7 @@ def _scan(op: Op) -> Flow:
                 inputs=((0, at),),
                 outputs=((0, k),),
                 may_be_partial=_is_sum(graph, k) and _starts_as_sum(op.operands[at]),
-            )  # fmt: skip
+            )
         )
     for at in range(consts + carried, len(avals)):
         crossings.append(Crossing(_inner(avals[at]), operand=at, inputs=((0, at),), stacked=True))
@@ -157,16 +148,13 @@ def _scan(op: Op) -> Flow:
 
 def _while(op: Op) -> Flow:
     params, avals = op.eqn.params, _avals(op)
-    test, step = _graph(params["cond_jaxpr"]), _graph(params["body_jaxpr"])
+    test, step = flat_graph(params["cond_jaxpr"]), flat_graph(params["body_jaxpr"])
     test_consts, step_consts = params["cond_nconsts"], params["body_nconsts"]
-    crossings = [
-        Crossing(avals[k], operand=k, inputs=((0, k),)) for k in range(test_consts)
-    ]  # fmt: skip
-    for k in range(step_consts):
-        at = test_consts + k
-        crossings.append(Crossing(avals[at], operand=at, inputs=((1, k),)))
+    carried = test_consts + step_consts
+    crossings = _constants(avals[:test_consts], first=0, body=0)
+    crossings += _constants(avals[test_consts:carried], first=test_consts, body=1)
     for k in range(len(op.results)):
-        at = test_consts + step_consts + k
+        at = carried + k
         inputs = ((0, test_consts + k), (1, step_consts + k))
         crossings.append(
             Crossing(avals[at], operand=at, result=k, inputs=inputs, outputs=((1, k),))
@@ -177,7 +165,7 @@ def _while(op: Op) -> Flow:
 
 
 def _cond(op: Op) -> Flow:
-    avals, graphs = _avals(op), [_graph(branch) for branch in op.eqn.params["branches"]]
+    avals, graphs = _avals(op), [flat_graph(branch) for branch in op.eqn.params["branches"]]
     branches = range(len(graphs))
     crossings = [Crossing(avals[0], operand=0, whole=True)]
     for at in range(1, len(avals)):

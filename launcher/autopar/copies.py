@@ -29,6 +29,14 @@ class Copies:
         """A value is produced."""
         self._held[value] = [spec]
 
+    def put_more(self, value: Value, spec: Spec) -> None:
+        """Another shard of a value is at hand from the start."""
+        self._held.setdefault(value, []).append(spec)
+
+    def held(self) -> dict[Value, tuple[Spec, ...]]:
+        """The specs under which each value is held by now, in the order in which they came."""
+        return {value: tuple(specs) for value, specs in self._held.items()}
+
     def __contains__(self, value: Value) -> bool:
         return value in self._held
 

@@ -1,21 +1,31 @@
 """Solved stage -> functions on local shards: what was priced is what is written.
 
-`StageEmitter.forward` and `.backward` are plain functions of local shards, to be run inside
-`jax.shard_map` over the stage's mesh. They walk the stage's layers, compute every op by the strategy it
-was given, and insert the resharding steps that the planner priced; XLA is left no choice of its own.
+`StageEmitter.forward` and `.backward`, or `.backward_input` and `.backward_weight` in its place, are plain
+functions of local shards, to be run inside `jax.shard_map` over the stage's mesh. They walk the stage's
+layers, compute every op by the strategy it was given, and insert the resharding steps that the planner
+priced; XLA is left no choice of its own.
 """
 
-from collections import defaultdict
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 
 import jax
 
-from launcher.autopar.graph import Value, evaluate_op
+from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass
 from launcher.autopar.rules import Strategy
-from launcher.autopar.shards import Ledger, ShardedValues, pack, reshard_local, unpack
+from launcher.autopar.shards import Ledger, ShardedValues, pack, unpack
 from launcher.autopar.spec import Spec
+from launcher.autopar.split_layout import (
+    ANY_SHARD,
+    Source,
+    SpecsOnly,
+    SplitLayout,
+    split_layout,
+)
+from launcher.autopar.stage_inputs import Cotangents, StageInputs
 from launcher.autopar.stage_layout import StageLayout
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
 from launcher.autopar.trace import Role
@@ -44,13 +54,16 @@ class StageEmitter:
             }
             for cls in {layer.cls for layer in self.model.layers[layout.first : layout.last]}
         }
+        self._new_values = ShardedValues
+
+    # The programs
 
     def forward(self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays):
         """One microbatch forward.
 
         Returns (exports, new state, kept values), keyed as in the layout.
         """
-        inputs = _StageInputs(self, params, state, batch, key_data, imports)
+        inputs = self._inputs(params, state, batch, key_data, imports)
         values = {}
         for index in range(self.layout.first, self.layout.last):
             values[index] = self._start(index, inputs, values)
@@ -75,30 +88,84 @@ class StageEmitter:
 
         Returns (accumulators with the microbatch's gradients added, gradients of the imports).
         """
-        inputs = _StageInputs(self, params, {}, batch, key_data, imports)
-        sums = {p: unpack(a, self.layout.accumulators[p]) for p, a in accumulators.items()}
-        values = self._recomputed(inputs, kept) if self.layout.recompute == "full" else {}
-        incoming = _Cotangents(cotangents)
+        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
+        sums = self._unpacked(accumulators)
         returned: dict[Value, jax.Array] = {}
+        for index, own in self._first_half(inputs, kept, cotangents, returned):
+            self._second_half(index, own, sums)
+        return self._packed(sums), returned
+
+    def backward_input(
+        self, params: Arrays, batch: Arrays, key_data, imports: Arrays, kept: Arrays,
+        cotangents: Arrays,
+    ):  # fmt: skip
+        """The first half of `backward`, and what it recomputes.
+
+        Returns (what the second half reads of it, keyed as in `split`; gradients of the imports).
+        """
+        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
+        returned: dict[Value, jax.Array] = {}
+        weight_kept = {}
+        for index, own in self._first_half(inputs, kept, cotangents, returned):
+            weight_kept |= {
+                (index, start.value, start.spec): pack(
+                    own.at_hand(start.value, start.spec), start.spec
+                )
+                for start in self.split.starts[index]
+                if start.source is Source.FIRST_HALF
+            }
+        return weight_kept, returned
+
+    def backward_weight(
+        self, params: Arrays, batch: Arrays, key_data, imports: Arrays, kept: Arrays,
+        weight_kept: Arrays, accumulators: Arrays,
+    ):  # fmt: skip
+        """The second half of `backward`. Of its inputs it reads no more than `split` says.
+
+        Returns the accumulators with the microbatch's gradients added.
+        """
+        inputs = self._inputs(params, {}, batch, key_data, imports)
+        sums = self._unpacked(accumulators)
         for index in reversed(range(self.layout.first, self.layout.last)):
-            layer = self.model.layers[index]
-            if index not in values:
-                values[index] = self._resumed(index, inputs, kept)
-            values[index].via = self._copies(layer.cls, BACKWARD_COPY)
-            self._put_cotangents(layer, values[index], incoming)
-            values[index].run(layer.cls.backward_ops, self.strategies[layer.cls.name])
-            self._collect(layer, values[index], sums, incoming, returned)
-        packed = {p: pack(a, self.layout.accumulators[p]) for p, a in sums.items()}
-        return packed, returned
+            self._second_half(index, self._between(index, inputs, kept, weight_kept), sums)
+        return self._packed(sums)
+
+    # What goes in and out
+
+    def _inputs(
+        self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays
+    ) -> StageInputs:
+        return StageInputs(
+            self.model, self.layout, self.mesh, self.ledger,
+            params=params, state=state, batch=batch, key_data=key_data, imports=imports,
+        )  # fmt: skip
+
+    def _kept_state(self, kept: Arrays) -> Arrays:
+        """The state that the microbatch saw, for running all of its forward pass again."""
+        if self.layout.recompute != "full":
+            return {}
+        return {
+            self.model.traced.inputs[self.model.layers[i].inputs[slot]].path: kept[i, value]
+            for (i, value) in self.layout.kept
+            for slot in [self.model.layers[i].cls.joint.inputs.index(value)]
+        }
+
+    def _unpacked(self, accumulators: Arrays) -> dict[str, jax.Array]:
+        return {p: unpack(a, self.layout.accumulators[p]) for p, a in accumulators.items()}
+
+    def _packed(self, sums: Arrays) -> dict[str, jax.Array]:
+        return {p: pack(a, self.layout.accumulators[p]) for p, a in sums.items()}
 
     def _output(self, values: Mapping[int, ShardedValues], value: Value, spec: Spec) -> jax.Array:
         index, output = self.producer[value]
         cls = self.model.layers[index].cls
         return _read(values[index], cls.outputs[output], spec)
 
+    # The values of a layer
+
     def _values(self, cls: LayerClass, copies: str) -> ShardedValues:
         """A layer's values before any: its closed-over arrays."""
-        own = ShardedValues(cls.joint.avals, self.mesh, self.ledger)
+        own = self._new_values(cls.joint.avals, self.mesh, self.ledger)
         own.via = self._copies(cls, copies)
         own.put_constants(cls.joint.constants)
         return own
@@ -115,42 +182,45 @@ class StageEmitter:
         name, slot = self.aliases.get((cls.name, slot), (cls.name, slot))
         return self.picks["slot", name, slot]
 
-    def _start(self, index: int, inputs: "_StageInputs", values) -> ShardedValues:
+    def _start(self, index: int, inputs: StageInputs, values) -> ShardedValues:
         """The values of a layer before its first op: constants and inputs."""
         layer = self.model.layers[index]
         own = self._values(layer.cls, FORWARD_COPY)
         for slot, traced_value in enumerate(layer.inputs):
-            spec = self.slot_spec(layer.cls, slot)
+            spec, value = self.slot_spec(layer.cls, slot), layer.cls.joint.inputs[slot]
             if traced_value in self.producer:
-                shard = self._output(values, traced_value, spec)
+                own.put(value, spec, self._output(values, traced_value, spec))
             else:
-                shard = inputs.read(layer.cls.slots[slot].role, traced_value, spec)
-            own.put(layer.cls.joint.inputs[slot], spec, shard)
+                own.put_later(value, spec, partial(self._given, inputs, index, slot))
         return own
 
-    def _resumed(self, index: int, inputs: "_StageInputs", kept: Arrays) -> ShardedValues:
+    def _given(self, inputs: StageInputs, index: int, slot: int) -> jax.Array:
+        """A layer's input that enters the stage."""
+        layer = self.model.layers[index]
+        role, spec = layer.cls.slots[slot].role, self.slot_spec(layer.cls, slot)
+        return inputs.read(role, layer.inputs[slot], spec)
+
+    def _resumed(self, index: int, inputs: StageInputs, kept: Arrays) -> ShardedValues:
         """The values of a layer before its backward ops, from what was kept."""
         layer = self.model.layers[index]
         own = self._values(layer.cls, FORWARD_COPY)
         for slot, traced_value in enumerate(layer.inputs):
-            role, spec = layer.cls.slots[slot].role, self.slot_spec(layer.cls, slot)
-            value = layer.cls.joint.inputs[slot]
-            if traced_value not in self.producer and role is not Role.STATE:
-                own.put(value, spec, inputs.read(role, traced_value, spec))
+            value, is_state = layer.cls.joint.inputs[slot], layer.cls.slots[slot].role is Role.STATE
+            if traced_value not in self.producer and not is_state:
+                spec = self.slot_spec(layer.cls, slot)
+                own.put_later(value, spec, partial(self._given, inputs, index, slot))
         for (owner, value), spec in self.layout.kept.items():
             if owner == index:
-                own.put(value, spec, unpack(kept[owner, value], spec))
+                own.put_later(value, spec, partial(self._kept, kept, (owner, value)))
         if self.layout.recompute == "layer":
             own.run(layer.cls.recomputed_ops(), self.strategies[layer.cls.name])
         return own
 
-    def _recomputed(self, inputs: "_StageInputs", kept: Arrays) -> dict[int, ShardedValues]:
+    def _kept(self, kept: Arrays, name) -> jax.Array:
+        return unpack(kept[name], self.layout.kept[name])
+
+    def _recomputed(self, inputs: StageInputs) -> dict[int, ShardedValues]:
         """The whole forward pass again."""
-        inputs.state = {
-            self.model.traced.inputs[self.model.layers[i].inputs[slot]].path: kept[i, value]
-            for (i, value) in self.layout.kept
-            for slot in [self.model.layers[i].cls.joint.inputs.index(value)]
-        }
         values: dict[int, ShardedValues] = {}
         for index in range(self.layout.first, self.layout.last):
             values[index] = self._start(index, inputs, values)
@@ -162,87 +232,94 @@ class StageEmitter:
             values[index].run(needed, self.strategies[layer.cls.name])
         return values
 
-    def _put_cotangents(self, layer: Layer, own: ShardedValues, incoming: "_Cotangents") -> None:
-        for output, value in layer.cls.cotangents.items():
-            spec = self.picks["cotangent", layer.cls.name, output]
-            total = incoming.total(layer.outputs[output], spec)
-            own.put(value, spec, own.zeros(value, spec) if total is None else total)
+    # The halves of the backward pass
 
-    def _collect(self, layer: Layer, own: ShardedValues, sums, incoming, returned) -> None:
-        """Hand on the gradients of a layer's inputs: to an accumulator, an earlier layer, or out."""
+    def _first_half(
+        self, inputs: StageInputs, kept: Arrays, cotangents: Arrays, returned: dict
+    ) -> Iterator[tuple[int, ShardedValues]]:
+        """Yield each layer's values, the last layer first, when its input gradients are handed on."""
+        values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
+        incoming = Cotangents(cotangents)
+        for index in reversed(range(self.layout.first, self.layout.last)):
+            layer = self.model.layers[index]
+            own = values[index] if index in values else self._resumed(index, inputs, kept)
+            own.via = self._copies(layer.cls, BACKWARD_COPY)
+            for output, value in layer.cls.cotangents.items():
+                spec = self.picks["cotangent", layer.cls.name, output]
+                total = incoming.total(layer.outputs[output])
+                own.put(value, spec, own.zeros(value, spec) if total is None else total)
+            own.run(layer.cls.input_ops, self.strategies[layer.cls.name])
+            self._hand_on(layer, own, incoming, returned)
+            yield index, own
+
+    def _hand_on(self, layer: Layer, own: ShardedValues, incoming: Cotangents, returned) -> None:
+        """Hand on the gradients of activations: to an earlier layer, or out."""
         for slot, value in layer.cls.gradients.items():
             traced_value = layer.inputs[slot]
             if layer.cls.slots[slot].role is Role.PARAM:
-                path = self.model.traced.inputs[traced_value].path
-                spec = self.layout.accumulators.get(path)
-                if spec is not None and isinstance(value, Value):
-                    sums[path] = sums[path] + _read(own, value, spec)
-            elif traced_value in self.producer:
-                if isinstance(value, Value):
-                    incoming.add(traced_value, own, value)
+                continue
+            if traced_value in self.producer:
+                spec = self._cotangent_spec(traced_value)
+                if isinstance(value, Value) and spec is not None:
+                    incoming.add(traced_value, own.get(value, spec))
             elif traced_value in self.layout.returns:
                 shard = _read(own, value, self.layout.returns[traced_value])
                 known = returned.get(traced_value)
                 returned[traced_value] = shard if known is None else known + shard
 
+    def _cotangent_spec(self, traced_value: Value) -> Spec | None:
+        index, output = self.producer[traced_value]
+        return self.picks.get(("cotangent", self.model.layers[index].cls.name, output))
+
+    def _second_half(self, index: int, own: ShardedValues, sums: dict[str, jax.Array]) -> None:
+        """Make the gradients of a layer's parameters, and add them to the sums."""
+        layer = self.model.layers[index]
+        own.run(layer.cls.weight_ops, self.strategies[layer.cls.name])
+        for slot, value in layer.cls.gradients.items():
+            if layer.cls.slots[slot].role is Role.PARAM:
+                path = self.model.traced.inputs[layer.inputs[slot]].path
+                spec = self.layout.accumulators.get(path)
+                if spec is not None and isinstance(value, Value):
+                    sums[path] = sums[path] + own.get(value, spec)
+
+    def _between(self, index: int, inputs: StageInputs, kept: Arrays, weight_kept: Arrays):
+        """The values of a layer between the halves, as the first one left them."""
+        cls = self.model.layers[index].cls
+        own = self._new_values(cls.joint.avals, self.mesh, self.ledger)
+        copied = self.split.copied[index]
+        own.via = {v: s for v, s in self._copies(cls, BACKWARD_COPY).items() if v not in copied}
+        for start in self.split.starts[index]:
+            value, spec = start.value, start.spec
+            match start.source:
+                case Source.KEPT:
+                    make = partial(self._kept, kept, (index, value))
+                case Source.INPUT:
+                    make = partial(self._given, inputs, index, cls.joint.inputs.index(value))
+                case Source.CONSTANT:
+                    make = partial(jax.numpy.asarray, cls.joint.constants[value])
+                case Source.ZEROS:
+                    make = partial(own.zeros, value, spec)
+                case Source.FIRST_HALF:
+                    make = partial(unpack, weight_kept[index, value, spec], spec)
+            own.put_later(value, spec, make)
+        return own
+
+    @cached_property
+    def split(self) -> SplitLayout:
+        """What the first half leaves for the second, found by going through both with specs alone."""
+        walk = copy.copy(self)
+        walk._new_values = SpecsOnly
+        kept = dict.fromkeys(self.layout.kept, ANY_SHARD)
+        cotangents = dict.fromkeys(self.layout.cotangents, ANY_SHARD)
+        sums = dict.fromkeys(self.layout.accumulators, ANY_SHARD)
+        found: dict[int, SpecsOnly] = {}
+        for index, own in walk._first_half(None, kept, cotangents, {}):
+            own.begin_second_half()
+            walk._second_half(index, own, sums)
+            found[index] = own
+        return split_layout(self.model, self.layout, found)
+
 
 def _read(values: ShardedValues, value, spec: Spec) -> jax.Array:
     """A value's shard; what JAX knew at trace time is a literal."""
     return values.get(value, spec) if isinstance(value, Value) else jax.numpy.asarray(value.val)
-
-
-class _StageInputs:
-    """The stage's inputs, as its layers ask for them."""
-
-    def __init__(self, emitter: StageEmitter, params, state, batch, key_data, imports):
-        self.emitter = emitter
-        self.state = state
-        self._params, self._batch, self._imports = params, batch, imports
-        self._keys = _derive_keys(emitter, key_data)
-
-    def read(self, role: Role | None, value: Value, spec: Spec) -> jax.Array:
-        traced, layout = self.emitter.model.traced, self.emitter.layout
-        match role:
-            case Role.RANDOM | Role.CONSTANT:
-                return self._keys[value]
-            case Role.PARAM:
-                return self._params[traced.inputs[value].path]
-            case Role.STATE:
-                return self.state[traced.inputs[value].path]
-            case Role.BATCH:
-                path = traced.inputs[value].path
-                shard, source = self._batch[path], layout.batch[path]
-            case None:
-                shard, source = self._imports[value], layout.imports[value]
-        aval, emitter = traced.graph.avals[value], self.emitter
-        return reshard_local(shard, aval, source, spec, emitter.mesh, emitter.ledger)
-
-
-def _derive_keys(emitter: StageEmitter, key_data) -> dict[Value, jax.Array]:
-    """The random keys of all layers, from the microbatch's key; every device computes them whole."""
-    traced = emitter.model.traced
-    values: dict[Value, jax.Array] = {
-        v: jax.numpy.asarray(a) for v, a in traced.graph.constants.items()
-    }
-    values |= {v: key_data for v, i in traced.inputs.items() if i.role is Role.RANDOM}
-    for op in emitter.model.random_ops:
-        operands = [values[o] if isinstance(o, Value) else o.val for o in op.operands]
-        values |= dict(zip(op.results, evaluate_op(op, operands), strict=True))
-    return values
-
-
-class _Cotangents:
-    """Gradients on their way to the layer outputs they belong to, summed in the order they come."""
-
-    def __init__(self, external: Arrays):
-        self._external = external
-        self._internal: dict[Value, list[tuple[ShardedValues, Value]]] = defaultdict(list)
-
-    def add(self, traced_value: Value, values: ShardedValues, gradient: Value) -> None:
-        self._internal[traced_value].append((values, gradient))
-
-    def total(self, traced_value: Value, spec: Spec) -> jax.Array | None:
-        parts = [values.get(gradient, spec) for values, gradient in self._internal[traced_value]]
-        if traced_value in self._external:
-            parts.append(self._external[traced_value])
-        return sum(parts[1:], start=parts[0]) if parts else None

@@ -101,6 +101,15 @@ def from_jaxpr(
     ).check()
 
 
+def flat_graph(closed: core.ClosedJaxpr) -> Graph:
+    """A jaxpr as it is sharded: every call inlined, and nothing computed twice or for nobody.
+
+    What `jax.checkpoint` recomputes stays recomputed.
+    """
+    graph = from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS, barriers=True)
+    return eliminate_dead_code(eliminate_common_ops(graph))
+
+
 class _Builder:
     """Collects ops while walking nested jaxprs."""
 

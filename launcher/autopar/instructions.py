@@ -1,12 +1,15 @@
 """The words of a program: one instruction, its operation, and its text form both ways.
 
     text     ::= stage op [microbatch] [">" peer | "<" peer]
-    op       ::= "F" | "B" | "S" | "N" | "U" | ("SEND_" | "RECV_") payload
+    op       ::= compute | ("SEND_" | "RECV_") payload | "FREE_" kept
+    compute  ::= "F" | "B" | "I" | "W" | "S" | "N" | "U"
     payload  ::= "F" | "B" | "G" | "N" | "P"
+    kept     ::= "F" | "B" | "K"
 
 `2F0` is stage 2, forward, microbatch 0; `2SEND_F0>3` sends what it made to stage 3, where
-`3RECV_F0<2` receives it. What each operation reads, writes and frees stands in docs/schedules.md.
-A backward split into input gradients (`I`) and weight gradients (`W`) will be two more of `Op`.
+`3RECV_F0<2` receives it; `2FREE_F0` lets go of it. A program has for each stage and microbatch
+either one `B` or the two halves of it, `I` (input gradients) and `W` (weight gradients). What each
+operation reads, makes and frees stands in docs/schedules.md.
 """
 
 import re
@@ -21,6 +24,8 @@ class Op(StrEnum):
 
     FORWARD = "F"
     BACKWARD = "B"
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
     SYNCHRONIZE = "S"
     NORM = "N"
     UPDATE = "U"
@@ -34,6 +39,9 @@ class Op(StrEnum):
     RECEIVE_NORM = "RECV_N"
     SEND_TIED_PARAMETER = "SEND_P"
     RECEIVE_TIED_PARAMETER = "RECV_P"
+    FREE_ACTIVATION = "FREE_F"
+    FREE_COTANGENT = "FREE_B"
+    FREE_STASH = "FREE_K"
 
 
 RECEIVE_OF_SEND = {
@@ -45,10 +53,16 @@ RECEIVE_OF_SEND = {
 }
 SENDS = frozenset(RECEIVE_OF_SEND)
 RECEIVES = frozenset(RECEIVE_OF_SEND.values())
-PER_MICROBATCH = frozenset(
+FREES = frozenset((Op.FREE_ACTIVATION, Op.FREE_COTANGENT, Op.FREE_STASH))
+"""They take no time."""
+
+COMPUTES = frozenset(Op) - SENDS - RECEIVES - FREES
+PER_MICROBATCH = FREES | frozenset(
     (
         Op.FORWARD,
         Op.BACKWARD,
+        Op.BACKWARD_INPUT,
+        Op.BACKWARD_WEIGHT,
         Op.SEND_ACTIVATION,
         Op.RECEIVE_ACTIVATION,
         Op.SEND_COTANGENT,
@@ -57,20 +71,21 @@ PER_MICROBATCH = frozenset(
 )
 """The others run once a step and carry no microbatch."""
 
-READER_OF_RECEIVE = {
-    Op.RECEIVE_ACTIVATION: Op.FORWARD,
-    Op.RECEIVE_COTANGENT: Op.BACKWARD,
-    Op.RECEIVE_TIED_GRADIENT: Op.SYNCHRONIZE,
-    Op.RECEIVE_NORM: Op.NORM,
+RECEIVE_OF_READER = {
+    Op.FORWARD: Op.RECEIVE_ACTIVATION,
+    Op.BACKWARD: Op.RECEIVE_COTANGENT,
+    Op.BACKWARD_INPUT: Op.RECEIVE_COTANGENT,
+    Op.SYNCHRONIZE: Op.RECEIVE_TIED_GRADIENT,
+    Op.NORM: Op.RECEIVE_NORM,
 }
-"""Which operation, of the same microbatch, reads a received value.
+"""What an operation reads of what its stage received, of the same microbatch.
 
 A received tied parameter is read by the next step.
 """
 
 _PARTNER = RECEIVE_OF_SEND | {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 _TEXT = re.compile(
-    r"(?P<stage>\d+)(?P<op>(?:SEND_|RECV_)[FBGNP]|[FBSNU])(?P<microbatch>\d+)?"
+    r"(?P<stage>\d+)(?P<op>(?:SEND_|RECV_)[FBGNP]|FREE_[FBK]|[FBIWSNU])(?P<microbatch>\d+)?"
     r"(?:(?P<arrow>[<>])(?P<peer>\d+))?"
 )
 
@@ -101,7 +116,11 @@ class Instruction:
 
     @property
     def is_compute(self) -> bool:
-        return self.op not in _PARTNER
+        return self.op in COMPUTES
+
+    @property
+    def is_free(self) -> bool:
+        return self.op in FREES
 
     @property
     def partner(self) -> "Instruction":

@@ -18,6 +18,9 @@ from launcher.autopar.rules import Strategy
 from launcher.autopar.solver import solve
 from launcher.autopar.spec import Spec
 from launcher.autopar.stage_problem import (
+    BACKWARD_INPUT,
+    FORWARD,
+    ONCE,
     ONCE_IN_STAGE,
     ClassFragment,
     EdgeCost,
@@ -43,14 +46,21 @@ class Seconds:
     """Costs by when they fall due: forward and backward per microbatch, the others per step."""
 
     forward: float = 0.0
-    backward: float = 0.0
+    backward_input: float = 0.0
+    backward_weight: float = 0.0
     synchronize: float = 0.0
     update: float = 0.0
+
+    @property
+    def backward(self) -> float:
+        """Both halves."""
+        return self.backward_input + self.backward_weight
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(
             self.forward + other.forward,
-            self.backward + other.backward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
             self.synchronize + other.synchronize,
             self.update + other.update,
         )
@@ -58,7 +68,8 @@ class Seconds:
     def __mul__(self, times: float) -> "Seconds":
         return Seconds(
             self.forward * times,
-            self.backward * times,
+            self.backward_input * times,
+            self.backward_weight * times,
             self.synchronize * times,
             self.update * times,
         )
@@ -81,9 +92,19 @@ class StageSharding:
 
     @property
     def backward_s(self) -> float:
+        """Per microbatch: both halves."""
+        return self.backward_input_s + self.backward_weight_s
+
+    @property
+    def backward_input_s(self) -> float:
         """Per microbatch, with the forward pass again where it is recomputed."""
         again = self.seconds.forward if self.settings.recompute else 0.0
-        return self.seconds.backward + again
+        return self.seconds.backward_input + again
+
+    @property
+    def backward_weight_s(self) -> float:
+        """Per microbatch: what only the gradients of parameters need."""
+        return self.seconds.backward_weight
 
     @property
     def once_s(self) -> float:
@@ -158,13 +179,11 @@ class IntraOpPlanner:
             self._connect_layers(problem, group)
         for group in wiring.states:
             source, output, target, slot = group
-            self._connect(
-                problem, source, output, ("slot", target, slot), Part(forward=True), group
-            )
+            self._connect(problem, source, output, ("slot", target, slot), FORWARD, group)
         for name, output in wiring.exports:
-            self._add_boundary(problem, ("export", name, output), Part(forward=True))
+            self._add_boundary(problem, ("export", name, output), FORWARD)
         for name, slot in wiring.imports:
-            self._add_boundary(problem, ("return", name, slot), Part(backward=True))
+            self._add_boundary(problem, ("return", name, slot), BACKWARD_INPUT)
         return problem
 
     def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
@@ -204,7 +223,7 @@ class IntraOpPlanner:
         costs = self._fragment(name, settings).param_costs(settings.zero)[slot]
         home, accumulator = ("slot", name, slot), ("accumulator", name, slot)
         owned, borrowed = owned_group(place), borrowed_group(place)
-        once, price = Part(once=True), settings.memory_s_per_byte
+        once, price = ONCE, settings.memory_s_per_byte
         problem.nodes.append(NodeCost(home, costs.update_s, once, owned))
         held = [
             (home, costs.weight_bytes + costs.state_bytes, owned),
@@ -218,18 +237,17 @@ class IntraOpPlanner:
                 held.append((accumulator, costs.accumulator_bytes, borrowed))
         if price:
             problem.penalties += [
-                NodeCost(key, price * num_bytes, Part(forward=True), group)
-                for key, num_bytes, group in held
+                NodeCost(key, price * num_bytes, FORWARD, group) for key, num_bytes, group in held
             ]
 
     def _connect_layers(self, problem: StageProblem, group: tuple[str, int, str, int]) -> None:
         """A value from layer to layer, and its gradient back."""
         source, output, target, slot = group
-        self._connect(problem, source, output, ("slot", target, slot), Part(forward=True), group)
+        self._connect(problem, source, output, ("slot", target, slot), FORWARD, group)
         cotangent = ("cotangent", source, output)
         if cotangent in problem.choices:
             gradient = self.classes[target].gradients.get(slot)
-            self._edge(problem, target, gradient, cotangent, Part(backward=True), group)
+            self._edge(problem, target, gradient, cotangent, BACKWARD_INPUT, group)
 
     def _connect(self, problem, source: str, output: int, key: Key, part: Part, group) -> None:
         self._edge(problem, source, self.classes[source].outputs[output], key, part, group)
@@ -261,7 +279,7 @@ def _pinned(problem: StageProblem, pins: Pins) -> StageProblem:
         NodeCost(
             key,
             np.array([0.0 if choice in pins[key] else _PENALTY_S for choice in choices]),
-            Part(forward=True),
+            FORWARD,
             ONCE_IN_STAGE,
         )
         for key, choices in problem.choices.items()
@@ -287,7 +305,8 @@ def _priced(problem: StageProblem, picks: Picks, gap_fraction: float) -> StageSh
     def book(group: Group, part: Part, cost: float, *, is_update: bool) -> None:
         seconds = Seconds(
             forward=cost * part.forward,
-            backward=cost * part.backward,
+            backward_input=cost * part.backward_input,
+            backward_weight=cost * part.backward_weight,
             synchronize=cost * part.once * (not is_update),
             update=cost * part.once * is_update,
         )

@@ -9,6 +9,10 @@ shapes, same kinds of inputs) share a `LayerClass`, which is differentiated once
 Ops of the joint graph that depend on a cotangent are the backward pass, the others the forward pass. What
 the backward pass reads of the forward pass are the residuals, which a microbatch keeps in between; a
 layer's own inputs are not among them, they are passed again.
+
+The backward pass is in two halves, which a schedule may run apart (Qi et al. 2024, "Zero Bubble Pipeline
+Parallelism", section 2): what the gradients of activations need, for earlier layers wait for them, and the
+rest, which only gradients of parameters need. An op that both need is in the first half.
 """
 
 from collections.abc import Hashable, Sequence
@@ -53,7 +57,9 @@ class LayerClass:
     """What all layers of a kind share.
 
     `joint.inputs` are the slots, then the cotangents of `cotangent_outputs`; `joint.outputs` are the
-    forward outputs, then the gradients of the differentiable slots, in slot order.
+    forward outputs, then the gradients of the differentiable slots, in slot order. `input_ops` and
+    `weight_ops` are the two halves of the backward pass; the second reads what the first makes, and
+    never the other way round.
     """
 
     name: str
@@ -63,7 +69,8 @@ class LayerClass:
     num_outputs: int
     cotangent_outputs: tuple[int, ...]  # indices into the outputs
     forward_ops: tuple[Op, ...]
-    backward_ops: tuple[Op, ...]
+    input_ops: tuple[Op, ...]
+    weight_ops: tuple[Op, ...]
     residuals: tuple[Value, ...]
 
     @property
@@ -73,6 +80,10 @@ class LayerClass:
     @property
     def outputs(self) -> tuple[Value, ...]:
         return self.joint.outputs[: self.num_outputs]
+
+    @property
+    def backward_ops(self) -> tuple[Op, ...]:
+        return (*self.input_ops, *self.weight_ops)
 
     def recomputed_ops(self, outputs: Sequence[Value] = ()) -> tuple[Op, ...]:
         """The forward ops that the backward pass, or these outputs, need again."""
@@ -257,7 +268,11 @@ def _differentiate(
         [abstract(forward.outputs[k]) for k in with_cotangent],
     )
     graph = renumber(eliminate_dead_code(from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS)))
-    first, second, residuals = _split(graph, num_outputs)
+    forward_ops, backward_ops, residuals = _split(graph, num_outputs)
+    gradients = zip(differentiable, graph.outputs[num_outputs:], strict=True)
+    handed_on = [gradient for i, gradient in gradients if slots[i].role is None]
+    input_ops = live_ops(backward_ops, handed_on)
+    in_first_half = set(map(id, input_ops))
     return LayerClass(
         name=name,
         slots=slots,
@@ -265,8 +280,9 @@ def _differentiate(
         joint=graph,
         num_outputs=num_outputs,
         cotangent_outputs=with_cotangent,
-        forward_ops=first,
-        backward_ops=second,
+        forward_ops=forward_ops,
+        input_ops=input_ops,
+        weight_ops=tuple(op for op in backward_ops if id(op) not in in_first_half),
         residuals=residuals,
     )
 

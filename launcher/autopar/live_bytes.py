@@ -8,15 +8,13 @@ materialises (so this is an upper estimate for elementwise chains), and the buff
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jax.extend.core import Literal
 
 from launcher.autopar.graph import Value
-from launcher.autopar.sharded_graph import Apply, Loop, Move, ShardedGraph
+from launcher.autopar.sharded_graph import Apply, Loop, Move, Read, Shard, ShardedGraph
 from launcher.autopar.spec import Spec, local_shape
-
-Shard = tuple[Value, Spec]
 
 
 def live_bytes(sharded: ShardedGraph) -> list[int]:
@@ -37,23 +35,9 @@ def _made(sharded: ShardedGraph) -> dict[Shard, int]:
     """Every shard with the instruction that makes it; inputs are there from the start."""
     found: dict[Shard, int] = dict.fromkeys(sharded.input_specs.items(), 0)
     for at, instruction in enumerate(sharded.instructions):
-        for shard in _made_by(instruction):
+        for shard in instruction.makes():
             found.setdefault(shard, at)
     return found
-
-
-def _made_by(instruction: Move | Apply | Loop) -> list[Shard]:
-    match instruction:
-        case Move(value, step, _):
-            return [(value, step.target)]
-        case Apply(op, strategy):
-            return [(value, strategy.result_spec(i)) for i, value in enumerate(op.results)]
-        case Loop(op, flow, specs, _):
-            return [
-                (op.results[crossing.result], crossing.outer_spec(spec))
-                for crossing, spec in zip(flow.crossings, specs, strict=True)
-                if crossing.result is not None
-            ]
 
 
 def _inside(instruction: Move | Apply | Loop) -> int:
@@ -76,28 +60,14 @@ def shard_bytes(sharded: ShardedGraph, value: Value, spec: Spec) -> int:
 def _last_uses(sharded: ShardedGraph) -> dict[Shard, int]:
     found: dict[Shard, int] = {}
     for at, instruction in enumerate(sharded.instructions):
-        found |= dict.fromkeys(_read_by(instruction), at)
-    end = len(sharded.instructions)
-    for operand, spec in zip(sharded.graph.outputs, sharded.output_specs, strict=True):
-        if not isinstance(operand, Literal):
-            found[operand, spec] = end
-    return found
+        found |= dict.fromkeys(_values_of(instruction.reads()), at)
+    outputs = zip(sharded.graph.outputs, sharded.output_specs, strict=True)
+    return found | dict.fromkeys(_values_of(outputs), len(sharded.instructions))
 
 
-def _read_by(instruction: Move | Apply | Loop) -> list[Shard]:
-    match instruction:
-        case Move(value, step, _):
-            return [(value, step.source)]
-        case Apply(op, strategy):
-            pairs = enumerate(op.operands)
-            return [(o, strategy.operand_spec(i)) for i, o in pairs if not isinstance(o, Literal)]
-        case Loop(op, flow, specs, _):
-            reads = [
-                (op.operands[crossing.operand], crossing.outer_spec(spec))
-                for crossing, spec in zip(flow.crossings, specs, strict=True)
-                if crossing.operand is not None
-            ]
-            return [(operand, spec) for operand, spec in reads if not isinstance(operand, Literal)]
+def _values_of(reads: Iterable[Read]) -> list[Shard]:
+    """Literals take no memory."""
+    return [(operand, spec) for operand, spec in reads if not isinstance(operand, Literal)]
 
 
 def live_ranges(sharded: ShardedGraph) -> Mapping[Value, tuple[int, int]]:

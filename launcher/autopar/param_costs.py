@@ -88,6 +88,11 @@ def optimizer_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:
     return state_spec(home, shape, mesh.shape) if zero else home
 
 
+def gradient_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:
+    """Where the summed gradient lies: with ZeRO-2 and 3, where the optimizer state does."""
+    return optimizer_spec(home, shape, mesh, zero) if zero >= 2 else home
+
+
 def reshard_matrix(aval, sources, targets, mesh: LogicalMesh) -> np.ndarray:
     """Resharding cost from each source spec (rows) to each target spec (columns)."""
     costs = reshard_costs(aval.shape, aval.dtype.itemsize, mesh)

@@ -40,8 +40,13 @@ def read_plan(path: Path) -> Plan:
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise PlanError(
+            f"there is no plan file {path} ({given}): give the path of the plan.json that a run wrote"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        raise PlanError(f"cannot read the plan, {error} ({given}): correct the path") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PlanError(f"cannot read the plan, {reason} ({given}): correct the path") from error
     if len(data) > LARGEST_FILE_BYTES:
         raise PlanError(
             f"the plan has more than {LARGEST_FILE_BYTES} bytes ({given}): give the path of a "

@@ -5,16 +5,15 @@ planner priced.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import optax
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
-from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.memory import class_memories, stage_memory, unread_memory
+from launcher.autopar.messages import messages_of, price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.realize import RealizedPlan, realize
@@ -22,7 +21,7 @@ from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.trace import TracedModel
-from launcher.autopar.work import aval_bytes, op_flops
+from launcher.autopar.work import op_flops
 from launcher.models.model import Model
 
 FLOPS_CONVENTION = "model FLOPs: 3 x the forward matrix products and convolutions, no recomputation"
@@ -77,47 +76,17 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
 def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
-    avals = realized.planner.model.traced.graph.avals
-
-    def seconds(a: int, b: int, num_bytes: float) -> float:
-        stages = realized.plan.stages
-        inside = stages[a].hosts == stages[b].hosts and len(stages[a].hosts) == 1
-        link = cluster.intra_host if inside else cluster.inter_host
-        return link.latency_s + num_bytes / link.bytes_per_s
-
-    def total(values: tuple[Value, ...]) -> float:
-        return float(sum(aval_bytes(avals[value]) for value in values))
-
+    across = price_messages(messages_of(realized), realized, cluster)
     return Durations(
         forward_s=tuple(s.forward_s for s in shardings),
         backward_s=tuple(s.backward_s for s in shardings),
         synchronize_s=tuple(s.seconds.synchronize for s in shardings),
         update_s=tuple(s.seconds.update for s in shardings),
-        activation_s={(a, b): seconds(a, b, total(v)) for (a, b), v in realized.sent.items()},
-        cotangent_s={(b, a): seconds(a, b, total(v)) for (a, b), v in realized.returned.items()},
-        tied_s=_tied_s(realized, seconds),
+        activation_s=across.activation_s,
+        cotangent_s=across.cotangent_s,
+        tied_s=across.tied_s,
         norm_s=max(cluster.intra_host.latency_s, cluster.inter_host.latency_s),
     )
-
-
-def _tied_s(realized: RealizedPlan, seconds) -> dict[tuple[int, int], float]:
-    """Shared parameters travel to their users, their gradients to the owner."""
-    return {pair: seconds(*pair, num_bytes) for pair, num_bytes in tied_bytes(realized).items()}
-
-
-def tied_bytes(realized: RealizedPlan) -> dict[tuple[int, int], int]:
-    """(from, to) -> bytes per step of shared parameters, and of their gradients on the way back."""
-    traced = realized.planner.model.traced
-    size = {i.path: aval_bytes(traced.graph.avals[v]) for v, i in traced.inputs.items()}
-    found: Counter = Counter()
-    for owner, user in realized.wiring.tied:
-        found.update({(owner, user): 0, (user, owner): 0})  # a message goes even if it is empty
-    for path, users in realized.users.items():
-        for user in users:
-            found[realized.owner[path], user] += size[path]
-        for user in realized.contributors[path]:
-            found[user, realized.owner[path]] += size[path]
-    return dict(found)
 
 
 def _peaks(realized: RealizedPlan) -> tuple[float, ...]:
@@ -144,10 +113,7 @@ def _communicated_bytes(realized: RealizedPlan) -> float:
             plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
         )
         total += per_device * len(stage.stage.hosts) * len(stage.stage.devices)
-    avals = realized.planner.model.traced.graph.avals
-    crossing = [*realized.sent.values(), *realized.returned.values()]
-    between = sum(aval_bytes(avals[value]) for values in crossing for value in values)
-    return total + plan.num_microbatches * between + sum(tied_bytes(realized).values())
+    return total + messages_of(realized).bytes_per_step(plan.num_microbatches)
 
 
 def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:

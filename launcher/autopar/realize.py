@@ -13,6 +13,7 @@ from functools import lru_cache
 from launcher.autopar import checker
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.clustering import cluster as cluster_ops
+from launcher.autopar.communication import add_communication
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Value
@@ -22,7 +23,7 @@ from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.picks import pins_of_stage
 from launcher.autopar.plan import Plan, Stage
-from launcher.autopar.program import Program, Wiring, add_communication
+from launcher.autopar.program import Program, Wiring
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.stage_layout import StageLayout, training_layout

@@ -28,18 +28,16 @@ def run(sharded: ShardedGraph, arguments: Sequence[jax.Array]) -> list[jax.Array
             case Move(value, step, _):
                 shards.move(value, step)
             case Apply(op, strategy):
-                operands = [shards.get(o, strategy.operand_spec(i)) for i, o in _numbered(op)]
-                results = run_local(op, strategy, sharded.mesh, operands)
-                for index, (value, shard) in enumerate(zip(op.results, results, strict=True)):
-                    shards.put(value, strategy.result_spec(index), shard)
-            case Loop():
-                _run_loop(instruction, shards)
+                operands = [shards.get(operand, spec) for operand, spec in instruction.reads()]
+                shards.put_all(instruction, run_local(op, strategy, sharded.mesh, operands))
+            case Loop(op):
+                operands = [
+                    _array(operand, shards.get(operand, spec))
+                    for operand, spec in instruction.reads()
+                ]
+                shards.put_all(instruction, _RUNNERS[op.primitive](instruction, operands))
     outputs = zip(sharded.graph.outputs, sharded.output_specs, strict=True)
     return [shards.get(operand, spec) for operand, spec in outputs]
-
-
-def _numbered(op) -> list[tuple[int, Operand]]:
-    return list(enumerate(op.operands))
 
 
 class _Shards:
@@ -54,6 +52,10 @@ class _Shards:
     def put(self, value: Value, spec: Spec, shard: jax.Array) -> None:
         self._at[value, spec] = shard
 
+    def put_all(self, instruction: Apply | Loop, results: Sequence[jax.Array]) -> None:
+        for (value, spec), shard in zip(instruction.makes(), results, strict=True):
+            self.put(value, spec, shard)
+
     def move(self, value: Value, step) -> None:
         self._at[value, step.target] = apply_step(step, self._at[value, step.source], self.mesh)
 
@@ -62,22 +64,6 @@ class _Shards:
             assert PARTIAL not in spec or not np.any(operand.val)
             return operand.val
         return self._at[operand, spec]
-
-
-def _run_loop(loop: Loop, shards: _Shards) -> None:
-    outer: dict[int, jax.Array] = {}
-    crossings = list(zip(loop.flow.crossings, loop.specs, strict=True))
-    for crossing, spec in crossings:
-        if crossing.operand is not None:
-            operand = loop.op.operands[crossing.operand]
-            shard = shards.get(operand, crossing.outer_spec(spec))
-            outer[crossing.operand] = _array(operand, shard, crossing.aval.dtype)
-    operands = [outer[index] for index in range(len(loop.op.operands))]
-    results = _RUNNERS[loop.op.primitive](loop, operands)
-    for crossing, spec in crossings:
-        if crossing.result is not None:
-            value, shard = loop.op.results[crossing.result], results[crossing.result]
-            shards.put(value, crossing.outer_spec(spec), shard)
 
 
 def _run_scan(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:
@@ -98,15 +84,15 @@ def _run_scan(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _typed(body: ShardedGraph, outputs: Sequence) -> list[jax.Array]:
-    """Literals as arrays of the type that the body's output has."""
     return [
-        _array(operand, output, operand.aval.dtype) if isinstance(operand, Literal) else output
-        for operand, output in zip(body.graph.outputs, outputs, strict=True)
+        _array(operand, output) for operand, output in zip(body.graph.outputs, outputs, strict=True)
     ]
 
 
-def _array(operand: Operand, value, dtype) -> jax.Array:
-    return jax.numpy.asarray(value, dtype) if isinstance(operand, Literal) else value
+def _array(operand: Operand, value) -> jax.Array:
+    """A literal's value in its own type; anything else is an array already."""
+    is_literal = isinstance(operand, Literal)
+    return jax.numpy.asarray(value, operand.aval.dtype) if is_literal else value
 
 
 def _run_while(loop: Loop, operands: Sequence[jax.Array]) -> list[jax.Array]:

@@ -12,14 +12,7 @@ import jax
 from jax.extend.core import Literal
 
 from launcher.autopar.folding import Folding
-from launcher.autopar.graph import (
-    CALLS,
-    CUSTOM_CALLS,
-    Graph,
-    eliminate_common_ops,
-    eliminate_dead_code,
-    from_jaxpr,
-)
+from launcher.autopar.graph import Graph, flat_graph
 from launcher.autopar.graph_problem import Admission, GraphProblem
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.regions import region_of
@@ -44,8 +37,7 @@ def shard_as_given(
     """
     bare = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     closed = jax.make_jaxpr(function)(*bare)  # without places, which JAX would write into the ops
-    graph = from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS)
-    graph = eliminate_dead_code(eliminate_common_ops(graph))
+    graph = flat_graph(closed)
     region = region_of(graph, _fold_by_inputs(graph, input_specs))
     problem = GraphProblem(region, Admission(mesh=mesh))
     given = dict(zip(graph.inputs, input_specs, strict=False))

@@ -5,7 +5,9 @@
                    | Apply  an op on local shards, by its strategy
                    | Loop   a loop or branch, with a ShardedGraph per body
 
-This is the list that is priced, counted and shown, and the very list that `run_sharded` executes.
+An instruction says which shards it `reads` (of literals too) and which it `makes`, in the order of its
+op's operands and results. This is the list that is priced, counted and shown, and the very list that
+`run_sharded` executes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from jax.extend.core import Literal
 
 from launcher.autopar.collectives import Collective, describe, of_op, of_step
-from launcher.autopar.control_flow import Flow
+from launcher.autopar.control_flow import Crossing, Flow
 from launcher.autopar.copies import Copies
 from launcher.autopar.graph import Graph, Op, Operand, Value, equal_values
 from launcher.autopar.graph_problem import GraphProblem, Key
@@ -23,6 +25,9 @@ from launcher.autopar.regions import Nest, Region
 from launcher.autopar.reshard import Step
 from launcher.autopar.rules import Strategy
 from launcher.autopar.spec import Spec, replicated
+
+Shard = tuple[Value, Spec]
+Read = tuple[Operand, Spec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,12 @@ class Move:
     step: Step
     reader: Op | None
 
+    def reads(self) -> list[Shard]:
+        return [(self.value, self.step.source)]
+
+    def makes(self) -> list[Shard]:
+        return [(self.value, self.step.target)]
+
 
 @dataclass(frozen=True, slots=True)
 class Apply:
@@ -40,6 +51,12 @@ class Apply:
 
     op: Op
     strategy: Strategy
+
+    def reads(self) -> list[Read]:
+        return [(o, self.strategy.operand_spec(i)) for i, o in enumerate(self.op.operands)]
+
+    def makes(self) -> list[Shard]:
+        return [(v, self.strategy.result_spec(i)) for i, v in enumerate(self.op.results)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +67,23 @@ class Loop:
     flow: Flow
     specs: tuple[Spec, ...]
     bodies: tuple["ShardedGraph", ...]
+
+    def reads(self) -> list[Read]:
+        return [
+            (self.op.operands[crossing.operand], crossing.outer_spec(spec))
+            for crossing, spec in self._crossings()
+            if crossing.operand is not None
+        ]
+
+    def makes(self) -> list[Shard]:
+        return [
+            (self.op.results[crossing.result], crossing.outer_spec(spec))
+            for crossing, spec in self._crossings()
+            if crossing.result is not None
+        ]
+
+    def _crossings(self) -> Iterator[tuple[Crossing, Spec]]:
+        return zip(self.flow.crossings, self.specs, strict=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,11 +126,7 @@ class _Writer:
         for value in graph.inputs:
             self.copies.put(value, input_specs.get(value, replicated(self.mesh.num_axes)))
         for position, op in enumerate(graph.ops):
-            leader = self.region.leader(position)
-            if leader in self.region.nests:
-                self._write_loop(op, leader)
-            else:
-                self._write_op(op, self.picks["op", self.region.path, leader])
+            self._write(self._instruction(op, self.region.leader(position)))
         for operand, spec in zip(graph.outputs, output_specs, strict=True):
             self._read(operand, spec, None)
         instructions = tuple(self.instructions)
@@ -107,26 +137,22 @@ class _Writer:
             steps = self.copies.steps(operand, spec, self.via.get(operand))
             self.instructions += [Move(operand, step, reader) for step in steps]
 
-    def _write_op(self, op: Op, strategy: Strategy) -> None:
-        for index, operand in enumerate(op.operands):
-            self._read(operand, strategy.operand_spec(index), op)
-        self.instructions.append(Apply(op, strategy))
-        for index, value in enumerate(op.results):
-            self.copies.put(value, strategy.result_spec(index))
+    def _write(self, instruction: Apply | Loop) -> None:
+        for operand, spec in instruction.reads():
+            self._read(operand, spec, instruction.op)
+        self.instructions.append(instruction)
+        for value, spec in instruction.makes():
+            self.copies.put(value, spec)
 
-    def _write_loop(self, op: Op, leader: int) -> None:
+    def _instruction(self, op: Op, leader: int) -> Apply | Loop:
+        if leader not in self.region.nests:
+            return Apply(op, self.picks["op", self.region.path, leader])
         nest = self.region.nests[leader]
         specs = tuple(
             self.picks["crossing", self.region.path, leader, number]
             for number in range(len(nest.flow.crossings))
         )
-        for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
-            if crossing.operand is not None:
-                self._read(op.operands[crossing.operand], crossing.outer_spec(spec), op)
-        self.instructions.append(Loop(op, nest.flow, specs, self._bodies(nest, specs)))
-        for crossing, spec in zip(nest.flow.crossings, specs, strict=True):
-            if crossing.result is not None:
-                self.copies.put(op.results[crossing.result], crossing.outer_spec(spec))
+        return Loop(op, nest.flow, specs, self._bodies(nest, specs))
 
     def _bodies(self, nest: Nest, specs: tuple[Spec, ...]) -> tuple[ShardedGraph, ...]:
         whole = replicated(self.mesh.num_axes)

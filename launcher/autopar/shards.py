@@ -4,8 +4,9 @@ Everything here runs inside `jax.shard_map`. What `copies` lists, `ShardedValues
 value and spec, however many ops read it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -99,19 +100,34 @@ class ShardedValues:
         self._ledger = ledger
         self._copies = Copies(avals, mesh)
         self._shards: dict[tuple[Value, Spec], jax.Array] = {}
+        self._later: dict[tuple[Value, Spec], Callable[[], jax.Array]] = {}
 
     def put(self, value: Value, spec: Spec, shard: jax.Array) -> None:
         """Define a value by its shard under one spec."""
         self._copies.put(value, spec)
         self._shards[value, spec] = shard
 
+    def put_later(self, value: Value, spec: Spec, make: Callable[[], jax.Array]) -> None:
+        """Give a shard of a value that is made when it is first read, if it is; there may be several."""
+        self._copies.put_more(value, spec)
+        self._later[value, spec] = make
+
     def get(self, value: Value, spec: Spec, place: str = "output") -> jax.Array:
         """The shard of a value under a spec, resharding it on the first request."""
         for step in self._copies.steps(value, spec, self.via.get(value)):
-            shard = self._shards[value, step.source]
-            self._ledger.note(step, shard, self.mesh, place)
-            self._shards[value, step.target] = apply_step(step, shard, self.mesh)
+            shard = self.at_hand(value, step.source)
+            self._shards[value, step.target] = self._moved(step, shard, place)
+        return self.at_hand(value, spec)
+
+    def at_hand(self, value: Value, spec: Spec) -> jax.Array:
+        """A shard that is there, under a spec in which the value is held."""
+        if (value, spec) not in self._shards:
+            self._shards[value, spec] = self._later.pop((value, spec))()
         return self._shards[value, spec]
+
+    def _moved(self, step: Step, shard: jax.Array, place: str) -> jax.Array:
+        self._ledger.note(step, shard, self.mesh, place)
+        return apply_step(step, shard, self.mesh)
 
     def run(self, ops: Sequence[Op], strategies: dict[tuple[Value, ...], Strategy]) -> None:
         """Compute ops on local shards; `strategies` by the results of an op."""
@@ -123,10 +139,13 @@ class ShardedValues:
                 else operand.val
                 for i, operand in enumerate(op.operands)
             ]
-            results = run_local(op, strategy, self.mesh, operands)
-            self._ledger.collectives += of_op(op, strategy, self.mesh)
+            results = self._computed(op, strategy, operands)
             for i, (value, shard) in enumerate(zip(op.results, results, strict=True)):
                 self.put(value, strategy.result_spec(i), shard)
+
+    def _computed(self, op: Op, strategy: Strategy, operands: Sequence) -> Sequence[jax.Array]:
+        self._ledger.collectives += of_op(op, strategy, self.mesh)
+        return run_local(op, strategy, self.mesh, operands)
 
     def zeros(self, value: Value, spec: Spec) -> jax.Array:
         """A local shard of zeros for a value."""
@@ -136,4 +155,4 @@ class ShardedValues:
     def put_constants(self, constants: dict[Value, jax.Array]) -> None:
         """Define closed-over arrays, which every device holds whole."""
         for value, array in constants.items():
-            self.put(value, replicated(self.mesh.num_axes), jnp.asarray(array))
+            self.put_later(value, replicated(self.mesh.num_axes), partial(jnp.asarray, array))

@@ -14,6 +14,7 @@ import numpy as np
 from launcher.autopar.graph_problem import Key
 from launcher.autopar.intra_op_options import IntraOpOptions
 from launcher.autopar.live_bytes import live_bytes, live_ranges, peak_bytes
+from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.sharded_graph import ShardedGraph, write_out
 from launcher.autopar.solver import solve
 from launcher.autopar.spec import num_shards
@@ -60,16 +61,31 @@ def _solve(step: StepProblem, options: IntraOpOptions, pins, prices) -> SolvedSt
     try:
         solution = solve(priced, time_limit_s=options.time_limit_s, method=options.solver)
     except InfeasiblePlanError as error:
-        raise InfeasiblePlanError(
-            "no sharding keeps to the options: the forbidden collectives or the forced axis leave none; "
-            "allow all-gather or all-to-all, or drop batch_axis"
-        ) from error
+        if not step.mesh.forbidden:  # then no option is to blame
+            raise
+        raise InfeasiblePlanError(_without_forbidden(step.mesh, options)) from error
     cost = pairwise.cost(solution.choice)
     choices = step.problem.choices
     picks = {key: choices[key][p] for key, p in zip(keys, solution.choice, strict=True)}
     sharded = write_step(step, picks)
     gap = solution.gap_fraction if solution.gap_fraction > _ROUNDING else 0.0
     return SolvedStep(picks, sharded, cost, gap)
+
+
+def _without_forbidden(mesh: LogicalMesh, options: IntraOpOptions) -> str:
+    """What is forbidden, by which option, and what would help."""
+    switches = {
+        "allow_all_gather": options.allow_all_gather,
+        "allow_all_to_all": options.allow_all_to_all,
+    }
+    off = [f"{name}=False" for name, allowed in switches.items() if not allowed]
+    forced = {"batch_axis": options.batch_axis, "zero": options.zero or None}
+    cures = [f"drop {name}={value}" for name, value in forced.items() if value is not None]
+    return (
+        f"no sharding was found that does without {' and '.join(sorted(mesh.forbidden))} "
+        f"({', '.join(off) or 'mesh.forbidden'}): "
+        f"{' or '.join(['allow ' + ('them' if len(mesh.forbidden) > 1 else 'it'), *cures])}"
+    )
 
 
 def write_step(step: StepProblem, picks: Mapping[Key, object]) -> ShardedGraph:

@@ -21,7 +21,7 @@ Left out: memory, which the caller checks for the solution.
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -46,15 +46,24 @@ Key = tuple  # ("op", class, index), ("slot", class, slot), ... as listed above
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """When a cost falls due: in the forward pass, the backward pass, or once per step."""
+    """When a cost falls due: in the forward pass, a half of the backward pass, or once per step."""
 
     forward: bool = False
-    backward: bool = False
+    backward_input: bool = False
+    backward_weight: bool = False
     once: bool = False
+
+    @property
+    def backward(self) -> bool:
+        return self.backward_input or self.backward_weight
 
     def weight(self, settings: "StageSettings") -> float:
         again = settings.recompute and self.forward
         return self.forward + self.backward + again + self.once / settings.num_microbatches
+
+
+FORWARD, BACKWARD_INPUT = Part(forward=True), Part(backward_input=True)
+BACKWARD_WEIGHT, ONCE = Part(backward_weight=True), Part(once=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,14 @@ class StageProblem:
         return self.counts.get(cost.group, 0) * cost.part.weight(self.settings)
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Where a value is read, and when."""
+
+    port: Port
+    part: Part
+
+
 class ClassFragment:
     """The nodes and edges inside one layer class, on one mesh.
 
@@ -161,7 +178,7 @@ class ClassFragment:
         self.nodes: list[NodeCost] = []
         self.edges: list[EdgeCost] = []
         self.source: dict[Value, Port] = {}  # where each value is produced
-        self._readers: dict[tuple[str, Value], list[Port]] = defaultdict(list)  # by program
+        self._readers: dict[tuple[str, Value], list[Reader]] = defaultdict(list)  # by program
         self._param_costs: dict[int, dict[int, ParamCosts]] = {}
         self._add_inputs()
         self._add_ops()
@@ -222,12 +239,17 @@ class ClassFragment:
         return specs
 
     def _add_ops(self) -> None:
-        forward = {id(op) for op in self.cls.forward_ops}
-        backward = {id(op) for op in self.cls.backward_ops}
+        forward, first_half, second_half = (
+            set(map(id, ops))
+            for ops in (self.cls.forward_ops, self.cls.input_ops, self.cls.weight_ops)
+        )
         for index, op in enumerate(self.cls.joint.ops):
-            key = self.key("op", index)
-            part = Part(forward=id(op) in forward, backward=id(op) in backward)
-            self._add_op(key, op, part)
+            part = Part(
+                forward=id(op) in forward,
+                backward_input=id(op) in first_half,
+                backward_weight=id(op) in second_half,
+            )
+            self._add_op(self.key("op", index), op, part)
 
     def _add_op(self, key: Key, op: Op, part: Part) -> None:
         shape = self.mesh.shape
@@ -249,28 +271,34 @@ class ClassFragment:
         for index, value in enumerate(op.results):
             self.source[value] = Port(key, tuple(s.result_spec(index) for s in found))
 
-    def _read(self, value: Value, reader: Port, part: Part) -> None:
+    def _read(self, value: Value, port: Port, part: Part) -> None:
         """Take down a reader, in each program that it is part of."""
-        for kind, reads in ((FORWARD_COPY, part.forward), (BACKWARD_COPY, part.backward)):
-            if reads and reader not in self._readers[kind, value]:
-                self._readers[kind, value].append(reader)
+        back = replace(part, forward=False)
+        for kind, own in ((FORWARD_COPY, FORWARD), (BACKWARD_COPY, back)):
+            reads = part.forward if kind == FORWARD_COPY else part.backward
+            if reads and all(port != known.port for known in self._readers[kind, value]):
+                self._readers[kind, value].append(Reader(port, own))
 
-    def _connect(self, kind: str, value: Value, readers: Sequence[Port]) -> None:
+    def _connect(self, kind: str, value: Value, readers: Sequence[Reader]) -> None:
         """Edges from a value to its readers in one program, by way of a copy where there are several."""
-        source, part = (
-            self.source[value],
-            Part(forward=kind == FORWARD_COPY, backward=kind == BACKWARD_COPY),
-        )
-        leaves = value in (self._gradient_values if part.backward else self.cls.outputs)
+        source = self.source[value]
+        leaves = value in (self._gradient_values if kind == BACKWARD_COPY else self.cls.outputs)
         if len(readers) + leaves > 1:
             key = self.key(kind, value)
-            specs = [spec for port in (source, *readers) for spec in port.specs]
+            specs = [spec for port in (source, *(r.port for r in readers)) for spec in port.specs]
             self.choices[key] = tuple(dict.fromkeys(specs))
             copy = Port(key, self.choices[key])
-            self._add_edge(value, source, copy, part)
+            self._add_edge(value, source, copy, self._part_of_copy(kind, readers, leaves=leaves))
             source = copy
         for reader in readers:
-            self._add_edge(value, source, reader, part)
+            self._add_edge(value, source, reader.port, reader.part)
+
+    def _part_of_copy(self, kind: str, readers: Sequence[Reader], *, leaves: bool) -> Part:
+        """When a copy is made: in the first half of the backward pass, if that has a reader."""
+        if kind == FORWARD_COPY:
+            return FORWARD
+        first_half = leaves or any(reader.part.backward_input for reader in readers)
+        return BACKWARD_INPUT if first_half else BACKWARD_WEIGHT
 
     def _add_edge(self, value: Value, source: Port, target: Port, part: Part) -> None:
         matrix = self.matrix(value, source, target.specs)
@@ -292,7 +320,7 @@ class ClassFragment:
         for slot in filter(self.cls.has_gradient, self.param_slots):
             key, value = self.key("accumulator", slot), self.cls.gradients[slot]
             self.choices[key] = self._accumulator_specs(value, self.aval(value).shape)
-            self._read(value, Port(key, self.choices[key]), Part(backward=True))
+            self._read(value, Port(key, self.choices[key]), BACKWARD_WEIGHT)
 
     def param_costs(self, zero: int) -> Mapping[int, ParamCosts]:
         """What each parameter slot costs once per step, at a ZeRO stage."""

@@ -16,6 +16,7 @@ class EventKind(StrEnum):
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    WEIGHT = "weight"  # the second half of a split backward; the first is BACKWARD
     SYNCHRONIZE = "synchronize"
     NORM = "norm"
     UPDATE = "update"
@@ -27,18 +28,22 @@ class Event:
     """One instruction in time; a message is one event, that of its send.
 
     Attributes:
-        stage: Whose submesh computes, or sends.
-        instruction: What ran; `instruction.peer` is where a transfer goes to.
+        submesh: That computes, or sends.
+        instruction: What ran, of `instruction.stage`; a transfer goes to `instruction.peer`.
         kind: Its class, for colours.
         start_s: Since the start of the step; so is `end_s`.
         end_s: For a transfer, when the value has arrived.
     """
 
-    stage: int
+    submesh: int
     instruction: Instruction
     kind: EventKind
     start_s: float
     end_s: float
+
+    @property
+    def stage(self) -> int:
+        return self.instruction.stage
 
     @property
     def label(self) -> str:
@@ -51,12 +56,12 @@ class Timeline:
     """What a step takes.
 
     Attributes:
-        events: Sorted by start, then stage; empty if they were not asked for.
+        events: Sorted by start, then submesh; empty if they were not asked for.
         step_s: When the last instruction ends, transfers included.
         bubble_fraction: The share of all submeshes' time in the step in which they do not compute.
-        exposed_s: Per stage, how long it idled for transfers alone: it was free, and all it would
+        exposed_s: Per submesh, how long it idled for transfers alone: it was free, and all it would
             read next had been made elsewhere.
-        stash_peak: Per stage, how many microbatches were between F and B at most.
+        stash_peak: Per stage, how many microbatches were between F and B (or W) at most.
     """
 
     events: tuple[Event, ...]
@@ -66,19 +71,24 @@ class Timeline:
     stash_peak: tuple[int, ...]
 
 
+# The first half of a split backward takes the place of the whole one in all but its `W`.
+_BACKWARD = {Op.BACKWARD_INPUT: Op.BACKWARD}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMemory:
-    """What the devices of one stage hold, in bytes per device.
+    """What one stage holds on the devices of its submesh, in bytes per device.
 
     Attributes:
         fixed_bytes: Parameters, optimizer state, accumulated gradients: all the time.
-        stash_bytes: What one microbatch keeps from the start of its F to the end of its B,
-            received activations included.
+        stash_bytes: What one microbatch keeps from the start of its F to the end of its B, or of its
+            W; received activations included.
         forward_bytes: On top of that, while an F runs.
-        backward_bytes: On top of that, while a B runs.
+        backward_bytes: On top of that, while a B, an I or a W runs.
+        weight_stash_bytes: What an I leaves for its W: from the start of I to the end of W.
         received_bytes: Of an activation or cotangent, by the stage it comes from: from the start of
-            its transfer to the start of its F, or to the end of its B.
-        sent_bytes: By the stage it goes to: from the end of its F or B to the end of its transfer.
+            its transfer to the start of its F, or to the end of its B or I.
+        sent_bytes: By the stage it goes to: from the end of its F, B or I to the end of its transfer.
             None, for both: not counted.
     """
 
@@ -86,6 +96,7 @@ class StageMemory:
     stash_bytes: int
     forward_bytes: int = 0
     backward_bytes: int = 0
+    weight_stash_bytes: int = 0
     received_bytes: Mapping[int, int] | None = None
     sent_bytes: Mapping[int, int] | None = None
 
@@ -93,42 +104,84 @@ class StageMemory:
 def memory_over_time(
     timeline: Timeline, memory: tuple[StageMemory, ...]
 ) -> tuple[tuple[tuple[float, int], ...], ...]:
-    """Return, per stage, (time in s, bytes held from then on) at each change; `max` is the peak."""
+    """Return, per submesh, (time in s, bytes held from then on) at each change; `max` is the peak.
+
+    What the stages of a submesh hold adds up.
+
+    Args:
+        memory: Per stage.
+    """
     if not timeline.events:
         raise ScheduleError(
             f"a timeline of {timeline.step_s} s with 0 events (parallel.schedule) shows no memory: "
             "simulate with with_events=True"
         )
-    spans = {
-        (event.stage, event.instruction.op, event.instruction.microbatch): event
-        for event in timeline.events
-        if event.kind in (EventKind.FORWARD, EventKind.BACKWARD)
-    }
-    changes: list[list[tuple[float, int]]] = [[(0.0, stage.fixed_bytes)] for stage in memory]
+    return _Holdings(timeline, memory).over_time()
 
-    def hold(stage: int, num_bytes: int, start_s: float, end_s: float) -> None:
-        changes[stage] += ((start_s, num_bytes), (end_s, -num_bytes))
 
-    for (stage, op, microbatch), event in spans.items():
-        if op is Op.BACKWARD:
-            hold(stage, memory[stage].backward_bytes, event.start_s, event.end_s)
-            continue
-        hold(stage, memory[stage].forward_bytes, event.start_s, event.end_s)
-        backward = spans[stage, Op.BACKWARD, microbatch]
-        hold(stage, memory[stage].stash_bytes, event.start_s, backward.end_s)
-    for event in timeline.events:
+class _Holdings:
+    """Who holds what from when to when, collected submesh by submesh."""
+
+    def __init__(self, timeline: Timeline, memory: tuple[StageMemory, ...]) -> None:
+        self.events, self.memory = timeline.events, memory
+        self.passes = {
+            (event.stage, _BACKWARD.get(event.instruction.op, event.instruction.op), k): event
+            for event in timeline.events
+            for k in [event.instruction.microbatch]
+            if event.kind in (EventKind.FORWARD, EventKind.BACKWARD, EventKind.WEIGHT)
+        }
+        self.home = {event.stage: event.submesh for event in self.passes.values()}
+        self.changes: list[list[tuple[float, int]]] = [[] for _ in timeline.exposed_s]
+
+    def over_time(self) -> tuple[tuple[tuple[float, int], ...], ...]:
+        for stage, home in self.home.items():
+            self.changes[home].append((0.0, self.memory[stage].fixed_bytes))
+        for (stage, op, microbatch), event in self.passes.items():
+            self._compute(stage, op, microbatch, event)
+            self._hand_over(stage, op, microbatch, event)
+        for event in self.events:
+            if event.instruction.op in (Op.SEND_ACTIVATION, Op.SEND_COTANGENT):
+                self._send(event)
+        return tuple(_accumulate(changes) for changes in self.changes)
+
+    def _hold(self, stage: int, num_bytes: int, start_s: float, end_s: float) -> None:
+        if num_bytes:
+            self.changes[self.home[stage]] += ((start_s, num_bytes), (end_s, -num_bytes))
+
+    def _compute(self, stage: int, op: Op, microbatch: int | None, event: Event) -> None:
+        """What an instruction needs while it runs, and what it leaves for later ones."""
+        own = self.memory[stage]
+        if op is not Op.FORWARD:
+            self._hold(stage, own.backward_bytes, event.start_s, event.end_s)
+            return
+        backward = self.passes[stage, Op.BACKWARD, microbatch]
+        weight = self.passes.get((stage, Op.BACKWARD_WEIGHT, microbatch))
+        self._hold(stage, own.forward_bytes, event.start_s, event.end_s)
+        self._hold(stage, own.stash_bytes, event.start_s, (weight or backward).end_s)
+        if weight is not None:
+            self._hold(stage, own.weight_stash_bytes, backward.start_s, weight.end_s)
+
+    def _hand_over(self, stage: int, op: Op, microbatch: int | None, reader: Event) -> None:
+        """What came from another stage of the submesh is there when it has been made."""
+        is_forward = op is Op.FORWARD
+        for peer, num_bytes in (self.memory[stage].received_bytes or {}).items():
+            if self.home[peer] != self.home[stage] or (peer < stage) != is_forward:
+                continue
+            if op is not Op.BACKWARD_WEIGHT:
+                maker = self.passes[peer, op, microbatch]
+                until_s = reader.start_s if is_forward else reader.end_s
+                self._hold(stage, num_bytes, maker.end_s, until_s)
+
+    def _send(self, event: Event) -> None:
         send = event.instruction
-        if send.op not in (Op.SEND_ACTIVATION, Op.SEND_COTANGENT):
-            continue
-        maker_op = Op.FORWARD if send.op is Op.SEND_ACTIVATION else Op.BACKWARD
-        maker = spans[send.stage, maker_op, send.microbatch]
-        reader = spans[send.peer, maker_op, send.microbatch]
-        sent_bytes = _of_peer(memory[send.stage].sent_bytes, send.peer)
-        received_bytes = _of_peer(memory[send.peer].received_bytes, send.stage)
-        until_s = reader.start_s if maker_op is Op.FORWARD else reader.end_s
-        hold(send.stage, sent_bytes, maker.end_s, event.end_s)
-        hold(send.peer, received_bytes, event.start_s, until_s)
-    return tuple(_accumulate(stage_changes) for stage_changes in changes)
+        op = Op.FORWARD if send.op is Op.SEND_ACTIVATION else Op.BACKWARD
+        maker = self.passes[send.stage, op, send.microbatch]
+        reader = self.passes[send.peer, op, send.microbatch]
+        sent_bytes = _of_peer(self.memory[send.stage].sent_bytes, send.peer)
+        received_bytes = _of_peer(self.memory[send.peer].received_bytes, send.stage)
+        until_s = reader.start_s if op is Op.FORWARD else reader.end_s
+        self._hold(send.stage, sent_bytes, maker.end_s, event.end_s)
+        self._hold(send.peer, received_bytes, event.start_s, until_s)
 
 
 def _accumulate(changes: list[tuple[float, int]]) -> tuple[tuple[float, int], ...]:

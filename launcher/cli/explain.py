@@ -104,11 +104,16 @@ def unknown_key(full_key: str, schema: type | None, overrides: Sequence[str]) ->
 def _did_you_mean(key: str, full_key: str, schema: type | None) -> str:
     parent, _, name = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
+    rest = key.removeprefix(full_key)  # what follows the mistyped part, as in trian.steps
     everywhere = dict.fromkeys(_all_keys(Config))
+    siblings = [prefix + near for near in difflib.get_close_matches(name, _fields(schema), n=2)]
+    nearest = difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
     near = (
-        [prefix + sibling for sibling in difflib.get_close_matches(name, _fields(schema), n=2)]
+        [mended + rest for mended in siblings if mended + rest in _all_keys(schema, prefix)]
+        or (rest and nearest)
+        or siblings
         or [known for known in everywhere if known.rpartition(".")[2] == key]
-        or difflib.get_close_matches(key, everywhere, n=1, cutoff=0.75)
+        or nearest
     )
     if near:
         return f"did you mean {' or '.join(near)}?"

@@ -42,6 +42,7 @@ def build_text(config: TextDataConfig, model: Model, seed: int) -> Dataset:
         dtypes=dtypes,
         train=train,
         valid=valid,
+        tokenizer=tokenizer,
     )
 
 

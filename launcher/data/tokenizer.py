@@ -7,7 +7,7 @@ run and after every restart. Hours-long training wants the ids fixed once, as a 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,10 @@ class Tokenizer(ABC):
         """Give the ids of a text, in the smallest unsigned dtype that holds `vocab_size`."""
 
     @abstractmethod
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """Give the bytes that ids stand for: those of the text, or a piece of it within a character."""
+
+    @abstractmethod
     def save(self, path: Path) -> None:
         """Write what is needed to decode the ids again, if anything is."""
 
@@ -50,6 +54,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        return bytes(ids)
 
     def save(self, path: Path) -> None:
         del path  # bytes decode themselves
@@ -66,6 +73,10 @@ class BpeTokenizer(Tokenizer):
         dtype = id_dtype(self.vocab_size)
         encodings = self.backend.encode_batch(list(pieces(text)), add_special_tokens=False)
         return np.concatenate([np.zeros(0, dtype), *(np.asarray(e.ids, dtype) for e in encodings)])
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        # Not the backend's own way, which gives text, and U+FFFD for a character that is cut in two.
+        return bytes(_BYTE_OF[letter] for i in ids for letter in self.backend.id_to_token(i))
 
     def save(self, path: Path) -> None:
         try:
@@ -119,6 +130,21 @@ def pieces(text: str) -> Iterator[str]:
         end = len(text) if line_end < 0 else line_end + 1
         yield text[start:end]
         start = end
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that a byte-level BPE writes for each byte: itself, or one from U+0100 on.
+
+    Radford et al. 2019 (GPT-2), `bytes_to_unicode` in their encoder.py: bytes that print, and no
+    spaces, stand for themselves.
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(NUM_BYTES) if byte not in printed]
+    letters = {chr(byte): byte for byte in printed}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
 
 
 def _package() -> "tokenizers":

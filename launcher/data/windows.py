@@ -12,6 +12,7 @@ import numpy as np
 
 from launcher.data.dataset import TOKEN_LEAVES, Dataset, held_out, wanted_leaves, wrong_leaf
 from launcher.data.order import sample_indices
+from launcher.data.tokenizer import Tokenizer
 from launcher.errors import ConfigError
 from launcher.models.model import Model
 
@@ -27,6 +28,7 @@ class TokenWindows(Dataset):
     dtypes: dict[str, np.dtype]  # of the leaves that the model takes
     train: np.ndarray  # (windows, S + 1) overlapping view
     valid: np.ndarray  # (windows, S + 1) overlapping view
+    tokenizer: Tokenizer | None = None  # that the ids are from, where it is known
 
     def batch(self, step: int, batch_size: int, split: str = "train") -> dict[str, np.ndarray]:
         windows = {"train": self.train, "valid": self.valid}[split]

@@ -50,6 +50,13 @@ class Model:
         (loss, metrics), _ = self.skeleton.call_loss(params, state, batch, None)
         return loss.astype(at_least_fp32(loss.dtype)), metrics
 
+    def logits(self, params: Arrays, state: Arrays, tokens: Array) -> Array:
+        """Score every token of the vocabulary as the next one at each position, in evaluation.
+
+        Only decoders (`vocab_size` tokens) have it.
+        """
+        return self.skeleton.call_logits(params, state, tokens)
+
     def example_batch(self, batch_size: int) -> Shapes:
         """Describe a batch of so many samples."""
         return self.skeleton.hollow().example_batch(batch_size)

@@ -191,9 +191,16 @@ class Moe(nnx.Module):
         self.final_norm = LayerNorm(size.transformer.hidden, weights=weights)
         self.reduce_dtype = precision.reduce
 
-    def loss(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        """Return the mean cross entropy of the next token plus the weighted balancing loss."""
-        x_BSH = self.embedding(batch["tokens"])
+    def logits(self, tokens_BS: Array) -> Array:
+        """Score every token of the vocabulary as the next one at each position.
+
+        Not quite causal: a later token may take the place of an earlier one's second expert.
+        """
+        return self._scores(tokens_BS)[0]
+
+    def _scores(self, tokens_BS: Array) -> tuple[Array, Array]:
+        """Return logits, and the balancing losses of all blocks, added up."""
+        x_BSH = self.embedding(tokens_BS)
         # A running sum, so that one scalar goes from stage to stage and not one for each block.
         total_aux_loss = jnp.zeros((), self.reduce_dtype)
         for block in self.blocks:
@@ -202,7 +209,11 @@ class Moe(nnx.Module):
                 total_aux_loss = total_aux_loss + aux_loss
             else:
                 x_BSH = block(x_BSH)
-        logits_BSV = self.embedding.logits(self.final_norm(x_BSH))
+        return self.embedding.logits(self.final_norm(x_BSH)), total_aux_loss
+
+    def loss(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Return the mean cross entropy of the next token plus the weighted balancing loss."""
+        logits_BSV, total_aux_loss = self._scores(batch["tokens"])
         text_loss = cross_entropy(logits_BSV, batch["targets"])
         balance = total_aux_loss / (self.size.transformer.layers // 2)
         loss = text_loss + self.size.experts.aux_loss_weight * balance

@@ -24,23 +24,58 @@ _NOT_DECAYED = ("bias", "scale")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossScaling:
+    """What the loss is multiplied with before the backward pass."""
+
+    scale: float = 1.0  # the first one, or the only one
+    dynamic: bool = False  # halved by gradients that are not finite, whose step is skipped
+    growth_steps: int = 2000  # good steps after which a dynamic scale doubles
+
+
+# Most first steps of a run in fp16 are skipped until the scale fits: 16 halvings would bring it to 1.
+DYNAMIC = LossScaling(scale=2.0**16, dynamic=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer:
     """How weights are updated."""
 
     transform: optax.GradientTransformation  # without clipping
     clip_norm: float | None  # largest global norm of the gradients
-    schedule: Schedule  # step, counted from 0 -> learning rate
+    schedule: Schedule  # update, counted from 0 -> learning rate
+    loss_scaling: LossScaling = LossScaling()
 
 
-def build_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """Build the optimizer of a config for a run of so many steps."""
+def build_optimizer(config: OptimizerConfig, total_steps: int, dtype: str = "fp32") -> Optimizer:
+    """Build the optimizer of a config for a run of so many steps, computing in `dtype`."""
     _check(config)
     schedule = make_schedule(config, total_steps)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
     steps = [_direction(config), decay, optax.scale_by_learning_rate(schedule)]
     return Optimizer(
-        transform=optax.chain(*steps), clip_norm=config.clip_norm or None, schedule=schedule
+        transform=optax.chain(*steps),
+        clip_norm=config.clip_norm or None,
+        schedule=schedule,
+        loss_scaling=make_loss_scaling(config.loss_scale, dtype),
     )
+
+
+def make_loss_scaling(given: str, dtype: str) -> LossScaling:
+    """Read `optimizer.loss_scale`; by itself only fp16 is scaled, the other types reach far enough."""
+    if given == "dynamic" or (given == "auto" and dtype == "fp16"):
+        return DYNAMIC
+    if given == "auto":
+        return LossScaling()
+    try:
+        scale = float(given)
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise ConfigError(
+            f"optimizer.loss_scale={given} is neither auto, dynamic nor a number above 0: "
+            f"give one of them, such as optimizer.loss_scale=1024"
+        )
+    return LossScaling(scale=scale)
 
 
 def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:

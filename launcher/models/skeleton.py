@@ -56,6 +56,12 @@ class Skeleton:
         result = module.loss({name: self._computed(array) for name, array in batch.items()})
         return result, self.take_apart(module)[1]
 
+    def call_logits(self, params: Arrays, state: Arrays, tokens: Array) -> Array:
+        """Return what the module's `logits` returns in evaluation mode."""
+        module = self.assemble(params, state, None)
+        module.eval()
+        return module.logits(tokens)
+
     def assemble(self, params: Arrays, state: Arrays, key_data: Array | None) -> nnx.Module:
         """Put arrays into a new module; its random streams start from `key_data`."""
         leaves = _seeded(self.streams, key_data)

@@ -1,19 +1,21 @@
 """Batches made ahead of the steps that need them, by one thread.
 
 One thread makes all of them, those for evaluations too, so a dataset is never asked for two at
-once.
+once. Those for training are put on the devices by it as well.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from launcher.data.dataset import Dataset
 
 Batch = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 class BatchQueue:
@@ -36,12 +38,22 @@ class BatchQueue:
 
     def batches(self, steps: Iterable[int], split: str) -> Iterator[Batch]:
         """Give the batches of these steps of a split, in order."""
+        return self.placed(steps, split, lambda batch, step: batch)
+
+    def placed(
+        self, steps: Iterable[int], split: str, place: Callable[[Batch, int], T]
+    ) -> Iterator[T]:
+        """Give what `place` makes of the batches of these steps of a split, in order."""
         steps = iter(steps)
-        queue = deque(self._submit(step, split) for step in islice(steps, self._ahead))
+
+        def submit(step: int) -> Future[T]:
+            return self._worker.submit(self._make, step, split, place)
+
+        queue = deque(submit(step) for step in islice(steps, self._ahead))
         while queue:
             # The next one is asked for first, so that it is made while this one is in use.
-            queue.extend(self._submit(step, split) for step in islice(steps, 1))
+            queue.extend(submit(step) for step in islice(steps, 1))
             yield queue.popleft().result()
 
-    def _submit(self, step: int, split: str) -> Future[Batch]:
-        return self._worker.submit(self._dataset.batch, step, self._batch_size, split)
+    def _make(self, step: int, split: str, place: Callable[[Batch, int], T]) -> T:
+        return place(self._dataset.batch(step, self._batch_size, split), step)

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from launcher.autopar.instructions import Op
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -42,4 +43,5 @@ def _programs(
         tied=tied,
         num_norms=len(realized.stages),
         settings=stage.settings,
+        split=any(entry.op is Op.BACKWARD_WEIGHT for entry in realized.program.lists[0]),
     )

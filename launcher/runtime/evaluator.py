@@ -9,6 +9,7 @@ import numpy as np
 from launcher.autopar.evaluation import realize_evaluation
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
+from launcher.runtime.placement import split_batch
 from launcher.runtime.stage_programs import StagePrograms
 
 
@@ -37,7 +38,7 @@ class Evaluator:
 
     @cached_property
     def _forward(self) -> list[jax.stages.Compiled]:
-        return [stage.compile_forward() for stage in self._stages]
+        return [stage.microbatch.compile_forward() for stage in self._stages]
 
     def loss(self, batch: Mapping[str, np.ndarray], states) -> jax.Array:
         """The mean loss over a batch of whole microbatches; `states` hold `params` and `state`."""
@@ -64,9 +65,3 @@ class Evaluator:
             exports, _, _ = forward(params, state, leaves, key, imports)
             crossing |= exports
         return crossing[traced.loss]
-
-
-def split_batch(batch: Mapping[str, np.ndarray], num_microbatches: int) -> list[dict]:
-    """Cut a global batch into microbatches of consecutive samples."""
-    parts = {name: np.split(array, num_microbatches) for name, array in batch.items()}
-    return [{name: parts[name][k] for name in parts} for k in range(num_microbatches)]

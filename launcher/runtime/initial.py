@@ -5,15 +5,20 @@ numbers are those of `Model.init`, bit for bit. A value is let go as soon as not
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal
 
 from launcher.autopar.graph import Graph, Value, eliminate_dead_code, evaluate_op, from_jaxpr
+from launcher.autopar.plan import Plan
 from launcher.autopar.trace import Input, Role
 from launcher.models.model import Model
+from launcher.runtime.memory_error import Doing, memory_errors
+from launcher.runtime.stage_programs import StagePrograms
 
 
 def initial_values(model: Model, seed: int) -> Iterator[tuple[Input, jax.Array]]:
@@ -52,3 +57,30 @@ def _run(graph: Graph) -> Iterator[tuple[Value, jax.Array]]:
             if readers[value]:
                 values[value] = array
             yield value, array
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """The parameters and the state of one stage, on its devices."""
+
+    params: dict[str, jax.Array]
+    state: dict[str, jax.Array]
+
+
+def place_values(
+    plan: Plan,
+    programs: Sequence[StagePrograms],
+    values: Iterable[tuple[Input, jax.Array | np.ndarray]],
+) -> list[Resident]:
+    """Bring each value to every stage that has it, in the shards that the stage's plan says."""
+    residents = [Resident({}, {}) for _ in programs]
+    for source, array in values:
+        for index, (stage, resident) in enumerate(zip(programs, residents, strict=True)):
+            is_param = source.role is Role.PARAM
+            specs = stage.layout.params if is_param else stage.layout.state
+            own = resident.params if is_param else resident.state
+            if source.path in specs:
+                where = stage.sharding(specs[source.path], array.ndim)
+                with memory_errors(plan, Doing.placing(index), list(stage.mesh.devices.flat)):
+                    own[source.path] = jax.device_put(array, where)
+    return residents

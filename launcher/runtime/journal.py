@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Halvings in a row that no scale of an overflow now and then needs: what overflows is the model itself.
+MAX_SKIPPED_IN_A_ROW = 20
+# Below 1 the loss is scaled down: not the gradients' smallness is the trouble then.
+SMALLEST_LOSS_SCALE = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
@@ -53,6 +58,8 @@ class Journal:
         self._best_loss: float | None = None
         self._eval_loss: float | None = None
         self._peak_bytes: int | None = None
+        self._skipped_steps = 0
+        self._skipped_in_a_row = 0
 
     def dispatched(self, step: int, result: "StepResult") -> Dispatched:
         """Note that a step is on its way, and begin to watch for its completion."""
@@ -63,25 +70,34 @@ class Journal:
 
     def record(self, dispatched: Dispatched, peak_bytes_per_device: int | None) -> None:
         """Wait for a step's numbers and pass them on; raise TrainingError for a loss or a
-        gradient norm that is not finite."""
+        gradient norm that is not finite, unless that is what the loss scale is being fitted to."""
         step, result = dispatched.step, dispatched.result
         step_s = self._timer.lap(dispatched.completed_s.result())
-        loss, grad_norm, model_metrics = jax.device_get(
-            (result.loss, result.grad_norm, result.metrics)
+        loss, grad_norm, model_metrics, loss_scale = jax.device_get(
+            (result.loss, result.grad_norm, result.metrics, result.loss_scale)
         )
         self.num_steps = step + 1
+        # A skipped step is no update, and the schedule counts updates.
+        rate = _on_host(self._learning_rate, step - self._skipped_steps)
+        is_skipped = loss_scale is not None and not math.isfinite(grad_norm)
+        self._skipped_steps += is_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if is_skipped else 0
         row = self._meter.train_row(
             step=self.num_steps,
             loss=float(loss),
-            learning_rate=_on_host(self._learning_rate, step),
+            learning_rate=rate,
             grad_norm=float(grad_norm),
             step_s=step_s,
             peak_bytes_per_device=peak_bytes_per_device,
+            scaling=None if loss_scale is None else (float(loss_scale), self._skipped_steps),
             model_metrics=model_metrics,
         )
         if peak_bytes_per_device is not None:
             self._peak_bytes = max(peak_bytes_per_device, self._peak_bytes or 0)
         self._write(row)
+        if is_skipped:
+            self._check_scale(float(loss_scale))
+            return
         self._check(float(loss), float(grad_norm), row["learning_rate"])
         self._loss = float(loss)
         self._best_loss = min(self._loss, math.inf if self._best_loss is None else self._best_loss)
@@ -90,12 +106,13 @@ class Journal:
         """Pass on an evaluation after a step (None: it was cut short), and leave out its time."""
         if eval_loss is not None:
             if not math.isfinite(eval_loss):
+                finite = "" if self._loss is None else ", though the training loss is finite"
                 log.warning(
-                    "eval_loss is %s after step %d, though the training loss is finite: it is null in "
-                    "metrics.jsonl, and training goes on; look for what overflows in the held-out "
-                    "batches, or compute in model.dtype=fp32",
+                    "eval_loss is %s after step %d%s: it is null in metrics.jsonl, and the run goes on; "
+                    "look for what overflows in the held-out batches, or compute in model.dtype=fp32",
                     eval_loss,
                     step + 1,
+                    finite,
                 )
             self._eval_loss = eval_loss
             self._write(eval_row(step + 1, eval_loss))
@@ -124,6 +141,7 @@ class Journal:
             best_loss=self._best_loss,
             eval_loss=self._eval_loss,
             wall_s=self._timer.wall_s,
+            skipped_steps=self._skipped_steps,
             measured={**speed, "peak_bytes_per_device": self._peak_bytes},
             timed_steps=self._timer.timed_steps,
             predicted_step_s=self._meter.predicted_step_s,
@@ -157,6 +175,17 @@ class Journal:
             f"{other}, learning rate {_text(learning_rate)}): "
             f"lower optimizer.learning_rate, clip with optimizer.clip_norm=1.0, "
             f"or compute in model.dtype=fp32"
+        )
+
+    def _check_scale(self, loss_scale: float) -> None:
+        too_many = self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+        if not too_many and loss_scale >= SMALLEST_LOSS_SCALE:
+            return
+        raise TrainingError(
+            f"the gradients overflow at every loss scale: step {self.num_steps} of "
+            f"{self._planned_steps} is the last of {self._skipped_in_a_row} in a row that were "
+            f"skipped, and the scale is down to {loss_scale:.6g} (optimizer.loss_scale): "
+            f"lower optimizer.learning_rate, or compute in model.dtype=bf16 or fp32"
         )
 
 

@@ -19,6 +19,8 @@ Status = Literal["done", "interrupted", "failed"]
 
 # What only the row of an evaluation has.
 EVAL_LOSS = "eval_loss"
+# What only the rows of a run with a dynamic loss scale have.
+LOSS_SCALE, SKIPPED_STEPS = "loss_scale", "skipped_steps"
 # The first step fills caches and allocators, the second may still wait for them.
 WARM_UP_STEPS = 2
 
@@ -105,8 +107,12 @@ class Meter:
         step_s: float,
         peak_bytes_per_device: int | None,
         model_metrics: Mapping[str, float],
+        scaling: tuple[float, int] | None = None,
     ) -> Row:
-        """Give the row of a step; a model's metric that takes one of our names is renamed."""
+        """Give the row of a step; a model's metric that takes one of our names is renamed.
+
+        `scaling` is the dynamic loss scale after the step, and how many steps it has skipped so far.
+        """
         row: Row = {
             "step": step,
             "loss": finite(loss),
@@ -116,8 +122,10 @@ class Meter:
             "predicted_step_s": finite(self.predicted_step_s),
             "peak_bytes_per_device": peak_bytes_per_device,
         }
+        if scaling is not None:
+            row |= {LOSS_SCALE: finite(scaling[0]), SKIPPED_STEPS: scaling[1]}
         for name, value in model_metrics.items():
-            is_taken = name in row or name == EVAL_LOSS
+            is_taken = name in row or name in (EVAL_LOSS, LOSS_SCALE, SKIPPED_STEPS)
             row[f"model_{name}" if is_taken else name] = finite(value)
         return row
 
@@ -125,6 +133,11 @@ class Meter:
 def eval_row(step: int, eval_loss: float) -> Row:
     """Give the row of an evaluation after `step` steps."""
     return {"step": step, EVAL_LOSS: finite(eval_loss)}
+
+
+def is_skipped(row: Row) -> bool:
+    """Say whether a row is of a step that changed nothing, because its gradients overflowed."""
+    return LOSS_SCALE in row and row["grad_norm"] is None
 
 
 def is_evaluation(row: Row) -> bool:
@@ -172,6 +185,8 @@ class TrainSummary:
     # Of the last evaluation; None where there was none.
     eval_loss: float | None
     wall_s: float
+    # Of the steps done, those whose gradients overflowed under a dynamic loss scale.
+    skipped_steps: int = 0
     # As Meter.speed gives it for the median step, and the largest peak_bytes_per_device.
     measured: Row
     # How many steps the median is of; 0 where all were warm-up, and it is the last step.
@@ -197,6 +212,7 @@ class TrainSummary:
             "best_loss": finite(self.best_loss),
             "eval_loss": finite(self.eval_loss),
             "wall_s": finite(self.wall_s),
+            "skipped_steps": self.skipped_steps,
             **{f"measured_{name}": value for name, value in self.measured.items()},
             "timed_steps": self.timed_steps,
             "predicted_step_s": finite(self.predicted_step_s),

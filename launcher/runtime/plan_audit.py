@@ -69,8 +69,8 @@ def _likeness(realized: RealizedPlan, index: int) -> Hashable:
 def _audit_stage(realized: RealizedPlan, programs: StagePrograms):
     count = realized.plan.num_microbatches
     for name, times, compile_ in (
-        ("forward", count, programs.compile_forward),
-        ("backward", count, programs.compile_backward),
+        ("forward", count, programs.microbatch.compile_forward),
+        ("backward", count, programs.microbatch.compile_backward),
         ("synchronize", 1, programs.compile_synchronize),
         ("update", 1, programs.compile_update),
     ):

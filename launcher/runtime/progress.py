@@ -28,7 +28,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from launcher.runtime.metrics import Meter, Row, TrainSummary, is_evaluation
+from launcher.runtime.metrics import Meter, Row, TrainSummary, is_evaluation, is_skipped
 from launcher.runtime.progress_text import (
     describe_numbers,
     describe_pace,
@@ -67,9 +67,9 @@ class LogSink(Sink):
         self._rate = LineRate(steps, clock)
 
     def write(self, row: Row) -> None:
-        """Log the row if its turn has come; evaluations always are."""
+        """Log the row if its turn has come; evaluations and skipped steps always are."""
         line = describe_row(row, self._meter, self._steps)
-        if is_evaluation(row):
+        if is_evaluation(row) or is_skipped(row):
             log.info("%s", line)
         elif self._rate.is_due(row["step"]):
             log.info("%s  %s", line, describe_pace(row, self._rate.remaining_s(row["step"])))
@@ -104,8 +104,9 @@ class BarSink(Sink):
         self._live.start()
 
     def write(self, row: Row) -> None:
-        """Move the bar; keep a line of evaluations and of every tenth of the run."""
-        if is_evaluation(row) or is_milestone(row["step"], self._steps):
+        """Move the bar; keep a line of evaluations, skipped steps, and every tenth of the run."""
+        keeps = is_evaluation(row) or is_skipped(row)
+        if keeps or is_milestone(row["step"], self._steps):
             log.info("%s", describe_row(row, self._meter, self._steps))
         if not is_evaluation(row):
             self._newest = Text(describe_numbers(row, self._meter))

@@ -9,11 +9,13 @@ from pathlib import Path
 from launcher.autopar.wording import count
 from launcher.runtime.metrics import (
     EVAL_LOSS,
+    LOSS_SCALE,
     WARM_UP_STEPS,
     Meter,
     Row,
     TrainSummary,
     is_evaluation,
+    is_skipped,
 )
 
 # In the order in which they are listed at the end; those that were not written are left out.
@@ -24,6 +26,8 @@ FILES_OF_A_RUN = (
     "plan.png",
     "metrics.jsonl",
     "summary.json",
+    "weights.safetensors",
+    "sample.txt",
     "checkpoints",
     "wandb",
     "launcher.log",
@@ -47,6 +51,8 @@ def describe_pace(row: Row, eta_s: float | None) -> str:
 
 def describe_numbers(row: Row, meter: Meter) -> str:
     """Write loss and speed: `loss 2.3145  12.3k tokens/s  0.52 TFLOP/s/device  MFU 41.2 %`."""
+    if is_skipped(row):
+        return f"skipped: the gradients overflowed; loss scale {row[LOSS_SCALE]:g} from now on"
     return f"loss {loss_text(row['loss'])}  {describe_speed(row, meter)}"
 
 
@@ -71,12 +77,18 @@ def describe_speed(row: Row, meter: Meter) -> str:
 
 def final_lines(summary: TrainSummary, meter: Meter, run_dir: Path) -> tuple[str, ...]:
     """Write how a run ended, how fast it was, what the plan had promised, and the files."""
+    if summary.loss is None and summary.eval_loss is not None:  # there was nothing to train
+        done = f"evaluated after {count(summary.steps, 'step')}, in {duration(summary.wall_s)}"
+        head = f"{summary.status}: {done}, eval_loss {loss_text(summary.eval_loss)}"
+        return (head, *_describe_files(run_dir))
     planned = count(summary.planned_steps, "step")
     head = f"{summary.status}: {summary.steps} of {planned} in {duration(summary.wall_s)}"
     if summary.loss is not None:
         head += f", loss {loss_text(summary.loss)} (best {loss_text(summary.best_loss)})"
     if summary.eval_loss is not None:
         head += f", eval_loss {loss_text(summary.eval_loss)}"
+    if summary.skipped_steps:
+        head += f", {count(summary.skipped_steps, 'step')} skipped by the loss scale"
     lines = [
         head,
         f"speed: {describe_speed(summary.measured, meter)}",

@@ -1,4 +1,4 @@
-"""One stage's compiled programs: forward, backward, synchronize, update, on the stage's own devices.
+"""One stage's compiled programs: those of a microbatch, synchronize, update, on the stage's own devices.
 
 The emitter's functions run inside `jax.shard_map` over the stage's mesh; everything is compiled ahead of
 the first step, for the shardings that the plan gives. Gradients are summed over microbatches unreduced
@@ -9,19 +9,17 @@ Parameters are keyed by path, values that cross stages by their number in the tr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from launcher.autopar.emit import StageEmitter
-from launcher.autopar.param_costs import optimizer_spec
+from launcher.autopar.param_costs import gradient_spec, optimizer_spec
 from launcher.autopar.run_sharded import run
 from launcher.autopar.shard_as_given import shard_as_given
 from launcher.autopar.sharded_graph import ShardedGraph
@@ -32,27 +30,41 @@ from launcher.autopar.spec import (
     local_shape,
     partial_axes,
     replicated,
-    to_partition_spec,
 )
-from launcher.autopar.trace import Role
 from launcher.models.optimizer import Optimizer
+from launcher.runtime.microbatch_programs import MicrobatchPrograms
+from launcher.runtime.stage_signature import StageSignature
+from launcher.runtime.update import (
+    UpdateInputs,
+    UpdateResult,
+    apply_update,
+    first_loss_scale,
+    like_result,
+)
 
 Arrays = dict
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compiled:
-    """The executables of a stage; `reduce_tied` is there where it reads another stage's parameters."""
+    """The executables of a stage, as far as its instructions need them.
 
-    forward: jax.stages.Compiled
-    backward: jax.stages.Compiled
+    `forward_backward` is for both of a microbatch at once; `backward_input` and `backward_weight` are the
+    halves of a split backward pass; `reduce_tied` is there where another stage's parameters are read.
+    """
+
+    zeros: jax.stages.Compiled
     synchronize: jax.stages.Compiled
     update: jax.stages.Compiled
-    zeros: jax.stages.Compiled
-    reduce_tied: jax.stages.Compiled | None
+    forward: jax.stages.Compiled | None = None
+    backward: jax.stages.Compiled | None = None
+    backward_input: jax.stages.Compiled | None = None
+    backward_weight: jax.stages.Compiled | None = None
+    forward_backward: jax.stages.Compiled | None = None
+    reduce_tied: jax.stages.Compiled | None = None
 
 
-class StagePrograms:
+class StagePrograms(StageSignature):
     """Builds and compiles the programs of one stage.
 
     Args:
@@ -61,38 +73,28 @@ class StagePrograms:
         owned: paths of the parameters that this stage updates; it only reads the others.
         tied: paths of owned parameters whose gradients other stages contribute to, with how many do.
         num_norms: how many stages contribute to the global gradient norm.
+        split: whether the backward pass runs in two halves.
     """
 
     def __init__(
         self, emitter: StageEmitter, devices: Sequence[jax.Device], optimizer: Optimizer, *,
         owned: frozenset[str], tied: Mapping[str, int], num_norms: int, settings,
+        split: bool = False,
     ):  # fmt: skip
-        self.emitter, self.layout, self.optimizer = emitter, emitter.layout, optimizer
-        self.settings = settings
-        self.logical = emitter.mesh
-        self.mesh = Mesh(
-            np.array(devices, dtype=object).reshape(self.logical.shape), self.logical.axis_names
-        )
+        super().__init__(emitter, devices)
+        self.optimizer, self.settings = optimizer, settings
         self.owned, self.tied, self.num_norms = owned, tied, num_norms
-        self.avals = _avals(emitter)
+        self.owned_paths = tuple(sorted(owned))
+        self.microbatch = MicrobatchPrograms(self, split=split, gathers=settings.zero == 3)
 
     @property
-    def whole(self) -> NamedSharding:
-        """Every device of the stage holds the whole array."""
-        return NamedSharding(self.mesh, PartitionSpec())
-
-    def sharding(self, spec: Spec, rank: int) -> NamedSharding:
-        return NamedSharding(self.mesh, to_partition_spec(spec, rank, self.logical.axis_names))
-
-    def param_sharding(self, path: str) -> NamedSharding:
-        return self.sharding(self.layout.params[path], self.avals.params[path].ndim)
+    def summed(self) -> tuple[str, ...]:
+        """The parameters that the stage updates and has gradients of its own for."""
+        return tuple(self._accumulators(owned=True))
 
     def gradient_spec(self, path: str) -> Spec:
-        """Where the summed gradient lies: with ZeRO-2 and 3, where the optimizer state does."""
-        home = self.layout.params[path]
-        if self.settings.zero < 2:
-            return home
-        return self.state_spec(path)
+        home, aval = self.layout.params[path], self.avals.params[path]
+        return gradient_spec(home, aval.shape, self.logical, self.settings.zero)
 
     def state_spec(self, path: str) -> Spec:
         home, aval = self.layout.params[path], self.avals.params[path]
@@ -113,81 +115,34 @@ class StagePrograms:
             return replicated(self.logical.num_axes)
         return self.state_spec(path)
 
-    def compile(self) -> Compiled:
-        """Compile all programs of the stage."""
-        return Compiled(
-            forward=self.compile_forward(),
-            backward=self.compile_backward(),
-            synchronize=self.compile_synchronize(),
-            update=self.compile_update(),
-            zeros=self._compile_zeros(),
-            reduce_tied=self._compile_reduce_tied(),
-        )
+    def compilations(self, names: Collection[str]) -> dict[str, Callable[[], jax.stages.Compiled]]:
+        """How to compile the fields of `Compiled` that are named, and those that are needed anyway."""
+        known = {
+            "zeros": self._compile_zeros,
+            "forward": self.microbatch.compile_forward,
+            "backward": self.microbatch.compile_backward,
+            "backward_input": self.microbatch.compile_backward_input,
+            "backward_weight": self.microbatch.compile_backward_weight,
+            "forward_backward": self.microbatch.compile_forward_backward,
+            "synchronize": self.compile_synchronize,
+            "update": self.compile_update,
+        }
+        found = {name: known[name] for name in names}
+        if self._accumulators(owned=False):
+            found["reduce_tied"] = self._compile_reduce_tied
+        return found
 
-    # Signatures: what each name of the layout looks like from outside.
-
-    def _abstract(self, aval, spec: Spec) -> jax.ShapeDtypeStruct:
-        leading = tuple(self.logical.shape[axis] for axis in partial_axes(spec))
-        shape = (*leading, *aval.shape)
-        return jax.ShapeDtypeStruct(
-            shape, aval.dtype, sharding=self.sharding(spec, len(aval.shape))
-        )
-
-    def _specs(self, specs: Mapping, avals: Mapping) -> dict:
-        names = self.logical.axis_names
-        return {k: to_partition_spec(s, len(avals[k].shape), names) for k, s in specs.items()}
-
-    def _abstracts(self, specs: Mapping, avals: Mapping) -> dict:
-        return {k: self._abstract(avals[k], spec) for k, spec in specs.items()}
-
-    def _key(self) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=self.whole)
-
-    def _shard_map(self, function, in_specs, out_specs, **jit_options):
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-        )
-        return jax.jit(mapped, **jit_options)
-
-    def compile_forward(self) -> jax.stages.Compiled:
-        layout, avals = self.layout, self.avals
-        inputs = (
-            (layout.params, avals.params), (layout.state, avals.state), (layout.batch, avals.batch),
-        )  # fmt: skip
-        imports = (layout.imports, avals.values)
-        new_state = {path: layout.state[path] for path in layout.new_state}
-        in_specs = (*(self._specs(*i) for i in inputs), PartitionSpec(), self._specs(*imports))
-        out_specs = (
-            self._specs(layout.exports, avals.values),
-            self._specs(new_state, avals.state),
-            self._specs(layout.kept, avals.kept),
-        )
-        function = self._shard_map(self.emitter.forward, in_specs, out_specs)
-        arguments = [self._abstracts(*i) for i in inputs]
-        return function.lower(*arguments, self._key(), self._abstracts(*imports)).compile()
-
-    def compile_backward(self) -> jax.stages.Compiled:
-        layout, avals = self.layout, self.avals
-        before = ((layout.params, avals.params), (layout.batch, avals.batch))
-        after = (
-            (layout.imports, avals.values), (layout.kept, avals.kept),
-            (layout.cotangents, avals.values), (layout.accumulators, avals.params),
-        )  # fmt: skip
-        in_specs = (
-            *(self._specs(*i) for i in before), PartitionSpec(), *(self._specs(*i) for i in after),
-        )  # fmt: skip
-        out_specs = (
-            self._specs(layout.accumulators, avals.params),
-            self._specs(layout.returns, avals.values),
-        )
-        function = self._shard_map(self.emitter.backward, in_specs, out_specs, donate_argnums=6)
-        arguments = [
-            *(self._abstracts(*i) for i in before), self._key(), *(self._abstracts(*i) for i in after),
-        ]  # fmt: skip
-        return function.lower(*arguments).compile()
+    def local_zeros(self) -> Arrays:
+        """The accumulators of one device before the first microbatch."""
+        zeros, sizes = {}, self.logical.shape
+        for path, spec in self.layout.accumulators.items():
+            aval = self.avals.params[path]
+            leading = (1,) * len(partial_axes(spec))
+            zeros[path] = jnp.zeros((*leading, *local_shape(spec, aval.shape, sizes)), aval.dtype)
+        return zeros
 
     def _compile_zeros(self) -> jax.stages.Compiled:
-        shapes = self._abstracts(self.layout.accumulators, self.avals.params)
+        shapes = self.abstracts(self.layout.accumulators, self.avals.params)
         shardings = {path: shape.sharding for path, shape in shapes.items()}
 
         def zeros():
@@ -205,25 +160,28 @@ class StagePrograms:
     def compile_synchronize(self) -> jax.stages.Compiled:
         """(accumulators, gradients received) -> (gradients, squared norm), of owned parameters."""
         params, accumulators = self.avals.params, self._accumulators(owned=True)
-        targets = {path: self.gradient_spec(path) for path in sorted(self.owned)}
+        targets = {path: self.gradient_spec(path) for path in self.owned_paths}
         received = {path: targets[path] for path in self.tied}
-        function = self._shard_map(
-            partial(self._synchronize, accumulators, targets),
+        function = self.shard_map(
+            self.synchronize_shards,
             (
-                self._specs(accumulators, params),
+                self.partition_specs(accumulators, params),
                 {
                     path: [spec] * self.tied[path]
-                    for path, spec in self._specs(received, params).items()
+                    for path, spec in self.partition_specs(received, params).items()
                 },
             ),
-            (self._specs(targets, params), PartitionSpec()),
+            (self.partition_specs(targets, params), PartitionSpec()),
         )
         return function.lower(
-            self._abstracts(accumulators, params),
-            {path: [a] * self.tied[path] for path, a in self._abstracts(received, params).items()},
+            self.abstracts(accumulators, params),
+            {path: [a] * self.tied[path] for path, a in self.abstracts(received, params).items()},
         ).compile()
 
-    def _synchronize(self, accumulators, targets, sums, received):
+    def synchronize_shards(self, sums: Arrays, received: Mapping[str, Sequence[jax.Array]]):
+        """What `compile_synchronize` compiles, on one device's shards, inside `jax.shard_map`."""
+        accumulators = self._accumulators(owned=True)
+        targets = {path: self.gradient_spec(path) for path in self.owned_paths}
         gradients, squares = {}, []
         for path, target in targets.items():
             if path in sums:
@@ -256,9 +214,9 @@ class StagePrograms:
             return {p: self._reduced(p, a, accumulators[p], targets[p]) for p, a in sums.items()}
 
         params = self.avals.params
-        specs = (self._specs(accumulators, params),), self._specs(targets, params)
-        function = self._shard_map(reduce, *specs)
-        return function.lower(self._abstracts(accumulators, params)).compile()
+        specs = (self.partition_specs(accumulators, params),), self.partition_specs(targets, params)
+        function = self.shard_map(reduce, *specs)
+        return function.lower(self.abstracts(accumulators, params)).compile()
 
     @property
     def norm_dtype(self) -> jnp.dtype:
@@ -276,34 +234,57 @@ class StagePrograms:
         return jnp.sum(wide * wide) / replicas
 
     def compile_update(self) -> jax.stages.Compiled:
-        """(parameters, optimizer state, gradients, squared norms) -> (parameters, state, norm)."""
-        arguments, sharded = self.sharded_update
-        structure = jax.tree.structure((*arguments[:2], arguments[3][0]))
+        """The arguments of `UpdateInputs` -> `UpdateResult`, in place of parameters and optimizer state."""
+        arguments, _ = self.sharded_update
+        in_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
 
         def update(*local):
-            return jax.tree.unflatten(structure, run(sharded, jax.tree.leaves(local)))
+            return self.update_shards(UpdateInputs(*local))
 
-        in_specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
-        out_specs = (*in_specs[:2], PartitionSpec())
-        function = self._shard_map(update, in_specs, out_specs, donate_argnums=(0, 1))
+        out_specs = like_result(in_specs)
+        function = self.shard_map(update, tuple(in_specs), out_specs, donate_argnums=(0, 1))
         return function.lower(*arguments).compile()
 
+    def update_shards(self, inputs: UpdateInputs) -> UpdateResult:
+        """The update of one device's shards, inside `jax.shard_map`."""
+        _, sharded = self.sharded_update
+        structure = jax.tree.structure(like_result(inputs))
+        return jax.tree.unflatten(structure, run(sharded, jax.tree.leaves(inputs)))
+
     @cached_property
-    def sharded_update(self) -> tuple[tuple, ShardedGraph]:
+    def sharded_update(self) -> tuple[UpdateInputs, ShardedGraph]:
         """The update's abstract arguments, and its ops sharded between where they lie."""
         owned, whole = sorted(self.owned), replicated(self.logical.num_axes)
         avals = {path: self.avals.params[path] for path in owned}
         homes = {path: self.layout.params[path] for path in owned}
         reduced = {path: self.gradient_spec(path) for path in owned}
-        state = self.abstract_optimizer_state()
-        norm = jax.ShapeDtypeStruct((), self.norm_dtype, sharding=self.whole)
-        norms = [norm] * self.num_norms
-        arguments = (self._abstracts(homes, avals), state, self._abstracts(reduced, avals), norms)
-        kept = [*homes.values(), *self.optimizer_specs(state)]
-        given = [*kept, *reduced.values(), *[whole] * self.num_norms]
-        function = partial(apply_update, self.optimizer)
-        sharded = shard_as_given(function, arguments, given, [*kept, whole], self.logical)
-        return arguments, sharded
+        changed = {path: self.layout.state[path] for path in sorted(self.layout.new_state)}
+        optimizer_state = self.abstract_optimizer_state()
+        changing = self.abstracts(changed, self.avals.state)
+        inputs = UpdateInputs(
+            params=self.abstracts(homes, avals),
+            optimizer_state=optimizer_state,
+            gradients=self.abstracts(reduced, avals),
+            squares=[self._whole_like(jnp.zeros((), self.norm_dtype))] * self.num_norms,
+            loss_scale=jax.tree.map(
+                self._whole_like, first_loss_scale(self.optimizer.loss_scaling)
+            ),
+            state_before=changing,
+            state_after=changing,
+        )
+        kept = [*homes.values(), *self.optimizer_specs(optimizer_state)]
+        scalars = [whole] * len(jax.tree.leaves(inputs.loss_scale))
+        states = list(changed.values())
+        given = [*kept, *reduced.values(), *[whole] * self.num_norms, *scalars, *states, *states]
+        made = [*kept, *states, *scalars, whole]
+
+        def update(*arguments):
+            return apply_update(self.optimizer, UpdateInputs(*arguments))
+
+        return inputs, shard_as_given(update, inputs, given, made, self.logical)
+
+    def _whole_like(self, array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self.whole)
 
     def abstract_optimizer_state(self):
         """Shapes and shardings of the optimizer state of the owned parameters."""
@@ -313,55 +294,10 @@ class StagePrograms:
             {p: jax.ShapeDtypeStruct(a.shape, a.dtype) for p, a in params.items()},
         )
         leaves, structure = jax.tree.flatten(shapes)
-        placed = map(self._abstract, leaves, self.optimizer_specs(shapes))
+        placed = map(self.abstract, leaves, self.optimizer_specs(shapes))
         return jax.tree.unflatten(structure, placed)
 
     def init_optimizer(self, params: Arrays):
         """The optimizer's first state, made where it will lie."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_optimizer_state())
         return jax.jit(self.optimizer.transform.init, out_shardings=shardings)(params)
-
-
-def apply_update(optimizer: Optimizer, params: Arrays, state, gradients: Arrays, squares):
-    """One optimizer step, clipped by the norm over all stages."""
-    norm = jnp.sqrt(sum(squares[1:], start=squares[0]))
-    if optimizer.clip_norm is not None:
-        scale = jnp.minimum(1.0, optimizer.clip_norm / (norm + 1e-12))
-        gradients = {p: g * scale.astype(g.dtype) for p, g in gradients.items()}
-    updates, state = optimizer.transform.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, norm
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StageAvals:
-    """Shapes and dtypes of everything the layout names."""
-
-    params: dict
-    state: dict
-    batch: dict
-    values: dict
-    kept: dict
-
-
-def _avals(emitter: StageEmitter) -> StageAvals:
-    model, layout = emitter.model, emitter.layout
-    traced = model.traced
-    of_path = {
-        (source.role, source.path): traced.graph.avals[value]
-        for value, source in traced.inputs.items()
-    }
-
-    def by_path(role) -> dict:
-        return {path: aval for (r, path), aval in of_path.items() if r is role}
-
-    crossing = (*layout.imports, *layout.exports, *layout.cotangents, *layout.returns)
-    return StageAvals(
-        params=by_path(Role.PARAM),
-        state=by_path(Role.STATE),
-        batch=by_path(Role.BATCH),
-        values={value: traced.graph.avals[value] for value in crossing},
-        kept={
-            (index, value): model.layers[index].cls.joint.avals[value]
-            for index, value in layout.kept
-        },
-    )

@@ -12,17 +12,19 @@ first), or an error.
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import jax
+import numpy as np
 
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.runtime.batch_queue import BatchQueue
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
+from launcher.runtime.memory_error import is_memory_error
 from launcher.runtime.metrics import Meter, TrainSummary
 from launcher.runtime.sinks import Sink
 
@@ -44,7 +46,7 @@ class TrainSettings:
     # Where a resumed run goes on.
     first_step: int = 0
     # Batches that are made ahead of the step that needs them.
-    prefetch: int = 2
+    prefetch: int = 1
 
 
 def run(
@@ -55,22 +57,28 @@ def run(
     sinks: Sequence[Sink],
     *,
     learning_rate: Callable[[int], float],
+    explain_memory: Callable[[BaseException], TrainingError],
+    at_end: Callable[[int, bool], None] = lambda num_steps, interrupted: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainSummary:
     """Train, tell the sinks, and give the summary that they were given.
 
-    `learning_rate` gives the rate of a step, counted from 0; it is for the rows only. A loss that
-    is not finite and device memory that is used up raise TrainingError, Ctrl-C raises
-    KeyboardInterrupt; the sinks are finished first, in their order, in every case.
+    `learning_rate` gives the rate of an update, counted from 0; it is for the rows only.
+    `explain_memory` says what helps when device memory is used up. `at_end` gets the number of
+    steps done, and whether Ctrl-C ended them, after the last of them and before the summary; after
+    an error it is not called. A loss that is not finite and device memory that is used up raise
+    TrainingError, Ctrl-C raises KeyboardInterrupt; the sinks are finished first, in their order, in
+    every case.
     """
     journal = Journal(settings.steps, settings.first_step, meter, sinks, learning_rate, clock)
     try:
         with (
             Interrupt() as interrupt,
             BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
-            _memory_errors(journal, settings),
+            _memory_errors(journal, settings, explain_memory),
         ):
             _train(executor, queue, settings, journal, interrupt)
+            at_end(journal.num_steps, interrupt.requested)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         journal.finish_despite(error, status)
@@ -90,8 +98,9 @@ def _train(
 ) -> None:
     steps = range(settings.first_step, settings.steps)
     unread = None
-    for step, batch in zip(steps, queue.batches(steps, "train"), strict=True):
-        dispatched = journal.dispatched(step, executor.step(batch, step))
+    inputs = queue.placed(steps, "train", executor.place)
+    for step, placed in zip(steps, inputs, strict=True):
+        dispatched = journal.dispatched(step, executor.step(placed))
         if unread is not None:
             journal.record(unread, executor.peak_bytes_per_device())
         unread = dispatched
@@ -101,7 +110,7 @@ def _train(
             journal.record(unread, executor.peak_bytes_per_device())
             unread = None
         if evaluates:
-            journal.record_evaluation(step, _evaluate(executor, queue, settings, interrupt))
+            journal.record_evaluation(step, evaluation_loss(executor, queue, settings, interrupt))
         if stops or (evaluates and interrupt.requested):
             return
 
@@ -113,8 +122,15 @@ def _evaluates_after(num_steps: int, settings: TrainSettings) -> bool:
     return is_due or num_steps == settings.steps
 
 
-def _evaluate(
-    executor: "Executor", queue: BatchQueue, settings: TrainSettings, interrupt: Interrupt
+class Evaluates(Protocol):
+    """An executor, or anything else that has an evaluation loss."""
+
+    def evaluate(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
+        """The loss of a batch, which need not be there yet."""
+
+
+def evaluation_loss(
+    executor: Evaluates, queue: BatchQueue, settings: TrainSettings, interrupt: Interrupt
 ) -> float | None:
     """Give the mean loss of the held-out batches, or None if Ctrl-C cut it short."""
     losses = []
@@ -131,16 +147,14 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _memory_errors(journal: Journal, settings: TrainSettings) -> Iterator[None]:
-    """Turn what XLA raises when device memory is used up into one line with a cure."""
+def _memory_errors(
+    journal: Journal, settings: TrainSettings, explain: Callable[[BaseException], TrainingError]
+) -> Iterator[None]:
+    """Turn what XLA raises when device memory is used up, and only a result shows, into one line."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_memory_error(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise TrainingError(
-            f"out of device memory after step {journal.num_steps} of {settings.steps} ({reason}); "
-            f"train.global_batch={settings.global_batch}: lower it, or plan with more "
-            f"parallel.num_microbatches, or with parallel.recompute=layer"
-        ) from error
+        done = f"after step {journal.num_steps} of {settings.steps}"
+        raise TrainingError(f"{done}: {explain(error)}") from error

@@ -13,6 +13,7 @@ from launcher.autopar.graph import (
     Graph,
     eliminate_dead_code,
     evaluate,
+    flat_graph,
     from_jaxpr,
     live_ops,
     renumber,
@@ -149,6 +150,27 @@ def test_dead_code_goes_and_the_result_stays():
     assert lean.inputs == graph.inputs
     assert [op.primitive for op in lean.ops] == [prim.top_k_p, prim.add_p]
     assert_same(run(lean, X, X), [function(X, X)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_flat_graph_computes_the_same(name):
+    function = flat(CASES[name])
+    graph = flat_graph(jax.make_jaxpr(function)(X))
+    assert_same(run(graph, X), function(X))
+    assert not {op.primitive for op in graph.ops} & (CALLS | CUSTOM_CALLS)
+
+
+@pytest.mark.parametrize(("wrap", "count"), [(jax.jit, 2), (jax.checkpoint, 3)])
+def test_what_is_computed_twice_is_computed_once_unless_it_is_recomputed(wrap, count):
+    inner = wrap(lambda x: jnp.sin(jnp.sin(x)))
+
+    def function(x):
+        y, pull = jax.vjp(inner, x)
+        return inner(x), y, *pull(y)  # a `checkpoint` takes the inner sine again, for its cosine
+
+    graph = flat_graph(jax.make_jaxpr(function)(X))
+    assert [op.primitive for op in graph.ops].count(prim.sin_p) == count
+    assert_same(run(graph, X), function(X))
 
 
 def random_function(seed: int):

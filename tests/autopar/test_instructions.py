@@ -3,8 +3,10 @@
 import pytest
 
 from launcher.autopar.instructions import (
+    COMPUTES,
+    FREES,
     PER_MICROBATCH,
-    READER_OF_RECEIVE,
+    RECEIVE_OF_READER,
     RECEIVE_OF_SEND,
     RECEIVES,
     SENDS,
@@ -16,6 +18,11 @@ from launcher.errors import ScheduleError
 TEXTS = {
     "2F0": Instruction(op=Op.FORWARD, stage=2, microbatch=0),
     "12B345": Instruction(op=Op.BACKWARD, stage=12, microbatch=345),
+    "3I4": Instruction(op=Op.BACKWARD_INPUT, stage=3, microbatch=4),
+    "3W0": Instruction(op=Op.BACKWARD_WEIGHT, stage=3, microbatch=0),
+    "2FREE_F0": Instruction(op=Op.FREE_ACTIVATION, stage=2, microbatch=0),
+    "10FREE_B11": Instruction(op=Op.FREE_COTANGENT, stage=10, microbatch=11),
+    "0FREE_K5": Instruction(op=Op.FREE_STASH, stage=0, microbatch=5),
     "0S": Instruction(op=Op.SYNCHRONIZE, stage=0),
     "1N": Instruction(op=Op.NORM, stage=1),
     "1U": Instruction(op=Op.UPDATE, stage=1),
@@ -51,6 +58,10 @@ def test_every_operation_has_a_text_above():
         ("", "not of the form"),
         ("2F-1", "not of the form"),
         ("2SEND_U0>1", "not of the form"),
+        ("2FREE_G0", "not of the form"),
+        ("2W", "W needs a microbatch"),
+        ("2FREE_K", "FREE_K needs a microbatch"),
+        ("2FREE_F0>3", "FREE_F takes no peer"),
         ("2F", "F needs a microbatch"),
         ("2S0", "S takes no microbatch"),
         ("2SEND_G0>1", "SEND_G takes no microbatch"),
@@ -69,7 +80,10 @@ def test_unreadable_text_says_why(text, why):
 def test_the_sets_of_operations_fit_together():
     assert len(SENDS) == len(RECEIVES) == 5
     assert SENDS.isdisjoint(RECEIVES)
-    assert set(READER_OF_RECEIVE) == RECEIVES - {Op.RECEIVE_TIED_PARAMETER}
+    assert set(RECEIVE_OF_READER.values()) == RECEIVES - {Op.RECEIVE_TIED_PARAMETER}
+    assert set(RECEIVE_OF_READER) <= COMPUTES
+    assert COMPUTES == set("FBIWSNU")
+    assert {op.value for op in FREES} == {"FREE_F", "FREE_B", "FREE_K"}
     for send, receive in RECEIVE_OF_SEND.items():
         assert (send in PER_MICROBATCH) == (receive in PER_MICROBATCH)
         assert send.value.removeprefix("SEND_") == receive.value.removeprefix("RECV_")
@@ -78,7 +92,10 @@ def test_the_sets_of_operations_fit_together():
 def test_partner_is_the_other_end_of_a_message():
     send, receive = TEXTS["2SEND_F0>3"], TEXTS["3RECV_F0<2"]
     assert (send.partner, receive.partner) == (receive, send)
-    kinds = [(entry.is_send, entry.is_receive, entry.is_compute) for entry in TEXTS.values()]
+    kinds = [
+        (entry.is_send, entry.is_receive, entry.is_compute, entry.is_free)
+        for entry in TEXTS.values()
+    ]
     assert all(sum(kind) == 1 for kind in kinds)
     assert TEXTS["2F0"].is_compute
     assert send.is_send

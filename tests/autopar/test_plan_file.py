@@ -113,9 +113,17 @@ def test_malformed_text_is_refused(text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(PlanError, match=r"cannot read the plan, .*parallel\.path="):
-        read_plan(tmp_path / "none.json")
-    with pytest.raises(PlanError, match="cannot read the plan"):
+    missing = tmp_path / "none.json"
+    with pytest.raises(PlanError) as caught:
+        read_plan(missing)
+    assert str(caught.value) == (
+        f"there is no plan file {missing} (parallel.path={missing}): give the path of the plan.json "
+        f"that a run wrote"
+    )
+    assert caught.value.exit_status == 2
+    with pytest.raises(
+        PlanError, match=r"cannot read the plan, .*parallel\.path=.*correct the path"
+    ):
         read_plan(tmp_path)
     (tmp_path / "latin.json").write_bytes(b'{"version": "\xe9"}')
     with pytest.raises(PlanError, match="no UTF-8 text"):

@@ -8,8 +8,9 @@ import pytest
 
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.cluster_picture import cluster_svg
+from launcher.autopar.communication import add_communication
 from launcher.autopar.plan_page import page, write_page
-from launcher.autopar.program import Wiring, add_communication
+from launcher.autopar.program import Wiring
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.stage_bars import memory_bar, shares_of_step

@@ -10,7 +10,8 @@ import pytest
 
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.memory import class_memories, stage_memory
-from launcher.autopar.predict import model_flops_per_step, predict, tied_bytes
+from launcher.autopar.messages import messages_of
+from launcher.autopar.predict import model_flops_per_step, predict
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.trace import trace_model
 
@@ -97,7 +98,11 @@ def test_one_microbatch_goes_through_two_stages_and_back(tiny_gpt, cpu8):
     assert p.step_s >= first + p.stage_sync_s[0] + p.stage_update_s[0]
     tied_s = 2 * (link.latency_s + 4 * 256 * 64 / link.bytes_per_s)
     once_s = sum(p.stage_sync_s) + sum(p.stage_update_s) + 2 * tied_s + 4 * link.latency_s
-    assert p.step_s <= first + once_s
+    # What the four devices of a host receive in pieces, they gather: twice activations, twice weights.
+    near = cpu8.intra_host
+    gathers_s = 2 * (3 * near.latency_s + 3 / 4 * activation / near.bytes_per_s)
+    gathers_s += 2 * (3 * near.latency_s + 3 / 4 * 4 * 256 * 64 / near.bytes_per_s)
+    assert p.step_s <= first + once_s + gathers_s
 
 
 def test_data_parallelism_sends_what_rings_send(tiny_gpt, prompt):
@@ -130,6 +135,13 @@ def test_a_pipeline_sends_an_activation_and_its_gradient_for_every_microbatch(tw
     assert p.communicated_bytes == 2 * 4 * BATCH * 256
 
 
+def sent(messages):
+    return {
+        edge: {path: crossing.bytes_across for path, crossing in carried.items()}
+        for edge, carried in messages.items()
+    }
+
+
 def test_a_tied_parameter_is_sent_once_a_step_and_so_is_its_gradient(toy_model, two_hosts):
     width, num_microbatches = 64, 4
 
@@ -147,7 +159,12 @@ def test_a_tied_parameter_is_sent_once_a_step_and_so_is_its_gradient(toy_model, 
     found = planned(model, two_hosts, pp=2, num_microbatches=num_microbatches)
     assert [stage.layers for stage in found.plan.stages] == [(0, 3), (3, 5)]
     # "frozen" is trained in the second stage alone: the first gets its new value, and sends nothing.
-    assert tied_bytes(found.realized) == {(0, 1): 4 * width**2, (1, 0): 2 * 4 * width**2}
+    messages, num_bytes = messages_of(found.realized), 4 * width**2
+    assert sent(messages.tied_gradients) == {(1, 0): {"tied": num_bytes}, (0, 1): {}}
+    assert sent(messages.tied_parameters) == {
+        (0, 1): {"tied": num_bytes},
+        (1, 0): {"frozen": num_bytes},
+    }
     activations = 2 * 4 * BATCH * width  # of all microbatches, and their gradients
     assert found.plan.predicted.communicated_bytes == activations + 3 * 4 * width**2
 

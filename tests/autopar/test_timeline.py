@@ -2,7 +2,8 @@
 
 import pytest
 
-from launcher.autopar.program import Wiring, add_communication
+from launcher.autopar.communication import add_communication
+from launcher.autopar.program import Wiring
 from launcher.autopar.schedules import OneForwardOneBackward, schedule_by_name
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.timeline import StageMemory, memory_over_time

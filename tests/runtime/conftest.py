@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from launcher.data.dataset import Dataset
+from launcher.errors import TrainingError
 from launcher.runtime import train_loop
 from launcher.runtime.metrics import Meter, TrainSummary
 from launcher.runtime.sinks import Sink
@@ -40,6 +41,7 @@ class StepResult:
     loss: DeviceScalar
     grad_norm: float
     metrics: dict
+    loss_scale: float | None = None
 
 
 class FakeExecutor:
@@ -51,8 +53,11 @@ class FakeExecutor:
         self.at_step = at_step or {}
         self.peak_bytes = peak_bytes
 
-    def step(self, batch, step):
+    def place(self, batch, step):
         assert batch["tokens"][0] == step
+        return step
+
+    def step(self, step):
         self.events.append(f"step {step}")
         self.at_step.get(step, lambda: None)()
         loss = DeviceScalar(self.losses[step], self.events, f"read {step}")
@@ -104,7 +109,7 @@ def settings(steps: int, **changes) -> TrainSettings:
     return TrainSettings(**fields | changes)
 
 
-def train(executor, train_settings, *sinks, dataset=None, clock=None) -> TrainSummary:
+def train(executor, train_settings, *sinks, dataset=None, clock=None, **more) -> TrainSummary:
     ticks = iter(range(10_000))
     return train_loop.run(
         executor,
@@ -113,7 +118,9 @@ def train(executor, train_settings, *sinks, dataset=None, clock=None) -> TrainSu
         METER,
         sinks,
         learning_rate=lambda step: 0.1 * (step + 1),
+        explain_memory=lambda error: TrainingError(f"explained ({str(error).splitlines()[0]})"),
         clock=clock or (lambda: float(next(ticks))),
+        **more,
     )
 
 

@@ -22,7 +22,7 @@ from launcher.autopar.make_plan import find_plan
 from launcher.autopar.space import PlanOptions
 from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.executor import LocalExecutor
+from launcher.runtime.local_executor import LocalExecutor
 
 BATCH, NUM_MICROBATCHES, SEED = 16, 2, 3
 CONFIGS = {
@@ -173,7 +173,7 @@ def test_steps_update_as_one_device_does_with_clipping_and_a_tied_embedding():
         memory = transform.init(params)
         run = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
         for step in range(3):
-            result = executor.step(draw_batch(model), step)
+            result = executor.step(executor.place(draw_batch(model), step))
             sums, count = None, executor.plan.num_microbatches
             for k in range(count):
                 part = {name: np.split(leaf, count)[k] for name, leaf in draw_batch(model).items()}

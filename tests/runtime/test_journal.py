@@ -41,8 +41,7 @@ def test_rows_and_summary(fake):
 
 def test_real_device_scalars_and_an_optax_like_schedule(fake, tmp_path):
     class JaxExecutor(fake.Executor):
-        def step(self, batch, step):
-            del batch
+        def step(self, step):
             total = jax.numpy.float32(step) + 1
             return fake.StepResult(loss=total, grad_norm=total, metrics={})
 
@@ -53,6 +52,7 @@ def test_real_device_scalars_and_an_optax_like_schedule(fake, tmp_path):
         fake.METER,
         [JsonlSink(tmp_path)],
         learning_rate=lambda step: jax.numpy.minimum(1.0, step / 4),
+        explain_memory=TrainingError,
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["loss"], row["learning_rate"]) for row in rows] == [(1.0, 0.0), (2.0, 0.25)]
@@ -70,10 +70,10 @@ def test_a_step_is_timed_to_its_completion_not_to_when_it_is_read(fake):
         return taken_s
 
     class Synchronous(fake.Executor):
-        def step(self, batch, step):
+        def step(self, step):
             assert times_taken.acquire(timeout=5)
             now_s[0] += 1.0
-            return super().step(batch, step)
+            return super().step(step)
 
     sink = fake.Sink()
     fake.train(Synchronous([1.0] * 4), fake.settings(4), sink, clock=clock)
@@ -84,9 +84,9 @@ def test_the_time_of_an_evaluation_is_no_steps(fake):
     now_s = [0.0]
 
     class SlowEvaluation(fake.Executor):
-        def step(self, batch, step):
+        def step(self, step):
             now_s[0] += 1.0
-            return super().step(batch, step)
+            return super().step(step)
 
         def evaluate(self, batch):
             now_s[0] += 100.0
@@ -105,7 +105,6 @@ def test_the_time_of_an_evaluation_is_no_steps(fake):
 def test_an_eval_loss_that_is_not_finite_is_null_and_warned_of(fake, caplog):
     class NanEvaluation(fake.Executor):
         def evaluate(self, batch):
-            del batch
             return np.float32("nan")
 
     sink = fake.Sink()

@@ -18,7 +18,7 @@ from launcher.errors import ConfigError
 from launcher.models.layers import PRECISIONS
 from launcher.models.model import make_model
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.executor import LocalExecutor
+from launcher.runtime.local_executor import LocalExecutor
 
 WIDTH, BATCH, MICROBATCHES, SEED, STEPS, CLIP = 16, 16, 2, 5, 3, 0.5
 OPTIMIZERS = {
@@ -140,7 +140,7 @@ def test_steps_are_those_of_one_device(name, plan):
         model = odd_model()
         executor = executor_for(model, plan, OPTIMIZERS[name])
         for step, (metrics, norm, params) in enumerate(wanted(name)):
-            result = executor.step(draw_batch(model), step)
+            result = executor.step(executor.place(draw_batch(model), step))
             assert float(result.grad_norm) == pytest.approx(float(norm), rel=1e-9)
             assert result.metrics.keys() == metrics.keys()
             for key, value in metrics.items():
@@ -225,7 +225,7 @@ def test_state_that_is_written_and_never_read_is_kept():
     model = model_of(functools.partial(Remembering, reads=False), "fp32")
     executor = executor_for(model, "pipeline", OPTIMIZERS["sgd"])
     batch = draw_batch(model)
-    executor.step(batch, 0)
+    executor.step(executor.place(batch, 0))
     params, state = model.init(SEED)
     last = {name: leaf[BATCH // MICROBATCHES :] for name, leaf in batch.items()}
     loss, _ = model.loss(params, state, last, np.zeros(2, np.uint32))

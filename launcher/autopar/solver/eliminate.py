@@ -4,7 +4,7 @@ A node is taken out by adding up all cost tables that mention it and keeping, fo
 neighbours' picks, its own best answer: a table over the neighbours. Taking nodes in the order of the
 smallest table that arises keeps the tables small on graphs of small treewidth, which layers of neural
 networks have: a transformer block with its backward pass needs tables of at most some 10^5 entries.
-`plan_order` finds out beforehand; where it says no, the ILP is the way.
+`plan_order` finds out beforehand; `solve` says where it goes on if the answer is no.
 """
 
 import heapq
@@ -16,8 +16,6 @@ import numpy as np
 
 from launcher.autopar.solver.problem import PairwiseProblem, Solution
 
-_MOST_ENTRIES = 100_000_000  # of all tables together: about a second of work
-
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -27,11 +25,8 @@ class Table:
     costs: np.ndarray
 
 
-def plan_order(
-    problem: PairwiseProblem, *, most_entries: float | None = None
-) -> tuple[int, ...] | None:
-    """An elimination order by smallest table first; None if the tables would grow too large."""
-    most_entries = _MOST_ENTRIES if most_entries is None else most_entries
+def plan_order(problem: PairwiseProblem, *, most_entries: float) -> tuple[int, ...] | None:
+    """An elimination order by smallest table first; None if all tables together have more entries."""
     neighbours: list[set[int]] = [set() for _ in problem.node_costs]
     for i, j in problem.edge_costs:
         if len(problem.node_costs[i]) > 1 and len(problem.node_costs[j]) > 1:

@@ -1,13 +1,17 @@
 """The solvers of a pairwise problem, the exact and cheap ones first.
 
-    1. followers.py, reduce.py      exact reductions, with the memory limit
-    2. eliminate.py                 dynamic programming, where the graph is thin and memory no matter
-    3. ilp.py                       the ILP in its tight form, where it is small enough
-    4. messages.py, prices.py       a lower bound, and a first choice
-    5. ilp.py again                 on the strategies that the bound leaves possible
-    6. neighbourhoods.py            large-neighbourhood search, until time is up
+    1. eliminate.py                 dynamic programming, where that is a matter of moments
+    2. followers.py, reduce.py      exact reductions, with the memory limit
+    3. eliminate.py                 of what they leave, where the graph is thin
+    4. ilp.py                       the ILP in its tight form, where it is small
+    5. messages.py, eliminate.py    a lower bound, and elimination of what it does not rule out
+    6. ilp.py                       the ILP again, where it is not too large
+    7. messages.py, prices.py       a lower bound, and a first choice
+    8. ilp.py                       on the strategies that the bound leaves possible
+    9. neighbourhoods.py            large-neighbourhood search, in turns with 8, until time is up
 
-Whatever ends it, there is a choice and a bound on how much better another could be.
+Problems with a memory limit take 2, 7, 8 and 9. Whatever ends it, there is a choice and a bound on how much
+better another could be.
 """
 
 import logging

@@ -1,11 +1,15 @@
 """What a caller may ask for, and what it is told when it asks for what cannot be."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 from launcher import autopar
+from launcher.autopar import solve_step
 from launcher.errors import ClusterError, ConfigError, InfeasiblePlanError
 
 
@@ -18,6 +22,47 @@ class TestOptions:
         options = autopar.IntraOpOptions(allow_all_gather=False)
         sharded = autopar.auto_shard(step, params, batch, mesh=zoo.FLAT, options=options)
         assert "all-gather" not in zoo.kinds(sharded)
+
+    @pytest.mark.parametrize(
+        ("mesh_forbids", "options", "words"),
+        [
+            (
+                (),
+                {"allow_all_gather": False, "allow_all_to_all": False, "batch_axis": 0, "zero": 3},
+                "without all-gather and all-to-all (allow_all_gather=False, allow_all_to_all=False): "
+                "allow them or drop batch_axis=0 or drop zero=3",
+            ),
+            (
+                (),
+                {"allow_all_gather": False, "zero": 3},
+                "without all-gather (allow_all_gather=False): allow it or drop zero=3",
+            ),
+            (
+                ("all-gather",),
+                {"zero": 3},
+                "without all-gather (mesh.forbidden): allow it or drop zero=3",
+            ),
+        ],
+    )
+    def test_forbidden_collectives_that_leave_nothing(self, zoo, mesh_forbids, options, words):
+        params, batch = zoo.mlp(2, 512, 16)
+        step = zoo.training_step(zoo.mlp_loss)
+        mesh = dataclasses.replace(zoo.SQUARE, forbidden=frozenset(mesh_forbids))
+        found = autopar.IntraOpOptions(**options)
+        with pytest.raises(InfeasiblePlanError, match=re.escape(words)):
+            autopar.auto_shard(step, params, batch, mesh=mesh, options=found)
+        allowed = {"allow_all_gather": True, "allow_all_to_all": True}
+        found = autopar.IntraOpOptions(**(options | allowed))
+        autopar.auto_shard(step, params, batch, mesh=zoo.SQUARE, options=found)
+
+    def test_without_forbidden_collectives_the_solver_says_what_failed(self, zoo, monkeypatch):
+        def give_up(*_, **__):
+            raise InfeasiblePlanError("no choice was found within 5 s")
+
+        monkeypatch.setattr(solve_step, "solve", give_up)
+        options = autopar.IntraOpOptions(batch_axis=0)
+        with pytest.raises(InfeasiblePlanError, match="^no choice was found within 5 s$"):
+            autopar.auto_shard(jnp.sin, zoo.shape(4), mesh=zoo.FLAT, options=options)
 
     def test_the_batch_is_held_to_its_axis(self, zoo):
         params, batch = zoo.mlp(2, 8, 512)
@@ -117,6 +162,22 @@ class TestBadInput:
     def test_a_function_that_cannot_be_traced(self, zoo):
         with pytest.raises(ConfigError, match="cannot be traced"):
             autopar.auto_shard(lambda x: float(x.sum()), zoo.shape(4), mesh=zoo.FLAT)
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ((), "AssertionError"),
+            (("",), "AssertionError"),
+            (("\n one\n two",), "AssertionError: one"),
+        ],
+    )
+    def test_what_a_function_raises_is_named_whatever_its_message(self, zoo, arguments, reason):
+        def function(x):
+            raise AssertionError(*arguments)
+
+        with pytest.raises(ConfigError, match=f"cannot be traced: {reason}$") as caught:
+            autopar.auto_shard(function, zoo.shape(4), mesh=zoo.FLAT)
+        assert isinstance(caught.value.__cause__, AssertionError)
 
     def test_an_argument_without_a_shape(self, zoo):
         with pytest.raises(ConfigError, match="has no shape"):

@@ -35,7 +35,8 @@ def assert_no_regret(problem: PairwiseProblem, method: str) -> bool:
 def test_the_optimum_is_that_of_brute_force(random_problem, seed):
     problem = random_problem(seed)
     best = brute_force(problem).cost
-    for solution in (solve(problem), solve_by_elimination(problem, plan_order(problem))):
+    order = plan_order(problem, most_entries=np.inf)
+    for solution in (solve(problem), solve_by_elimination(problem, order)):
         assert solution.cost == pytest.approx(best, abs=1e-9)
         assert problem.cost(solution.choice) == pytest.approx(best, abs=1e-9)
 
@@ -139,6 +140,33 @@ def test_a_dense_graph_goes_to_the_ilp_and_still_meets_the_elimination(random_pr
     solution = solve(problem)
     assert solution.cost == pytest.approx(expected, abs=1e-6)
     assert solution.method == "ilp (highs)"
+
+
+def test_tables_are_counted_before_they_are_made():
+    """A chain of 5 nodes with 3 strategies: four tables of two nodes and one of the last node."""
+    chain = {(i, i + 1): np.ones((3, 3)) for i in range(4)}
+    problem = PairwiseProblem((np.zeros(3),) * 5, chain)
+    entries = 4 * 3**2 + 3
+    assert plan_order(problem, most_entries=entries * (1 + 1e-9)) is not None
+    assert plan_order(problem, most_entries=entries - 1) is None
+
+
+def test_bound_and_elimination_finds_the_optimum(random_problem, monkeypatch):
+    solve_module = importlib.import_module("launcher.autopar.solver.solve")
+    for name, entries in {"_QUICK_ENTRIES": 30, "_ENTRIES": 10, "_SMALL_ILP_ENTRIES": 0}.items():
+        monkeypatch.setattr(solve_module, name, entries)
+    methods = []
+    for seed in range(60):
+        problem = random_problem(seed, density=1.0)
+        best = brute_force(problem).cost
+        solution = solve(problem)
+        assert problem.cost(solution.choice) == pytest.approx(best, abs=1e-6)
+        assert solution.lower_bound <= best + 1e-6
+        hurried = solve(problem, time_limit_s=0.0)
+        assert hurried.lower_bound - 1e-6 <= best <= problem.cost(hurried.choice) + 1e-6
+        methods += [solution.method, hurried.method]
+    assert methods.count("bound and elimination") > 20
+    assert methods.count("bound") > 20
 
 
 def test_a_long_chain_needs_tables_of_two_nodes_only():

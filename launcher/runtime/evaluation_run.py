@@ -1,0 +1,88 @@
+"""`mode=eval`: the held-out loss of given weights, on the stages of a plan, without training.
+
+Weights lie where training would have them; there is no optimizer state, and no training program is
+compiled.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from launcher.autopar.realize import RealizedPlan
+from launcher.autopar.trace import Input
+from launcher.data.dataset import Dataset
+from launcher.errors import TrainingError
+from launcher.models.model import Model
+from launcher.models.optimizer import Optimizer
+from launcher.runtime.batch_queue import BatchQueue
+from launcher.runtime.build_programs import build_programs
+from launcher.runtime.evaluator import Evaluator
+from launcher.runtime.initial import place_values
+from launcher.runtime.interrupt import Interrupt
+from launcher.runtime.journal import Journal
+from launcher.runtime.memory_error import is_memory_error
+from launcher.runtime.metrics import Meter, TrainSummary
+from launcher.runtime.sinks import Sink
+from launcher.runtime.train_loop import TrainSettings, evaluation_loss
+from launcher.runtime.weights import held_arrays
+
+
+class Evaluation:
+    """A model on the devices of a plan, for its evaluation loss alone."""
+
+    def __init__(
+        self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
+        values: Iterable[tuple[Input, jax.Array | np.ndarray]],
+    ):  # fmt: skip
+        """Place everything. `grid` are the devices, hosts by devices per host."""
+        self._owner = realized.owner
+        programs = build_programs(realized, model, optimizer, grid)
+        self._residents = place_values(realized.plan, programs, values)
+        self._evaluator = Evaluator(realized, model, programs)
+
+    def evaluate(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
+        """The loss of a global batch; compiled at the first."""
+        return self._evaluator.loss(batch, self._residents)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """All parameters and state, where they lie."""
+        return held_arrays(self._owner, self._residents)
+
+
+def run(
+    evaluation: Evaluation,
+    dataset: Dataset,
+    settings: TrainSettings,
+    meter: Meter,
+    sinks: Sequence[Sink],
+    *,
+    explain_memory: Callable[[BaseException], TrainingError],
+    at_end: Callable[[int, bool], None] = lambda num_steps, interrupted: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TrainSummary:
+    """Evaluate, tell the sinks, and give the summary; `settings.first_step` are the weights' steps.
+
+    Ctrl-C ends after the batch at work, without a loss, in KeyboardInterrupt.
+    """
+    done = settings.first_step
+    journal = Journal(done, done, meter, sinks, lambda step: 0.0, clock)
+    try:
+        with (
+            Interrupt() as interrupt,
+            BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
+        ):
+            loss = evaluation_loss(evaluation, queue, settings, interrupt)
+            journal.record_evaluation(done - 1, loss)
+            at_end(done, interrupt.requested)
+    except BaseException as error:
+        is_stopped = isinstance(error, KeyboardInterrupt)
+        journal.finish_despite(error, "interrupted" if is_stopped else "failed")
+        if is_memory_error(error):
+            raise explain_memory(error) from error
+        raise
+    summary = journal.finish("interrupted" if interrupt.requested else "done")
+    if interrupt.requested:
+        raise KeyboardInterrupt
+    return summary

@@ -1,0 +1,161 @@
+"""All submeshes of a plan, driven from one process.
+
+A plan of one stage runs a step as one program where it can, any other plan instruction by instruction.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from launcher.autopar.instructions import Op
+from launcher.autopar.realize import RealizedPlan
+from launcher.autopar.trace import Role
+from launcher.models.model import Model
+from launcher.models.optimizer import Optimizer
+from launcher.runtime.build_programs import build_programs
+from launcher.runtime.compile_all import Compilation, compile_all
+from launcher.runtime.cotangents import Cotangents
+from launcher.runtime.evaluator import Evaluator
+from launcher.runtime.executor import Batch, Executor, StepResult
+from launcher.runtime.initial import initial_values
+from launcher.runtime.launches import fused_stages
+from launcher.runtime.links import Links
+from launcher.runtime.loose_metrics import LooseMetrics
+from launcher.runtime.pipeline import Pipeline
+from launcher.runtime.stage_programs import Compiled
+from launcher.runtime.stage_state import StageState
+from launcher.runtime.transport import InProcess
+from launcher.runtime.update import first_loss_scale
+from launcher.runtime.whole_step import WholeStep, is_one_loop
+
+log = logging.getLogger(__name__)
+
+_FUSED = {"zeros", "forward_backward", "synchronize", "update"}
+_WHOLE = {"zeros", "forward", "backward", "synchronize", "update"}
+_SPLIT = {"zeros", "forward", "backward_input", "backward_weight", "synchronize", "update"}
+
+
+class LocalExecutor(Executor):
+    """Holds the stages' state; `compilation` says what was compiled, and in what time."""
+
+    def __init__(
+        self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
+        *, seed: int, progress: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        """Place and compile everything. `grid` are the devices, hosts by devices per host."""
+        self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
+        self._programs = build_programs(realized, model, optimizer, grid)
+        self._loose = LooseMetrics(realized.planner.model)
+        self._evaluator = Evaluator(realized, model, self._programs)
+        self._progress = progress
+        loops = is_one_loop(realized.program) and not self._loose.inputs
+        self.stages = list(self._hold(optimizer))
+        self._steps = self._compile_loop() if loops else self.pipeline
+
+    # Setting up
+
+    def _hold(self, optimizer: Optimizer) -> Iterator[StageState]:
+        """Make the initial values where they will lie."""
+        held: list[dict[Role, dict]] = [{Role.PARAM: {}, Role.STATE: {}} for _ in self._programs]
+        for source, array in initial_values(self.model, self.seed):
+            for built, own in zip(self._programs, held, strict=True):
+                specs = built.layout.params if source.role is Role.PARAM else built.layout.state
+                if source.path in specs:
+                    where = built.sharding(specs[source.path], array.ndim)
+                    own[source.role][source.path] = jax.device_put(array, where)
+        for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
+            params = own[Role.PARAM]
+            yield StageState(
+                index=index,
+                programs=built,
+                params=params,
+                state=own[Role.STATE],
+                optimizer_state=built.init_optimizer({p: params[p] for p in sorted(built.owned)}),
+                loss_scale=jax.device_put(first_loss_scale(optimizer.loss_scaling), built.whole),
+            )
+
+    def _compile_loop(self) -> WholeStep:
+        """The step of the only stage as one program."""
+        traced = self.realized.planner.model.traced
+        count = self.plan.num_microbatches
+        loop = WholeStep(self.stages[0], self._loose, count, traced, seed=self.seed)
+        self.compilation = compile_all({"step": loop.compile}, self._progress)
+        loop.take(self.compilation.executables["step"])
+        return loop
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The plan's program, instruction by instruction."""
+        self.compilation = compile_all(dict(self._compilations()), self._progress)
+        for stage in self.stages:
+            stage.compiled = _of_stage(self.compilation, stage.index)
+            stage.beginnings = Cotangents(self.realized, stage.index, stage.programs)
+        links = Links(self.realized, self._programs, InProcess())
+        return Pipeline(self.realized, self.stages, links, self._loose, seed=self.seed)
+
+    def _compilations(self) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
+        """Each program that the plan's instructions need, by stage and name."""
+        fused = fused_stages(self.realized.program, self.realized.wiring)
+        entries = [entry for entries in self.realized.program.lists for entry in entries]
+        split = {entry.stage for entry in entries if entry.op is Op.BACKWARD_WEIGHT}
+        for index, programs in enumerate(self._programs):
+            names = _FUSED if index in fused else _SPLIT if index in split else _WHOLE
+            for name, compile_ in programs.compilations(names).items():
+                yield _key(index, name), compile_
+
+    # Training
+
+    def place(self, batch: Batch, step: int):
+        return self._steps.place(batch, step)
+
+    def step(self, placed) -> StepResult:
+        return self._steps.step(placed)
+
+    def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss and the synchronised gradients of a batch, without the update; for checks."""
+        return self.pipeline.gradients(batch, step)
+
+    def evaluate(self, batch: Batch) -> jax.Array:
+        return self._evaluator.loss(batch, self.stages)
+
+    # Reading the state
+
+    def params(self) -> dict[str, np.ndarray]:
+        """All parameters, on the host."""
+        found = {}
+        for stage in self.stages:
+            own = [path for path in stage.params if self.realized.owner[path] == stage.index]
+            found |= {path: np.asarray(stage.params[path]) for path in own}
+        return found
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All other state, such as BatchNorm's statistics, on the host."""
+        return {p: np.asarray(a) for stage in self.stages for p, a in stage.state.items()}
+
+    def peak_bytes_per_device(self) -> int | None:
+        used = [
+            (device.memory_stats() or {}).get("peak_bytes_in_use")
+            for stage in self.stages
+            for device in stage.programs.mesh.devices.flat
+        ]
+        return max(used) if used and None not in used else None
+
+    def close(self) -> None:
+        self.stages = []
+
+
+def _key(stage: int, name: str) -> str:
+    return f"{stage}:{name}"
+
+
+def _of_stage(compilation: Compilation, stage: int) -> Compiled:
+    prefix = _key(stage, "")
+    own: Mapping[str, jax.stages.Compiled] = {
+        name.removeprefix(prefix): executable
+        for name, executable in compilation.executables.items()
+        if name.startswith(prefix)
+    }
+    return Compiled(**own)

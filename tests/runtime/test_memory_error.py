@@ -1,0 +1,136 @@
+"""Device memory that is used up: the line says where, how much, and only the keys that would help."""
+
+import jax
+import pytest
+
+from launcher.autopar.instructions import Instruction, Op
+from launcher.autopar.plan import ClusterRef, ModelRef, Plan, Prediction, Stage
+from launcher.errors import TrainingError
+from launcher.runtime.memory_error import (
+    Doing,
+    bytes_asked_for,
+    is_memory_error,
+    memory_error,
+    memory_errors,
+)
+
+
+class Device:
+    """A device that counts its memory, or one that does not."""
+
+    def __init__(self, in_use=None, limit=None):
+        self.stats = None if in_use is None else {"bytes_in_use": in_use, "bytes_limit": limit}
+
+    def memory_stats(self):
+        return self.stats
+
+
+def exhausted(text="Out of memory while trying to allocate 3221225472 bytes.\nA table"):
+    return jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+
+
+def plan_of(num_stages=2, data=2, tensor=1, microbatches=4, batch=32, layers=4, **stage):
+    count = data * tensor
+    each = layers // num_stages
+    stages = tuple(
+        Stage(
+            layers=(i * each, (i + 1) * each), hosts=(0,), mesh=(("data", data), ("tensor", tensor)),
+            devices=tuple(range(i * count, (i + 1) * count)), **stage,
+        )
+        for i in range(num_stages)
+    )  # fmt: skip
+    per_stage = tuple([0.0] * num_stages)
+    return Plan(
+        model=ModelRef(name="gpt", size="tiny"),
+        cluster=ClusterRef(name="mine", hosts=1, devices_per_host=8),
+        global_batch=batch, num_microbatches=microbatches, schedule="1f1b", stages=stages,
+        predicted=Prediction(
+            step_s=1.0, bubble_fraction=0.0, tflops_per_device=0.0, tflops_convention="",
+            peak_bytes_per_device=tuple(2.0**30 * (i + 1) for i in range(num_stages)),
+            communicated_bytes=0.0, stage_forward_s=per_stage, stage_backward_s=per_stage,
+            stage_sync_s=per_stage, stage_update_s=per_stage,
+        ),
+    )  # fmt: skip
+
+
+FORWARD = Instruction(op=Op.FORWARD, stage=1, microbatch=0)
+UPDATE = Instruction(op=Op.UPDATE, stage=1)
+
+
+def test_the_line_has_the_place_the_numbers_and_the_keys():
+    devices = [Device(7 * 2**30, 8 * 2**30), Device(2**30, 8 * 2**30), Device()]
+    error = memory_error(exhausted(), plan_of(), Doing.step(FORWARD), devices)
+    assert isinstance(error, TrainingError)
+    assert error.exit_status == 5
+    assert str(error) == (
+        "out of device memory on stage 1 of 2, in the instruction 1F0 (3.00 GiB asked for at once, "
+        "7.00 GiB in use of the 8.00 GiB that a device gives, 2.00 GiB predicted as the peak): "
+        "try parallel.num_microbatches=8 (now 4, of 8 samples), or train.global_batch=16 (now 32), "
+        "or parallel.recompute=layer (now none), or parallel.zero=3 (now 0), "
+        "or parallel.pp=4 (now 2)"
+    )
+
+
+def cures(plan, doing):
+    return str(memory_error(exhausted(), plan, doing)).partition("): ")[2]
+
+
+@pytest.mark.parametrize("doing", [Doing.step(UPDATE), Doing.placing(1)])
+def test_microbatches_do_not_help_what_holds_parameters(doing):
+    assert cures(plan_of(), doing) == "try parallel.zero=3 (now 0), or parallel.pp=4 (now 2)"
+
+
+def test_what_is_at_its_end_already_is_not_named():
+    # One sample on each device of the data axis, everything recomputed, all in shards, a layer a stage.
+    plan = plan_of(microbatches=16, recompute="full", zero=3, layers=2)
+    assert cures(plan, Doing.step(FORWARD)) == (
+        "no parallel key would lower it on 4 devices: take a cluster with more of them or with more "
+        "memory (cluster), or a smaller model.size"
+    )
+
+
+def test_zero_needs_a_data_axis_and_pipelines_need_devices():
+    plan = plan_of(num_stages=4, data=1, batch=4, recompute="layer")
+    assert cures(plan, Doing.step(FORWARD)) == "try parallel.recompute=full (now layer)"
+
+
+def test_a_microbatch_keeps_a_sample_for_each_device_of_the_data_axis():
+    # 12 samples: 2 microbatches of 6; 3 of 4 is the next that two devices can share.
+    assert "num_microbatches=3 (now 2, of 6 samples)" in cures(
+        plan_of(microbatches=2, batch=12), Doing.compiling(0)
+    )
+
+
+def test_without_an_instruction_all_stages_count():
+    message = str(memory_error(exhausted("something"), plan_of(), None))
+    assert message.startswith(
+        "out of device memory in a step (2.00 GiB predicted as the peak): try parallel.num_micro"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("Out of memory while trying to allocate 123 bytes.", 123),
+        ("Out of memory while trying to allocate 5.50GiB.", 5.5 * 2**30),
+        ("Failed to allocate request for 640.0KiB (655360B) on device ordinal 0", 640 * 2**10),
+        ("Out of memory allocating 1,024 bytes", 1024),
+        ("no number", None),
+    ],
+)
+def test_the_amount_is_read_from_xlas_message(text, asked):
+    assert bytes_asked_for(f"RESOURCE_EXHAUSTED: {text}") == asked
+
+
+def test_only_memory_errors_are_turned_into_ours():
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    assert not is_memory_error(other)
+    assert not is_memory_error(ValueError("RESOURCE_EXHAUSTED"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors(
+        plan_of(), Doing.placing(0), ()
+    ):
+        raise other
+    with pytest.raises(TrainingError, match="on stage 0 of 2, placing its weights"), memory_errors(
+        plan_of(), Doing.placing(0), ()
+    ):
+        raise exhausted()
