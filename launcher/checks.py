@@ -99,6 +99,7 @@ def validate(config: Config) -> None:
     _check_parallel(config.parallel)
     _check_batch(config)
     _check_model(config)
+    _check_watched(config)
     _check_end(config)
 
 
@@ -235,12 +236,45 @@ def _check_model(config: Config) -> None:
             )
 
 
+def _check_watched(config: Config) -> None:
+    """Steps that are to be traced or profiled."""
+    steps = config.train.steps
+    asked = {
+        "train.trace_steps": config.train.trace_steps,
+        "train.profile_steps": config.train.profile_steps,
+    }
+    for key, numbers in asked.items():
+        given = f"{key}={_list(numbers)}"
+        if numbers and config.mode != "train":
+            raise ConfigError(
+                f"{given} contradicts mode={config.mode}, which runs no step: "
+                f"leave it out, or take mode=train"
+            )
+        outside = [number for number in numbers if not 1 <= number <= steps]
+        if outside:
+            raise ConfigError(
+                f"{given} names step {outside[0]}, and train.steps={steps}: "
+                f"give steps from 1 to {steps}"
+            )
+    both = sorted(set(config.train.trace_steps) & set(config.train.profile_steps))
+    if both:
+        raise ConfigError(
+            f"step {both[0]} is in train.trace_steps={_list(config.train.trace_steps)}, which waits "
+            f"after every instruction, and in "
+            f"train.profile_steps={_list(config.train.profile_steps)}, which would show that "
+            f"waiting: give it to one of them"
+        )
+
+
+def _list(numbers: list[int]) -> str:
+    """As on a command line."""
+    return f"[{','.join(map(str, numbers))}]"
+
+
 def _check_end(config: Config) -> None:
     """What a run does after its last step."""
     if config.mode == "eval" and config.train.eval_batches == 0:
-        raise ConfigError(
-            "mode=eval has nothing to do with train.eval_batches=0: give 1 or more"
-        )
+        raise ConfigError("mode=eval has nothing to do with train.eval_batches=0: give 1 or more")
     if config.mode == "eval" and config.train.export_weights:
         raise ConfigError(
             "train.export_weights=true would write the weights that mode=eval was given: "

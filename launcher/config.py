@@ -256,6 +256,8 @@ class TrainConfig:
     global_batch: int | None  # samples per optimizer step; null: the default of the model's size
     eval_every: int  # steps between evaluations; 0: only after the last step
     eval_batches: int  # batches per evaluation; 0: no evaluation
+    trace_steps: list[int]  # steps whose every instruction is timed, for trace.json and trace.html
+    profile_steps: list[int]  # steps that jax's profiler records, into profile/
     export_weights: bool  # write weights.safetensors at the end
     sample_tokens: int  # tokens of text to write at the end; 0: none
     sample_prompt: str  # what that text begins with

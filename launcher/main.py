@@ -3,6 +3,7 @@
 config -> cluster -> model -> plan -> devices -> executor -> training loop -> weights
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.runtime import devices, evaluation_run, plan_audit, train_loop
 from launcher.runtime.evaluation_run import Evaluation
+from launcher.runtime.executor import Executor
 from launcher.runtime.initial import initial_values
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
@@ -40,6 +42,7 @@ from launcher.runtime.run_end import RunEnd
 from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
 from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
 from launcher.runtime.wandb_sink import WandbRun, WandbSink
+from launcher.runtime.watched_executor import Watch, WatchedExecutor
 from launcher.runtime.weights import WeightsFile, open_weights
 
 log = logging.getLogger(__name__)
@@ -105,30 +108,48 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     """Compile the plan, and train."""
     config, model, optimizer = setup.config, setup.model, setup.optimizer
     with phase(setup.console, "compiling") as progress:
-        executor = LocalExecutor(
+        local = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
             weights=setup.weights and setup.weights.values(model),
         )  # fmt: skip
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("training on %s", setup.dataset.name)
-    train_loop.run(
-        executor,
-        setup.dataset,
-        train_settings(config, planned),
-        meter,
-        make_sinks(config, planned, meter, setup.run_dir, setup.console),
-        learning_rate=optimizer.schedule,
-        explain_memory=explain_memory(planned, grid),
-        at_end=make_end(setup, planned, executor.arrays),
+    with contextlib.closing(watched(local, setup, planned, meter)) as executor:
+        train_loop.run(
+            executor,
+            setup.dataset,
+            train_settings(config, planned),
+            meter,
+            make_sinks(config, planned, meter, setup.run_dir, setup.console),
+            learning_rate=optimizer.schedule,
+            explain_memory=explain_memory(planned, grid),
+            at_end=make_end(setup, planned, local.arrays),
+        )
+
+
+def watched(local: LocalExecutor, setup: Setup, planned: Planned, meter: Meter) -> Executor:
+    """The executor, or one that also looks into some of its steps, if that is asked for."""
+    steps, plan = setup.config.train, planned.plan
+    if not (steps.trace_steps or steps.profile_steps):
+        return local
+    watch = Watch(
+        run_dir=setup.run_dir,
+        trace_steps=frozenset(steps.trace_steps),
+        profile_steps=frozenset(steps.profile_steps),
+        planned=planned.outlook.timeline,
+        title=f"A step of {plan.model.name} {plan.model.size} on {setup.cluster.name}",
+        incomparable=meter.incomparable,
     )
-    executor.close()
+    return WatchedExecutor(local, watch)
 
 
 def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     """Bring the weights where the plan wants them, and evaluate them."""
     config, model, weights = setup.config, setup.model, setup.weights
     if weights is None:
-        log.info("model.weights is not given: these are the initial weights of seed=%d", config.seed)
+        log.info(
+            "model.weights is not given: these are the initial weights of seed=%d", config.seed
+        )
     values = weights.values(model) if weights else initial_values(model, config.seed)
     evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
@@ -147,11 +168,14 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
 
 def train_settings(config: Config, planned: Planned) -> train_loop.TrainSettings:
     """How long to train, and when to evaluate."""
+    watched_steps = {*config.train.trace_steps, *config.train.profile_steps}
     return train_loop.TrainSettings(
         steps=config.train.steps,
         global_batch=planned.plan.global_batch,
         eval_every=config.train.eval_every,
         eval_batches=config.train.eval_batches,
+        # What is written after a watched step holds up the next one.
+        untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )
 
 
@@ -303,6 +327,7 @@ def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bo
         units_per_sample=model.units_per_sample,
         sample_unit=model.sample_unit,
         predicted_step_s=plan.predicted.step_s,
+        predicted_peak_bytes_per_stage=tuple(plan.predicted.peak_bytes_per_device),
         incomparable=_incomparable(cluster, emulated=emulated),
     )
 

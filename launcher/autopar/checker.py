@@ -241,16 +241,15 @@ def _check_order(program: Program, before: _Before, submesh: int) -> None:
         op, stage, microbatch = entry.op, entry.stage, entry.microbatch
         last_at[op, stage, microbatch] = last_at[op, stage, None] = index
     for index, entry in enumerate(entries):
-        microbatch = entry.microbatch
-        needs = [(*other, microbatch) for other in before.get((entry.op, entry.stage), ())]
-        if entry.op in _IN_ORDER and microbatch:
-            needs.append((entry.op, entry.stage, microbatch - 1))
-        for need in needs:
-            other = last_at.get(need, -1)
-            if other > index:
-                what = f"{entry} is number {index} of its list, before number {other}, "
-                what += f"{entries[other]}, which it must come after"
-                raise _error(program, what, ((submesh, index), (submesh, other)))
+        op, stage, microbatch = entry.op, entry.stage, entry.microbatch
+        others = [last_at.get((*maker, microbatch), -1) for maker in before.get((op, stage), ())]
+        if microbatch and op in _IN_ORDER:
+            others.append(last_at.get((op, stage, microbatch - 1), -1))
+        if others and max(others) > index:
+            other = next(other for other in others if other > index)
+            what = f"{entry} is number {index} of its list, before number {other}, "
+            what += f"{entries[other]}, which it must come after"
+            raise _error(program, what, ((submesh, index), (submesh, other)))
 
 
 def _check_channels(program: Program, homes: Sequence[int]) -> None:
@@ -266,7 +265,7 @@ def _check_channels(program: Program, homes: Sequence[int]) -> None:
         for place, other in zip(sent, receives[channel], strict=True):
             # Equal numbers: both sides hold all that the wiring calls for.
             send, receive = _at(program, place), _at(program, other)
-            if send.partner != receive:
+            if not receive.is_partner_of(send):
                 what = f"{send} is sent where {receive} is received"
                 raise _error(program, what, (place, other))
 
@@ -283,7 +282,7 @@ def _check_no_deadlock(program: Program, homes: Sequence[int]) -> None:
             if entry.peer is not None:
                 peer = homes[entry.peer]
                 others, index = program.lists[peer], position[peer]
-                if index == len(others) or others[index] != entry.partner:
+                if index == len(others) or not others[index].is_partner_of(entry):
                     break
                 position[peer] += 1
                 waiting_for_turn.append(peer)

@@ -126,13 +126,14 @@ def _dependencies(
         for entries in lists
     ]
     backward = Op.BACKWARD_INPUT if splits_backward_in(lists) else _BACKWARD
+    microbatches = range(num_microbatches_in(lists))
     for pairs, op, send in (
         (wiring.edges, _FORWARD, Op.SEND_ACTIVATION),
         ([(dst, src) for src, dst in wiring.differentiable], backward, Op.SEND_COTANGENT),
     ):
         for source, destination in pairs:
             made, read = at[homes[source]], at[homes[destination]]
-            for k in range(num_microbatches_in(lists)):
+            for k in microbatches:
                 made_at, read_at = made[op, source, k], read[op, destination, k]
                 yield _Message(send, k, source, made_at, destination, read_at)
     # What a step's end sends stands behind the last instruction of its kind on the submesh: sent in

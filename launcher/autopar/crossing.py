@@ -37,7 +37,7 @@ Dims = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class Located:
     """How a submesh holds a value; `places` are its devices in row-major order of the mesh."""
 
     spec: Spec
@@ -79,8 +79,8 @@ class Crossing:
 
     shape: Shape
     dtype: np.dtype
-    source: Holding
-    target: Holding
+    source: Located
+    target: Located
     tile_shape: Shape
     tiles: tuple[Tile, ...]
     pieces: Dims
@@ -127,10 +127,10 @@ class Crossing:
         return (whole - piece) * self.dtype.itemsize * len(self.target.places)
 
 
-def plan_crossing(shape: Shape, dtype: np.dtype, source: Holding, target: Holding) -> Crossing:
+def plan_crossing(shape: Shape, dtype: np.dtype, source: Located, target: Located) -> Crossing:
     """Decide how a value that lies as `source` says comes to lie as `target` says."""
-    for holding in (source, target):
-        _check(shape, holding)
+    for located in (source, target):
+        _check(shape, located)
     pieces, gathers = _pieces(shape, source, target)
     counts = [
         math.lcm(sent, received)
@@ -154,20 +154,20 @@ def plan_crossing(shape: Shape, dtype: np.dtype, source: Holding, target: Holdin
     )
 
 
-def _check(shape: Shape, holding: Holding) -> None:
-    names = tuple(f"axis{axis}" for axis in range(len(holding.mesh_shape)))
-    if PARTIAL in holding.spec:
-        raise ValueError(f"{to_text(holding.spec, names)}: an unreduced sum does not cross meshes")
-    if not fits(holding.spec, shape, holding.mesh_shape):
+def _check(shape: Shape, located: Located) -> None:
+    names = tuple(f"axis{axis}" for axis in range(len(located.mesh_shape)))
+    if PARTIAL in located.spec:
+        raise ValueError(f"{to_text(located.spec, names)}: an unreduced sum does not cross meshes")
+    if not fits(located.spec, shape, located.mesh_shape):
         raise ValueError(
-            f"{to_text(holding.spec, names)} on a mesh of {holding.mesh_shape} does not divide {shape}"
+            f"{to_text(located.spec, names)} on a mesh of {located.mesh_shape} does not divide {shape}"
         )
 
 
 # What the target's devices receive
 
 
-def _pieces(shape: Shape, source: Holding, target: Holding) -> tuple[Dims, tuple]:
+def _pieces(shape: Shape, source: Located, target: Located) -> tuple[Dims, tuple]:
     """The pieces of the target's devices, and the all-gathers that make shards of them."""
     whole = target.dims(len(shape))
     if not _pays(source, target):
@@ -191,7 +191,7 @@ def _pieces(shape: Shape, source: Holding, target: Holding) -> tuple[Dims, tuple
     return _added(whole, axes, added), tuple(reversed(gathers))
 
 
-def _pays(source: Holding, target: Holding) -> bool:
+def _pays(source: Located, target: Located) -> bool:
     """Whether splitting what the target's replicas receive sends less over the busiest link.
 
     Inside a host, s devices send to t: (t / s) of a piece leave each, or one piece arrives, and what was
@@ -219,7 +219,7 @@ def _divides(shard: Shape, axes: Sequence[int], added, mesh_shape: Shape) -> boo
 
 
 def _assign(
-    shape: Shape, tile_shape: Shape, source: Holding, target: Holding, pieces: Dims
+    shape: Shape, tile_shape: Shape, source: Located, target: Located, pieces: Dims
 ) -> Iterator[Tile]:
     """Give every tile of every target device a source device: one that is the same device, or on the
     same host, or has sent least so far, in this order. Of equals, the one in the target's position."""

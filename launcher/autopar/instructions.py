@@ -133,6 +133,14 @@ class Instruction:
             op=_PARTNER[self.op], stage=self.peer, microbatch=self.microbatch, peer=self.stage
         )
 
+    def is_partner_of(self, other: "Instruction") -> bool:
+        """Whether the two are the ends of one message."""
+        return (
+            (self.stage, self.peer) == (other.peer, other.stage)
+            and self.microbatch == other.microbatch
+            and _PARTNER.get(self.op) is other.op
+        )
+
     def __str__(self) -> str:
         microbatch = "" if self.microbatch is None else self.microbatch
         if self.peer is None:

@@ -167,8 +167,8 @@ def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
     flows = _gradient_flow(traced)
     final = {traced.loss, *traced.state.values(), *traced.metrics.values()}
     later = _read_later(clustering, final)
-    random_ops = _random_ops(traced, clustering.free)
-    keys = {result for op in random_ops for result in op.results}
+    keys = _random_values(traced, clustering.free)
+    random_ops = live_ops(clustering.free, keys)
     constant_ops = [op for op in clustering.free if keys.isdisjoint(op.results)]
     classes: dict[Hashable, LayerClass] = {}
     layers = []
@@ -188,15 +188,14 @@ def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
     return LayeredModel(traced, tuple(layers), tuple(classes.values()), random_ops)
 
 
-def _random_ops(traced: TracedModel, free: Sequence[Op]) -> tuple[Op, ...]:
-    """The free ops that the random key reaches."""
-    reached = {v for v, source in traced.inputs.items() if source.role is Role.RANDOM}
-    found = []
+def _random_values(traced: TracedModel, free: Sequence[Op]) -> set[Value]:
+    """The results of free ops that the random key reaches."""
+    sources = {v for v, source in traced.inputs.items() if source.role is Role.RANDOM}
+    found: set[Value] = set()
     for op in free:
-        if not reached.isdisjoint(op.values):
-            reached.update(op.results)
-            found.append(op)
-    return tuple(found)
+        if not (sources | found).isdisjoint(op.values):
+            found.update(op.results)
+    return found
 
 
 def _read_later(clustering: Clustering, final: set[Value]) -> list[set[Value]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.crossing import Crossing, Holding, message_s, plan_crossing, total_bytes
+from launcher.autopar.crossing import Crossing, Located, message_s, plan_crossing, total_bytes
 from launcher.autopar.param_costs import gradient_spec
 from launcher.autopar.realize import RealizedPlan, RealizedStage
 from launcher.autopar.spec import Spec, replicated
@@ -122,10 +122,10 @@ def _tied(realized: RealizedPlan) -> tuple[dict[Edge, dict], dict[Edge, dict]]:
     return gradients, parameters
 
 
-def _cross(aval, source: Holding, target: Holding) -> Crossing:
+def _cross(aval, source: Located, target: Located) -> Crossing:
     return plan_crossing(aval.shape, np.dtype(aval.dtype), source, target)
 
 
-def _held(stage: RealizedStage, spec: Spec) -> Holding:
+def _held(stage: RealizedStage, spec: Spec) -> Located:
     places = tuple((host, device) for host in stage.stage.hosts for device in stage.stage.devices)
-    return Holding(spec, stage.settings.mesh.shape, places)
+    return Located(spec, stage.settings.mesh.shape, places)

@@ -21,7 +21,6 @@ from itertools import chain
 from launcher.autopar.instructions import (
     COMPUTES,
     RECEIVE_OF_READER,
-    RECEIVE_OF_SEND,
     RECEIVES,
     SENDS,
     Instruction,
@@ -109,7 +108,7 @@ class Durations:
         return known[source, destination]
 
 
-_KINDS = {
+KINDS = {
     Op.FORWARD: EventKind.FORWARD,
     Op.BACKWARD: EventKind.BACKWARD,
     Op.BACKWARD_INPUT: EventKind.BACKWARD,
@@ -216,7 +215,9 @@ class _Play:
                 break
             elif entry.op in SENDS:
                 peer = self.submeshes[self.homes[entry.peer]]
-                if not _meets(entry, peer):
+                if peer.position == len(peer.entries):
+                    break
+                if not peer.entries[peer.position].is_partner_of(entry):
                     break
                 start_s = max(own.clock_s, peer.clock_s)
                 end_s = self._transfer(index, entry, start_s)
@@ -228,7 +229,7 @@ class _Play:
 
     def _compute(self, index: int, own: _Submesh, entry: Instruction) -> None:
         start_s = own.compute(entry, self.compute_s[entry.op][entry.stage])
-        self._note(index, entry, _KINDS[entry.op], start_s, own.clock_s)
+        self._note(index, entry, KINDS[entry.op], start_s, own.clock_s)
 
     def _transfer(self, index: int, send: Instruction, start_s: float) -> float:
         key = (send.op, send.stage, send.peer)
@@ -247,19 +248,6 @@ class _Play:
             self.record.append(
                 Event(submesh=index, instruction=entry, kind=kind, start_s=start_s, end_s=end_s)
             )
-
-
-def _meets(send: Instruction, peer: _Submesh) -> bool:
-    """Whether a send finds its receive next in the peer's list."""
-    if peer.position == len(peer.entries):
-        return False
-    other = peer.entries[peer.position]
-    return (other.op, other.stage, other.peer, other.microbatch) == (
-        RECEIVE_OF_SEND[send.op],
-        send.peer,
-        send.stage,
-        send.microbatch,
-    )
 
 
 def simulate(

@@ -57,8 +57,14 @@ class _Frame:
         return self.top + stage * (self.row + self.gap)
 
 
-def timeline_svg(timeline: Timeline, *, alone: bool = True) -> str:
-    """Draw a timeline; `alone` as a file of its own, else as part of a page with `svg.STYLE`."""
+def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0) -> str:
+    """Draw a timeline.
+
+    Args:
+        alone: As a file of its own, else as part of a page with `svg.STYLE`.
+        until_s: Where the axis of the whole step ends if the step ends before, so that two pictures
+            can have one scale.
+    """
     num_stages = len(timeline.stash_peak)
     boxes = [event for event in timeline.events if event.end_s > event.start_s]
     if not boxes or timeline.step_s <= 0:
@@ -67,7 +73,7 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True) -> str:
     row = min(24.0, max(5.0, 420 / num_stages))
     body = [_legend()]
     top = 30.0
-    for start_s, end_s, title, is_sliced in _panels(timeline, boxes):
+    for start_s, end_s, title, is_sliced in _panels(timeline, boxes, until_s):
         frame = _Frame(start_s=start_s, end_s=end_s, top=top + 24, row=row, num_stages=num_stages)
         body.append(svg.text(_GUTTER, top + 14, title, "title"))
         body += _rows(frame)
@@ -77,16 +83,32 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True) -> str:
     return svg.picture(_WIDTH, top, "".join(body), label="timeline of a step", alone=alone)
 
 
-def _panels(timeline: Timeline, boxes: Sequence[Event]) -> Iterator[tuple[float, float, str, bool]]:
+def one_bar_svg(name: str, span_s: float, until_s: float) -> str:
+    """Draw a step of which no more is known than what it took, for a page with `svg.STYLE`."""
+    frame = _Frame(start_s=0.0, end_s=max(span_s, until_s), top=24, row=24.0, num_stages=1)
+    body = (
+        svg.text(_GUTTER, 14, f"One step: {seconds(span_s)}", "title"),
+        *_rows(frame),
+        svg.rectangle(_GUTTER, frame.top, frame.x(span_s) - _GUTTER, frame.row, "wait", title=name),
+        svg.text(_GUTTER + 8, frame.top + 16, name),
+        *_axis(frame),
+    )
+    return svg.picture(_WIDTH, frame.top + frame.height + 34, "".join(body), label=name)
+
+
+def _panels(
+    timeline: Timeline, boxes: Sequence[Event], until_s: float
+) -> Iterator[tuple[float, float, str, bool]]:
     """Yield what to draw: from, to, title, and whether in slices."""
     step_s = timeline.step_s
+    end_s = max(step_s, until_s)
     passes = [event for event in boxes if event.kind in COMPUTE[:2]]
     most = max(_per_stage(passes, len(timeline.stash_peak)))
     if most <= _MOST_BOXES:
-        yield 0.0, step_s, f"One step: {seconds(step_s)}", False
+        yield 0.0, end_s, f"One step: {seconds(step_s)}", False
         return
     title = f"One step: {seconds(step_s)}, {most // 2} microbatches; height: share of the time"
-    yield 0.0, step_s, title, True
+    yield 0.0, end_s, title, True
     typical_s = float(np.median([event.end_s - event.start_s for event in passes]))
     first_s = min(
         (event.end_s for event in passes if event.stage == 0 and event.kind is EventKind.BACKWARD),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from launcher.autopar.crossing import Crossing, Holding, plan_crossing
+from launcher.autopar.crossing import Crossing, Located, plan_crossing
 from launcher.autopar.spec import REPLICATED, Spec, num_shards, to_partition_spec
 from launcher.errors import ConfigError
 from launcher.runtime.devices import discover
@@ -133,7 +133,7 @@ def _measure(case: Case, source: Mesh, target: Mesh, num_bytes: int) -> tuple[Fi
 
 def _crossing(case: Case, shape: tuple[int, int]) -> Crossing:
     ends = [
-        Holding(spec, _MESH, tuple((host, 4 * number + i) for i in range(4)))
+        Located(spec, _MESH, tuple((host, 4 * number + i) for i in range(4)))
         for number, (spec, host) in enumerate([(case.source, 0), (case.target, case.hosts - 1)])
     ]
     return plan_crossing(shape, np.dtype(np.float32), *ends)

@@ -5,13 +5,12 @@ compiled.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from launcher.autopar.realize import RealizedPlan
-from launcher.autopar.trace import Input
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.models.model import Model
@@ -19,7 +18,7 @@ from launcher.models.optimizer import Optimizer
 from launcher.runtime.batch_queue import BatchQueue
 from launcher.runtime.build_programs import build_programs
 from launcher.runtime.evaluator import Evaluator
-from launcher.runtime.initial import place_values
+from launcher.runtime.initial import Values, place_values
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
 from launcher.runtime.memory_error import is_memory_error
@@ -34,7 +33,7 @@ class Evaluation:
 
     def __init__(
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
-        values: Iterable[tuple[Input, jax.Array | np.ndarray]],
+        values: Values,
     ):  # fmt: skip
         """Place everything. `grid` are the devices, hosts by devices per host."""
         self._owner = realized.owner

@@ -40,8 +40,8 @@ class Executor(abc.ABC):
         """The evaluation loss of a batch."""
 
     @abc.abstractmethod
-    def peak_bytes_per_device(self) -> int | None:
-        """The most memory any device has used, where the backend counts it."""
+    def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
+        """The most memory that any device of each stage has used, where the backend counts it."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -20,6 +20,9 @@ from launcher.models.model import Model
 from launcher.runtime.memory_error import Doing, memory_errors
 from launcher.runtime.stage_programs import StagePrograms
 
+Values = Iterable[tuple[Input, jax.Array | np.ndarray]]
+"""Parameters and state variables, each with its name."""
+
 
 def initial_values(model: Model, seed: int) -> Iterator[tuple[Input, jax.Array]]:
     """Yield every parameter and state variable of a fresh model, in the order they are made."""
@@ -67,11 +70,7 @@ class Resident:
     state: dict[str, jax.Array]
 
 
-def place_values(
-    plan: Plan,
-    programs: Sequence[StagePrograms],
-    values: Iterable[tuple[Input, jax.Array | np.ndarray]],
-) -> list[Resident]:
+def place_values(plan: Plan, programs: Sequence[StagePrograms], values: Values) -> list[Resident]:
     """Bring each value to every stage that has it, in the shards that the stage's plan says."""
     residents = [Resident({}, {}) for _ in programs]
     for source, array in values:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,10 @@ class Journal:
         sinks: Sequence[Sink],
         learning_rate: Callable[[int], float],
         clock: Callable[[], float],
+        *,
+        untypical_steps: Set[int] = frozenset(),
     ) -> None:
+        """`untypical_steps` are left out of the median step time; like rows, they count from 1."""
         # Optimizer steps that are done.
         self.num_steps = first_step
         self._planned_steps = planned_steps
@@ -52,12 +55,13 @@ class Journal:
         self._sinks = tuple(sinks)
         self._learning_rate = learning_rate
         self._clock = clock
+        self._untypical_steps = untypical_steps
         self._timer = StepTimer(clock)
         self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="completions")
         self._loss: float | None = None
         self._best_loss: float | None = None
         self._eval_loss: float | None = None
-        self._peak_bytes: int | None = None
+        self._peak_bytes_per_stage: tuple[int, ...] | None = None
         self._skipped_steps = 0
         self._skipped_in_a_row = 0
 
@@ -68,11 +72,13 @@ class Journal:
         )
         return Dispatched(step=step, result=result, completed_s=completed_s)
 
-    def record(self, dispatched: Dispatched, peak_bytes_per_device: int | None) -> None:
+    def record(self, dispatched: Dispatched, peak_bytes_per_stage: tuple[int, ...] | None) -> None:
         """Wait for a step's numbers and pass them on; raise TrainingError for a loss or a
         gradient norm that is not finite, unless that is what the loss scale is being fitted to."""
         step, result = dispatched.step, dispatched.result
-        step_s = self._timer.lap(dispatched.completed_s.result())
+        step_s = self._timer.lap(
+            dispatched.completed_s.result(), is_typical=step + 1 not in self._untypical_steps
+        )
         loss, grad_norm, model_metrics, loss_scale = jax.device_get(
             (result.loss, result.grad_norm, result.metrics, result.loss_scale)
         )
@@ -88,12 +94,11 @@ class Journal:
             learning_rate=rate,
             grad_norm=float(grad_norm),
             step_s=step_s,
-            peak_bytes_per_device=peak_bytes_per_device,
+            peak_bytes_per_device=_largest(peak_bytes_per_stage),
             scaling=None if loss_scale is None else (float(loss_scale), self._skipped_steps),
             model_metrics=model_metrics,
         )
-        if peak_bytes_per_device is not None:
-            self._peak_bytes = max(peak_bytes_per_device, self._peak_bytes or 0)
+        self._peak_bytes_per_stage = peak_bytes_per_stage
         self._write(row)
         if is_skipped:
             self._check_scale(float(loss_scale))
@@ -142,7 +147,11 @@ class Journal:
             eval_loss=self._eval_loss,
             wall_s=self._timer.wall_s,
             skipped_steps=self._skipped_steps,
-            measured={**speed, "peak_bytes_per_device": self._peak_bytes},
+            measured={
+                **speed,
+                "peak_bytes_per_device": _largest(self._peak_bytes_per_stage),
+                "peak_bytes_per_stage": self._peak_bytes_per_stage,
+            },
             timed_steps=self._timer.timed_steps,
             predicted_step_s=self._meter.predicted_step_s,
             comparable=self._meter.incomparable is None,
@@ -187,6 +196,10 @@ class Journal:
             f"skipped, and the scale is down to {loss_scale:.6g} (optimizer.loss_scale): "
             f"lower optimizer.learning_rate, or compute in model.dtype=bf16 or fp32"
         )
+
+
+def _largest(peaks_bytes: tuple[int, ...] | None) -> int | None:
+    return None if peaks_bytes is None else max(peaks_bytes)
 
 
 def _text(number: float | None) -> str:

@@ -5,14 +5,13 @@ A plan of one stage runs a step as one program where it can, any other plan inst
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
 
 from launcher.autopar.instructions import Op
 from launcher.autopar.realize import RealizedPlan
-from launcher.autopar.trace import Role
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
@@ -20,15 +19,20 @@ from launcher.runtime.compile_all import Compilation, compile_all
 from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.executor import Batch, Executor, StepResult
-from launcher.runtime.initial import initial_values
+from launcher.runtime.initial import Values, initial_values, place_values
 from launcher.runtime.launches import fused_stages
 from launcher.runtime.links import Links
 from launcher.runtime.loose_metrics import LooseMetrics
+from launcher.runtime.memory_error import Doing, memory_errors
+from launcher.runtime.memory_use import peak_bytes
 from launcher.runtime.pipeline import Pipeline
+from launcher.runtime.recording import Recording
 from launcher.runtime.stage_programs import Compiled
 from launcher.runtime.stage_state import StageState
+from launcher.runtime.tracing import traced_step
 from launcher.runtime.transport import InProcess
 from launcher.runtime.update import first_loss_scale
+from launcher.runtime.weights import held_arrays
 from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 log = logging.getLogger(__name__)
@@ -44,36 +48,39 @@ class LocalExecutor(Executor):
     def __init__(
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
         *, seed: int, progress: Callable[[str], None] = lambda text: None,
+        weights: Values | None = None,
     ):  # fmt: skip
-        """Place and compile everything. `grid` are the devices, hosts by devices per host."""
+        """Place and compile everything.
+
+        Args:
+            grid: the devices, hosts by devices per host.
+            weights: what to begin with; None: what the model draws from the seed.
+        """
         self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
         self._programs = build_programs(realized, model, optimizer, grid)
         self._loose = LooseMetrics(realized.planner.model)
         self._evaluator = Evaluator(realized, model, self._programs)
         self._progress = progress
         loops = is_one_loop(realized.program) and not self._loose.inputs
-        self.stages = list(self._hold(optimizer))
+        values = initial_values(model, seed) if weights is None else weights
+        self.stages = list(self._hold(values, optimizer))
         self._steps = self._compile_loop() if loops else self.pipeline
 
     # Setting up
 
-    def _hold(self, optimizer: Optimizer) -> Iterator[StageState]:
-        """Make the initial values where they will lie."""
-        held: list[dict[Role, dict]] = [{Role.PARAM: {}, Role.STATE: {}} for _ in self._programs]
-        for source, array in initial_values(self.model, self.seed):
-            for built, own in zip(self._programs, held, strict=True):
-                specs = built.layout.params if source.role is Role.PARAM else built.layout.state
-                if source.path in specs:
-                    where = built.sharding(specs[source.path], array.ndim)
-                    own[source.role][source.path] = jax.device_put(array, where)
+    def _hold(self, values: Values, optimizer: Optimizer) -> Iterator[StageState]:
+        """Bring the initial values where they will lie."""
+        held = place_values(self.plan, self._programs, values)
         for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
-            params = own[Role.PARAM]
+            owned = {path: own.params[path] for path in sorted(built.owned)}
+            with memory_errors(self.plan, Doing.placing(index), list(built.mesh.devices.flat)):
+                optimizer_state = built.init_optimizer(owned)
             yield StageState(
                 index=index,
                 programs=built,
-                params=params,
-                state=own[Role.STATE],
-                optimizer_state=built.init_optimizer({p: params[p] for p in sorted(built.owned)}),
+                params=own.params,
+                state=own.state,
+                optimizer_state=optimizer_state,
                 loss_scale=jax.device_put(first_loss_scale(optimizer.loss_scaling), built.whole),
             )
 
@@ -82,7 +89,8 @@ class LocalExecutor(Executor):
         traced = self.realized.planner.model.traced
         count = self.plan.num_microbatches
         loop = WholeStep(self.stages[0], self._loose, count, traced, seed=self.seed)
-        self.compilation = compile_all({"step": loop.compile}, self._progress)
+        compilations = {"step": partial(self._compile, 0, loop.compile)}
+        self.compilation = compile_all(compilations, self._progress)
         loop.take(self.compilation.executables["step"])
         return loop
 
@@ -104,7 +112,12 @@ class LocalExecutor(Executor):
         for index, programs in enumerate(self._programs):
             names = _FUSED if index in fused else _SPLIT if index in split else _WHOLE
             for name, compile_ in programs.compilations(names).items():
-                yield _key(index, name), compile_
+                yield _key(index, name), partial(self._compile, index, compile_)
+
+    def _compile(self, stage: int, compile_: Callable[[], jax.stages.Compiled]):
+        devices = list(self._programs[stage].mesh.devices.flat)
+        with memory_errors(self.plan, Doing.compiling(stage), devices):
+            return compile_()
 
     # Training
 
@@ -112,7 +125,19 @@ class LocalExecutor(Executor):
         return self._steps.place(batch, step)
 
     def step(self, placed) -> StepResult:
-        return self._steps.step(placed)
+        # A pipeline says by itself which instruction it was.
+        devices = list(self._programs[0].mesh.devices.flat)
+        with memory_errors(self.plan, Doing.whole_step(), devices):
+            return self._steps.step(placed)
+
+    def traced_step(self, placed) -> tuple[StepResult, Recording]:
+        """A step, and what each of its launches took: it waits for all of them."""
+        self.wait()
+        return traced_step(self._steps, placed, self.realized.program)
+
+    def wait(self) -> None:
+        """Return when all steps are done."""
+        jax.block_until_ready([(stage.params, stage.state) for stage in self.stages])
 
     def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the synchronised gradients of a batch, without the update; for checks."""
@@ -122,6 +147,10 @@ class LocalExecutor(Executor):
         return self._evaluator.loss(batch, self.stages)
 
     # Reading the state
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """All parameters and state where they lie, until the next step takes them."""
+        return held_arrays(self.realized.owner, self.stages)
 
     def params(self) -> dict[str, np.ndarray]:
         """All parameters, on the host."""
@@ -135,13 +164,9 @@ class LocalExecutor(Executor):
         """All other state, such as BatchNorm's statistics, on the host."""
         return {p: np.asarray(a) for stage in self.stages for p, a in stage.state.items()}
 
-    def peak_bytes_per_device(self) -> int | None:
-        used = [
-            (device.memory_stats() or {}).get("peak_bytes_in_use")
-            for stage in self.stages
-            for device in stage.programs.mesh.devices.flat
-        ]
-        return max(used) if used and None not in used else None
+    def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
+        peaks = [peak_bytes(stage.programs.mesh.devices.flat) for stage in self.stages]
+        return None if None in peaks else tuple(peaks)
 
     def close(self) -> None:
         self.stages = []

@@ -51,6 +51,11 @@ class Doing:
         return cls(stage, "compiling its programs", of_parameters=False)
 
     @classmethod
+    def whole_step(cls) -> "Doing":
+        """The only stage runs a step as one program."""
+        return cls(0, "in its step, which is one program", of_parameters=False)
+
+    @classmethod
     def step(cls, instruction: Instruction) -> "Doing":
         """An instruction is dispatched."""
         of_parameters = instruction.op in _OF_PARAMETERS

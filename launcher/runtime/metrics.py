@@ -35,16 +35,24 @@ class StepTimer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._started_s = self._last_s = clock()
-        self._laps_s: list[float] = []
+        self._num_laps = 0
+        self._newest_s: float | None = None
+        self._steady_s: list[float] = []
 
     def restart(self) -> None:
         """Leave out what has passed since the last lap (an evaluation, a checkpoint)."""
         self._last_s = self._clock()
 
-    def lap(self, completed_s: float) -> float:
-        """Note when a step was complete, by the same clock, and give the seconds it took."""
+    def lap(self, completed_s: float, *, is_typical: bool = True) -> float:
+        """Note when a step was complete, by the same clock, and give the seconds it took.
+
+        One that is not typical (it was traced) is left out of the median.
+        """
         lap_s, self._last_s = completed_s - self._last_s, completed_s
-        self._laps_s.append(lap_s)
+        self._newest_s = lap_s
+        self._num_laps += 1
+        if is_typical and self._num_laps > WARM_UP_STEPS:
+            self._steady_s.append(lap_s)
         return lap_s
 
     @property
@@ -54,14 +62,13 @@ class StepTimer:
 
     @property
     def timed_steps(self) -> int:
-        """How many steps came after the warm-up."""
-        return max(0, len(self._laps_s) - WARM_UP_STEPS)
+        """How many steps the median is of."""
+        return len(self._steady_s)
 
     @property
     def median_s(self) -> float | None:
         """The median step without the warm-up; of a run too short for that, its last step."""
-        steady_s = self._laps_s[WARM_UP_STEPS:] or self._laps_s[-1:]
-        return statistics.median(steady_s) if steady_s else None
+        return statistics.median(self._steady_s) if self._steady_s else self._newest_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +84,8 @@ class Meter:
     # "tokens" or "samples"
     sample_unit: str
     predicted_step_s: float | None
+    # Per device, an entry for each stage.
+    predicted_peak_bytes_per_stage: tuple[float, ...] = ()
     # Why the devices measured say nothing of those that the prediction is for; None where they do.
     incomparable: str | None = None
 
@@ -187,7 +196,8 @@ class TrainSummary:
     wall_s: float
     # Of the steps done, those whose gradients overflowed under a dynamic loss scale.
     skipped_steps: int = 0
-    # As Meter.speed gives it for the median step, and the largest peak_bytes_per_device.
+    # As Meter.speed gives it for the median step, and peak_bytes_per_device and _per_stage: what
+    # the devices have used at most, None where they do not count it.
     measured: Row
     # How many steps the median is of; 0 where all were warm-up, and it is the last step.
     timed_steps: int

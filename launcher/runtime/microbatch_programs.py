@@ -52,7 +52,7 @@ class MicrobatchPrograms:
     def __init__(self, signature: StageSignature, *, split: bool, gathers: bool):
         self.signature, self.emitter = signature, signature.emitter
         self._recomputes = gathers or signature.layout.recompute != "none"
-        self._is_split = split
+        self.is_split = split
         self._names = _Names(signature)
         self.groups = self._grouped()
 
@@ -163,14 +163,14 @@ class MicrobatchPrograms:
     def _grouped(self) -> KeptGroups:
         """Donate as many kept values as there are results like them."""
         names = self._names
-        made = [*names.returns.values(), *(self._weight_kept.values() if self._is_split else ())]
+        made = [*names.returns.values(), *(self._weight_kept.values() if self.is_split else ())]
         free = Counter(map(_likeness, made))
         for leaf in names.accumulators.values():  # they are donated to themselves
             free.pop(_likeness(leaf), None)
         donated, released, remaining = [], [], []
         for name, leaf in names.kept.items():
             like = _likeness(leaf)
-            if self._is_split and name in self.split.kept:
+            if self.is_split and name in self.split.kept:
                 remaining.append(name)
             elif free[like]:
                 free[like] -= 1

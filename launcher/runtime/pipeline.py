@@ -21,6 +21,7 @@ from launcher.runtime.links import NORM, Links, hand_over, hand_over_copies
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.mailbox import Mailbox
 from launcher.runtime.means import LOSS, Means
+from launcher.runtime.memory_error import Doing, is_memory_error, memory_error
 from launcher.runtime.placement import PlacedBatch, Placer
 from launcher.runtime.stage_state import StageState, Stash
 from launcher.runtime.transport import Channel
@@ -73,8 +74,16 @@ class Pipeline:
     def step(self, placed: PlacedBatch) -> StepResult:
         """Dispatch a whole step."""
         self.begin(placed)
-        for _, action in self.actions:
-            action()
+        try:
+            for launch, action in self.actions:
+                action()
+        except jax.errors.JaxRuntimeError as error:
+            if not is_memory_error(error):
+                raise
+            stage = self.stages[launch.first.stage]
+            devices = list(stage.programs.mesh.devices.flat)
+            doing = Doing.step(launch.first)
+            raise memory_error(error, self.realized.plan, doing, devices) from error
         return self.finish()
 
     def begin(self, placed: PlacedBatch) -> None:
@@ -102,6 +111,10 @@ class Pipeline:
             metrics=means,
             loss_scale=first.loss_scale and first.loss_scale.scale,
         )
+
+    def give_up(self) -> None:
+        """Wake the threads that wait for a message of one that has failed."""
+        self._mailbox.give_up()
 
     def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the synchronised gradients of a batch, without the update; for checks."""
@@ -199,9 +212,11 @@ class Pipeline:
         for user in self._neighbours.users_here[stage.index]:
             channel = self.links.tied_gradients[user, stage.index]
             self._add_tied(stage, hand_over(channel, self._lent_gradients(self.stages[user])))
-        # What is left belongs to other stages, which may not have read it yet.
-        sums = {path: stage.accumulators.pop(path) for path in stage.programs.summed}
-        stage.gradients, square = stage.compiled.synchronize(sums, stage.tied_gradients)
+        sums, own = stage.accumulators, stage.programs.owned
+        # What belongs to other stages may not have been read yet.
+        stage.accumulators = {path: total for path, total in sums.items() if path not in own}
+        summed = {path: sums[path] for path in stage.programs.summed}
+        stage.gradients, square = stage.compiled.synchronize(summed, stage.tied_gradients)
         stage.tied_gradients = {}
         for index in self._neighbours.siblings[stage.index]:
             self.stages[index].norms[stage.index] = square
@@ -246,18 +261,22 @@ class Pipeline:
 
     # Messages. A send posts, and does not wait; a receive takes what was posted.
 
-    def _send_activation(self, stage: StageState, instruction: Instruction) -> None:
+    def _send_activation(self, stage: StageState, instruction: Instruction):
         channel = self.links.activations[stage.index, instruction.peer]
-        self._mailbox.post(instruction, channel.send(stage.exports[instruction.microbatch]))
+        return self._send(instruction, channel.send(stage.exports[instruction.microbatch]))
+
+    def _send(self, instruction: Instruction, message: object):
+        self._mailbox.post(instruction, message)
+        return message
 
     def _receive_activation(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.activations, instruction)
         stage.imports.setdefault(instruction.microbatch, {}).update(received)
         return received
 
-    def _send_cotangent(self, stage: StageState, instruction: Instruction) -> None:
+    def _send_cotangent(self, stage: StageState, instruction: Instruction):
         channel = self.links.cotangents[stage.index, instruction.peer]
-        self._mailbox.post(instruction, channel.send(stage.returns[instruction.microbatch]))
+        return self._send(instruction, channel.send(stage.returns[instruction.microbatch]))
 
     def _receive_cotangent(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.cotangents, instruction)
@@ -273,9 +292,9 @@ class Pipeline:
         for value, array in moved.items():
             received.setdefault(value, []).append(array)
 
-    def _send_tied_gradient(self, stage: StageState, instruction: Instruction) -> None:
+    def _send_tied_gradient(self, stage: StageState, instruction: Instruction):
         channel = self.links.tied_gradients[stage.index, instruction.peer]
-        self._mailbox.post(instruction, channel.send(self._lent_gradients(stage)))
+        return self._send(instruction, channel.send(self._lent_gradients(stage)))
 
     def _lent_gradients(self, stage: StageState) -> Arrays:
         """The gradients of parameters that other stages own, summed up at home."""
@@ -292,18 +311,18 @@ class Pipeline:
         for path, gradient in moved.items():
             owner.tied_gradients.setdefault(path, []).append(gradient)
 
-    def _send_norm(self, stage: StageState, instruction: Instruction) -> None:
+    def _send_norm(self, stage: StageState, instruction: Instruction):
         channel = self.links.norms[stage.index, instruction.peer]
-        self._mailbox.post(instruction, channel.send({NORM: stage.norms[stage.index]}))
+        return self._send(instruction, channel.send({NORM: stage.norms[stage.index]}))
 
     def _receive_norm(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.norms, instruction)[NORM]
         stage.norms[instruction.peer] = received
         return received
 
-    def _send_tied_parameter(self, stage: StageState, instruction: Instruction) -> None:
+    def _send_tied_parameter(self, stage: StageState, instruction: Instruction):
         channel = self.links.tied_parameters[stage.index, instruction.peer]
-        self._mailbox.post(instruction, channel.send(stage.params))
+        return self._send(instruction, channel.send(stage.params))
 
     def _receive_tied_parameter(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.tied_parameters, instruction)

@@ -67,13 +67,16 @@ def _likeness(realized: RealizedPlan, index: int) -> Hashable:
 
 
 def _audit_stage(realized: RealizedPlan, programs: StagePrograms):
-    count = realized.plan.num_microbatches
-    for name, times, compile_ in (
-        ("forward", count, programs.microbatch.compile_forward),
-        ("backward", count, programs.microbatch.compile_backward),
-        ("synchronize", 1, programs.compile_synchronize),
-        ("update", 1, programs.compile_update),
-    ):
+    per_microbatch = (
+        ("forward", "backward_input", "backward_weight")
+        if programs.microbatch.is_split
+        else ("forward", "backward")
+    )
+    names = (*per_microbatch, "synchronize", "update")
+    for name, compile_ in programs.compilations(names).items():
+        if name not in names:
+            continue
+        times = realized.plan.num_microbatches if name in per_microbatch else 1
         programs.emitter.ledger = Ledger()
         text = compile_().as_text()
         priced = programs.emitter.ledger.collectives

@@ -4,9 +4,10 @@ Pure functions from rows to text, the same for a terminal and for a log.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
-from launcher.autopar.wording import count
+from launcher.autopar.wording import count, size
 from launcher.runtime.metrics import (
     EVAL_LOSS,
     LOSS_SCALE,
@@ -24,6 +25,9 @@ FILES_OF_A_RUN = (
     "plan.json",
     "plan.html",
     "plan.png",
+    "trace.html",
+    "trace.json",
+    "profile",
     "metrics.jsonl",
     "summary.json",
     "weights.safetensors",
@@ -32,6 +36,7 @@ FILES_OF_A_RUN = (
     "wandb",
     "launcher.log",
 )
+_MOST_STAGES = 8  # whose memory has a place in one line
 _SI_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -93,6 +98,7 @@ def final_lines(summary: TrainSummary, meter: Meter, run_dir: Path) -> tuple[str
         head,
         f"speed: {describe_speed(summary.measured, meter)}",
         _describe_promise(summary, meter),
+        *_describe_memory(summary, meter),
     ]
     if meter.peak_flops_per_s is None and meter.incomparable is None:
         lines.insert(2, "MFU is not known: the cluster gives no peak FLOP/s for its devices")
@@ -122,6 +128,25 @@ def _describe_promise(summary: TrainSummary, meter: Meter) -> str:
         return f"{line}; not to be compared, and no MFU: {meter.incomparable}"
     ratio = summary.measured_over_predicted
     return line if ratio is None else f"{line} (measured / predicted = {ratio:.2f})"
+
+
+def _describe_memory(summary: TrainSummary, meter: Meter) -> Iterator[str]:
+    """Write the high-water mark of each stage's devices, and what the plan had said."""
+    predicted = meter.predicted_peak_bytes_per_stage
+    measured = summary.measured.get("peak_bytes_per_stage")
+    if measured is None:
+        if predicted:
+            what = f"at most {size(max(predicted))} predicted"
+            yield f"memory per device: {what}; these devices do not count what they use"
+        return
+    stages = [
+        f"stage {stage} {size(used)} measured, {size(told)} predicted "
+        f"(measured / predicted = {used / told:.2f})"
+        for stage, (used, told) in enumerate(zip(measured, predicted, strict=True))
+    ]
+    rest = len(stages) - _MOST_STAGES
+    more = f"; the other {rest} in summary.json" if rest > 0 else ""
+    yield f"memory per device: {'; '.join(stages[:_MOST_STAGES])}{more}"
 
 
 def _describe_median(summary: TrainSummary) -> str:
@@ -154,10 +179,10 @@ def _number(value: float | None, form: str) -> str:
 def _si(value: float | None) -> str:
     if value is None:
         return "?"
-    for size, prefix in _SI_PREFIXES:
+    for least, prefix in _SI_PREFIXES:
         # From 999.5 on, three digits would round up into the next prefix.
-        if value >= 0.9995 * size:
-            return f"{_three_digits(value / size)}{prefix}"
+        if value >= 0.9995 * least:
+            return f"{_three_digits(value / least)}{prefix}"
     return _three_digits(value)
 
 

@@ -154,5 +154,3 @@ def _brought(array: Array, device: jax.Device) -> Array:
     if _is_whole_on(array, device):
         return next(s.data for s in array.addressable_shards if s.device == device)
     return jax.device_put(array, device)
-
-

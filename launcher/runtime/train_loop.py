@@ -45,6 +45,8 @@ class TrainSettings:
     eval_batches: int
     # Where a resumed run goes on.
     first_step: int = 0
+    # Steps, counted from 1, that say nothing of how fast the others are.
+    untypical_steps: frozenset[int] = frozenset()
     # Batches that are made ahead of the step that needs them.
     prefetch: int = 1
 
@@ -70,7 +72,10 @@ def run(
     TrainingError, Ctrl-C raises KeyboardInterrupt; the sinks are finished first, in their order, in
     every case.
     """
-    journal = Journal(settings.steps, settings.first_step, meter, sinks, learning_rate, clock)
+    journal = Journal(
+        settings.steps, settings.first_step, meter, sinks, learning_rate, clock,
+        untypical_steps=settings.untypical_steps,
+    )  # fmt: skip
     try:
         with (
             Interrupt() as interrupt,
@@ -102,12 +107,12 @@ def _train(
     for step, placed in zip(steps, inputs, strict=True):
         dispatched = journal.dispatched(step, executor.step(placed))
         if unread is not None:
-            journal.record(unread, executor.peak_bytes_per_device())
+            journal.record(unread, executor.peak_bytes_per_stage())
         unread = dispatched
         stops = interrupt.requested
         evaluates = not stops and _evaluates_after(step + 1, settings)
         if stops or evaluates or step + 1 == settings.steps:
-            journal.record(unread, executor.peak_bytes_per_device())
+            journal.record(unread, executor.peak_bytes_per_stage())
             unread = None
         if evaluates:
             journal.record_evaluation(step, evaluation_loss(executor, queue, settings, interrupt))

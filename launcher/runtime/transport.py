@@ -107,7 +107,7 @@ class InProcessChannel(Channel):
             cut = self._cut([values[name] for name in self._cut_names])
             made.update(zip(self._cut_names, cut, strict=True))
         posted = [parcel.taken_from(made[name]) for name, parcel in self._parcels]
-        moved = iter(jax.device_put(posted, self._destinations))
+        moved = iter(jax.device_put(posted, self._destinations) if posted else ())
         return {
             name: way.landed(made[name], [next(moved) for _ in way.parcels])
             for name, way in self._ways.items()
@@ -175,9 +175,9 @@ class _Way:
         self.slots = _slots(crossing.tiles, self.is_cut)
         self.arriving = self._arriving()
         self.parcels = self._parcels()
-        self.is_direct = not (self.is_cut or self.is_joined) and [
-            p.destination for p in self.parcels
-        ] == [self.wanted]
+        self._is_home = not self.parcels and self.shipped == self.wanted
+        self._has_landed = [p.destination for p in self.parcels] == [s for _, s in self.arriving]
+        self.is_direct = self._has_landed and not (self.is_cut or self.is_joined)
         self._landings = self._landed_from()
 
     def _arriving(self) -> list[tuple[tuple[int, ...], NamedSharding]]:
@@ -251,8 +251,8 @@ class _Way:
 
     def landed(self, made: Sequence[jax.Array], moved: Sequence[jax.Array]) -> list[jax.Array]:
         """Put what was moved together: arrays on the target mesh, shard by shard."""
-        if len(moved) == 1 and self.parcels[0].destination == self.arriving[0][1]:
-            return list(moved)
+        if self._has_landed or self._is_home:
+            return list(moved) or list(made)
         return [
             jax.make_array_from_single_device_arrays(
                 shape,

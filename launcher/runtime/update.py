@@ -92,9 +92,7 @@ def apply_update(optimizer: Optimizer, inputs: UpdateInputs) -> UpdateResult:
     inverse = _inverse_scale(scaling, inputs.loss_scale, total.dtype)
     norm = jnp.sqrt(total) if inverse is None else jnp.sqrt(total) * inverse
     gradients = _scaled(inputs.gradients, _factor(optimizer.clip_norm, norm, inverse))
-    updates, optimizer_state = optimizer.transform.update(
-        gradients, inputs.optimizer_state, params
-    )
+    updates, optimizer_state = optimizer.transform.update(gradients, inputs.optimizer_state, params)
     is_finite = jnp.isfinite(norm)
     new = optax.apply_updates(params, updates), optimizer_state, inputs.state_after
     old = params, inputs.optimizer_state, inputs.state_before

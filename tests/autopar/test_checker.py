@@ -49,8 +49,6 @@ class SymbolicStage:
         self.sinks = [dst for src, dst in wiring.differentiable if src == stage]
         self.users = [user for owner, user in wiring.tied if owner == stage]
         self.others = [s for s in range(len(homes)) if s != stage] if wiring.with_norm else []
-        self.exports = any(src == stage for src, _ in wiring.edges)
-        self.returns = any(dst == stage for _, dst in wiring.differentiable)
         self.near = {s for s, home in enumerate(homes) if home == homes[stage]}
         self.inbox, self.made, self.stash, self.for_weights, self.tied = {}, {}, {}, {}, {}
         self.params, self.statistics, self.sums, self.total = 0, 0, 0, None
@@ -71,59 +69,68 @@ class SymbolicStage:
 
     def compute(self, op, k, stages):
         tied = tuple(sorted(self.tied.items()))
-        if op is Op.FORWARD:
-            inputs = self.take("F", k, self.sources)
-            state = self.intern(self.stage, "F", k, self.params, tied, self.statistics, inputs)
-            if k in self.stash:
-                raise BrokenError("stash overwritten")
-            self.statistics = self.stash[k] = state
-            readers = [dst for src, dst in self.wiring.edges if src == self.stage]
-            self.hand_over(stages, "F", k, readers, state)
-            if self.exports:
-                self.made["F", k] = state
-        elif op in (Op.BACKWARD, Op.BACKWARD_INPUT):
-            inputs = self.take("B", k, self.sinks)
-            value = self.intern(self.stage, "B", k, self.params, tied, self.stash[k], inputs)
-            if self.returns:
-                self.made["B", k] = value
-            readers = [src for src, dst in self.wiring.differentiable if dst == self.stage]
-            self.hand_over(stages, "B", k, readers, value)
-            if op is Op.BACKWARD:
-                self.accumulate(k, value)
-            elif k in self.for_weights:
-                raise BrokenError("what it leaves for W is overwritten")
-            else:
-                self.for_weights[k] = value
-        elif op is Op.BACKWARD_WEIGHT:
-            value = self.for_weights.pop(k)
-            self.accumulate(k, self.intern("W", self.params, tied, self.stash[k], value))
-        elif op is Op.SYNCHRONIZE:
-            if ("N", None) in self.made:
-                raise BrokenError("synchronised what is gone")
-            near = [user for user in self.users if user in self.near]
-            received = self.take("G", None, [user for user in self.users if user not in near])
-            handed = tuple(stages[user].sums for user in near)
-            gradients = self.intern("synchronized", self.sums, received, handed)
-            self.made["G", None] = self.made["N", None] = gradients
-            self.hand_over(stages, "N", None, self.others, gradients)
-        elif op is Op.NORM:
-            received = self.take("N", None, self.others)
-            self.total = self.intern("norm", self.made["N", None], received)
-        elif op is Op.UPDATE:
-            if (self.total is not None) != self.with_norm:
-                raise BrokenError("update without the norm")
-            self.params = self.intern("updated", self.params, self.made["N", None], self.total)
-            self.made["P", None] = self.params
-            for user in self.users:
-                if user in self.near:
-                    stages[user].tied[self.stage] = self.params
+        match op:
+            case Op.FORWARD:
+                self.forward(k, stages, tied)
+            case Op.BACKWARD | Op.BACKWARD_INPUT:
+                self.backward(op, k, stages, tied)
+            case Op.BACKWARD_WEIGHT:
+                value = self.for_weights.pop(k)
+                self.accumulate(self.intern("W", self.params, tied, self.stash[k], value))
+            case Op.SYNCHRONIZE:
+                self.synchronize(stages)
+            case Op.NORM:
+                received = self.take("N", None, self.others)
+                self.total = self.intern("norm", self.made["N", None], received)
+            case Op.UPDATE:
+                self.update(stages)
 
-    @property
-    def with_norm(self):
-        return self.wiring.with_norm
+    def forward(self, k, stages, tied):
+        inputs = self.take("F", k, self.sources)
+        state = self.intern(self.stage, "F", k, self.params, tied, self.statistics, inputs)
+        if k in self.stash:
+            raise BrokenError("stash overwritten")
+        self.statistics = self.stash[k] = state
+        readers = [dst for src, dst in self.wiring.edges if src == self.stage]
+        self.hand_over(stages, "F", k, readers, state)
+        if readers:
+            self.made["F", k] = state
 
-    def accumulate(self, k, value):
+    def backward(self, op, k, stages, tied):
+        inputs = self.take("B", k, self.sinks)
+        value = self.intern(self.stage, "B", k, self.params, tied, self.stash[k], inputs)
+        readers = [src for src, dst in self.wiring.differentiable if dst == self.stage]
+        self.hand_over(stages, "B", k, readers, value)
+        if readers:
+            self.made["B", k] = value
+        if op is Op.BACKWARD:
+            self.accumulate(value)
+        elif k in self.for_weights:
+            raise BrokenError("what it leaves for W is overwritten")
+        else:
+            self.for_weights[k] = value
+
+    def accumulate(self, value):
         self.sums = self.made["G", None] = self.intern("sum", self.sums, value)
+
+    def synchronize(self, stages):
+        if ("N", None) in self.made:
+            raise BrokenError("synchronised what is gone")
+        near = [user for user in self.users if user in self.near]
+        received = self.take("G", None, [user for user in self.users if user not in near])
+        handed = tuple(stages[user].sums for user in near)
+        gradients = self.intern("synchronized", self.sums, received, handed)
+        self.made["G", None] = self.made["N", None] = gradients
+        self.hand_over(stages, "N", None, self.others, gradients)
+
+    def update(self, stages):
+        if (self.total is not None) != self.wiring.with_norm:
+            raise BrokenError("update without the norm")
+        self.params = self.intern("updated", self.params, self.made["N", None], self.total)
+        self.made["P", None] = self.params
+        for user in self.users:
+            if user in self.near:
+                stages[user].tied[self.stage] = self.params
 
     def free(self, op, k):
         if op is Op.FREE_STASH:
@@ -194,11 +201,8 @@ def mutate(rng, lists):
     changed = [list(entries) for entries in lists]
     entries = rng.choice(changed)
     here, there = rng.randrange(len(entries)), rng.randrange(len(entries))
-    num_stages = 1 + max(entry.stage for own in lists for entry in own)
     kinds = ("drop", "duplicate", "move", "swap", "neighbours", "microbatch", "peer", "stage")
     match rng.choice(kinds):
-        case "stage":
-            entries[here] = replace(entries[here], stage=rng.randrange(num_stages))
         case "drop":
             del entries[here]
         case "duplicate":
@@ -210,13 +214,19 @@ def mutate(rng, lists):
         case "neighbours":
             here = max(here, 1)
             entries[here - 1], entries[here] = entries[here], entries[here - 1]
-        case "microbatch":
-            if entries[here].microbatch is not None:
-                entries[here] = replace(entries[here], microbatch=rng.randrange(4))
-        case "peer":
-            if entries[here].peer is not None:
-                entries[here] = replace(entries[here], peer=rng.randrange(num_stages))
+        case field:
+            entries[here] = renamed(rng, entries[here], field, lists)
     return tuple(tuple(entries) for entries in changed)
+
+
+def renamed(rng, entry, field, lists):
+    """Give an instruction another microbatch, peer or stage, if it has one."""
+    num_stages = 1 + max(entry.stage for own in lists for entry in own)
+    if field == "microbatch" and entry.microbatch is not None:
+        return replace(entry, microbatch=rng.randrange(4))
+    if field == "peer" and entry.peer is not None:
+        return replace(entry, peer=rng.randrange(num_stages))
+    return replace(entry, stage=rng.randrange(num_stages)) if field == "stage" else entry
 
 
 def is_accepted(program, wiring):

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.autopar.cluster import Link
 from launcher.autopar.crossing import (
-    Holding,
+    Located,
     crossing_gather_s,
     message_s,
     plan_crossing,
@@ -27,13 +27,13 @@ R = REPLICATED
 
 def on_host(spec, mesh_shape, host=0, first=0):
     places = tuple((host, first + i) for i in range(math.prod(mesh_shape)))
-    return Holding(spec, mesh_shape, places)
+    return Located(spec, mesh_shape, places)
 
 
 def over_hosts(spec, mesh_shape, first=0):
     """A host for every row of the mesh."""
     rows, columns = mesh_shape
-    return Holding(
+    return Located(
         spec, mesh_shape, tuple((first + r, c) for r in range(rows) for c in range(columns))
     )
 
@@ -147,8 +147,8 @@ def test_replicas_share_the_sending_evenly():
 
 def test_a_source_on_the_targets_host_is_preferred():
     """Both submeshes have half of the devices of two hosts."""
-    source = Holding((R, R), (2, 2), ((0, 0), (0, 1), (1, 0), (1, 1)))
-    target = Holding((0, R), (2, 2), ((1, 2), (1, 3), (0, 2), (0, 3)))
+    source = Located((R, R), (2, 2), ((0, 0), (0, 1), (1, 0), (1, 1)))
+    target = Located((0, R), (2, 2), ((1, 2), (1, 3), (0, 2), (0, 3)))
     crossing = plan_crossing((8, 4), F32, source, target)
     assert crossing.bytes_between_hosts == 0
     assert crossing.bytes_across == 8 * 4 * 4

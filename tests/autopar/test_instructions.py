@@ -82,7 +82,7 @@ def test_the_sets_of_operations_fit_together():
     assert SENDS.isdisjoint(RECEIVES)
     assert set(RECEIVE_OF_READER.values()) == RECEIVES - {Op.RECEIVE_TIED_PARAMETER}
     assert set(RECEIVE_OF_READER) <= COMPUTES
-    assert COMPUTES == set("FBIWSNU")
+    assert set("FBIWSNU") == COMPUTES
     assert {op.value for op in FREES} == {"FREE_F", "FREE_B", "FREE_K"}
     for send, receive in RECEIVE_OF_SEND.items():
         assert (send in PER_MICROBATCH) == (receive in PER_MICROBATCH)
@@ -92,6 +92,9 @@ def test_the_sets_of_operations_fit_together():
 def test_partner_is_the_other_end_of_a_message():
     send, receive = TEXTS["2SEND_F0>3"], TEXTS["3RECV_F0<2"]
     assert (send.partner, receive.partner) == (receive, send)
+    for entry in TEXTS.values():
+        assert entry.is_partner_of(send) == (entry == receive)
+        assert entry.is_partner_of(receive) == (entry == send)
     kinds = [
         (entry.is_send, entry.is_receive, entry.is_compute, entry.is_free)
         for entry in TEXTS.values()

@@ -61,7 +61,7 @@ class Walk:
             ("cotangent", self.cls.cotangents),
         ):
             self.where |= {value: self.pick(kind, i) for i, value in values.items()}
-        self.steps = {"forward": [], "backward": []}
+        self.steps = {"forward": [], "backward_input": [], "backward_weight": []}
         self.copied = set()
 
     def pick(self, kind, index):
@@ -69,12 +69,13 @@ class Walk:
 
     def move(self, value, target, phase=None):
         """Seconds to bring a value to a spec, by way of its copy in this phase; notes the collectives."""
-        copy = self.picks.get((f"{phase}_copy", self.cls.name, value))
+        program = phase and phase.partition("_")[0]  # both halves of the backward pass share copies
+        copy = self.picks.get((f"{program}_copy", self.cls.name, value))
         if copy is None:
             return self.reshard(value, self.where[value], target, phase)
         seconds = 0.0
-        if (phase, value) not in self.copied:
-            self.copied.add((phase, value))
+        if (program, value) not in self.copied:
+            self.copied.add((program, value))
             seconds = self.reshard(value, self.where[value], copy, phase)
         return seconds + self.reshard(value, copy, target, phase)
 
@@ -114,7 +115,8 @@ class Walk:
         cls = self.cls
         members = {
             "forward": {id(op) for op in cls.forward_ops},
-            "backward": {id(op) for op in cls.backward_ops},
+            "backward_input": {id(op) for op in cls.input_ops},
+            "backward_weight": {id(op) for op in cls.weight_ops},
         }
         total = dict.fromkeys(members, 0.0)
         for phase, ops in members.items():
@@ -126,7 +128,7 @@ class Walk:
         synchronize = update = 0.0
         for slot, value in cls.gradients.items():
             home, accumulator = self.pick("slot", slot), self.pick("accumulator", slot)
-            total["backward"] += self.move(value, accumulator, "backward")
+            total["backward_weight"] += self.move(value, accumulator, "backward_weight")
             aval = cls.joint.avals[value]
             zero = self.settings.zero
             state = optimizer_spec(home, aval.shape, self.mesh, zero)
@@ -134,7 +136,7 @@ class Walk:
             synchronize += self.reshard(value, state, home, None)
             num_bytes = 4 * np.prod(aval.shape) / num_shards(state, self.mesh.shape)
             update += 7 * num_bytes / self.settings.compute.device.memory_bytes_per_s
-        return Seconds(total["forward"], total["backward"], synchronize, update)
+        return Seconds(*total.values(), synchronize, update)
 
 
 def collectives(planner, sharding, phase):
@@ -149,7 +151,7 @@ MESHES = [(4, 1), (1, 4), (2, 2), (2, 4)]
 def assert_price_is_that_of_a_walk(planner, chosen):
     sharding = planner.solve(0, 1, chosen)
     walked, found = Walk(planner, sharding).price(), sharding.seconds
-    for part in ("forward", "backward", "synchronize", "update"):
+    for part in ("forward", "backward_input", "backward_weight", "synchronize", "update"):
         ours, theirs = (vars_of(seconds)[part] for seconds in (found, walked))
         assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-15), part
     again = walked.forward if chosen.recompute else 0.0

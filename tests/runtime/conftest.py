@@ -68,7 +68,7 @@ class FakeExecutor:
         self.events.append(f"evaluate {index}")
         return DeviceScalar(10.0 + index, self.events, f"read evaluation {index}")
 
-    def peak_bytes_per_device(self):
+    def peak_bytes_per_stage(self):
         return self.peak_bytes
 
 

@@ -16,7 +16,7 @@ from launcher.runtime.sinks import JsonlSink
 
 def test_rows_and_summary(fake):
     sink = fake.Sink()
-    summary = fake.train(fake.Executor([3.0, 1.0, 2.0], peak_bytes=77), fake.settings(3), sink)
+    summary = fake.train(fake.Executor([3.0, 1.0, 2.0], peak_bytes=(77, 66)), fake.settings(3), sink)
     assert [row["step"] for row in sink.rows] == [1, 2, 3]
     assert [row["loss"] for row in sink.rows] == [3.0, 1.0, 2.0]
     assert sink.rows[1] == {
@@ -37,6 +37,7 @@ def test_rows_and_summary(fake):
     assert (summary.loss, summary.best_loss, summary.eval_loss) == (2.0, 1.0, None)
     assert summary.measured["step_s"] == 1.0
     assert summary.measured["peak_bytes_per_device"] == 77
+    assert summary.measured["peak_bytes_per_stage"] == (77, 66)
 
 
 def test_real_device_scalars_and_an_optax_like_schedule(fake, tmp_path):

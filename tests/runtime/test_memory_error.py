@@ -1,11 +1,22 @@
 """Device memory that is used up: the line says where, how much, and only the keys that would help."""
 
+from dataclasses import replace
+
 import jax
+import numpy as np
+import optax
 import pytest
 
+from launcher import models
+from launcher.autopar.cluster import load_cluster
 from launcher.autopar.instructions import Instruction, Op
+from launcher.autopar.make_plan import find_plan
 from launcher.autopar.plan import ClusterRef, ModelRef, Plan, Prediction, Stage
+from launcher.autopar.space import PlanOptions
+from launcher.config import GptConfig
 from launcher.errors import TrainingError
+from launcher.models.optimizer import Optimizer
+from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import (
     Doing,
     bytes_asked_for,
@@ -13,6 +24,7 @@ from launcher.runtime.memory_error import (
     memory_error,
     memory_errors,
 )
+from launcher.runtime.stage_programs import StagePrograms
 
 
 class Device:
@@ -63,8 +75,8 @@ def test_the_line_has_the_place_the_numbers_and_the_keys():
     assert isinstance(error, TrainingError)
     assert error.exit_status == 5
     assert str(error) == (
-        "out of device memory on stage 1 of 2, in the instruction 1F0 (3.00 GiB asked for at once, "
-        "7.00 GiB in use of the 8.00 GiB that a device gives, 2.00 GiB predicted as the peak): "
+        "out of device memory on stage 1 of 2, in the instruction 1F0 (3 GiB asked for at once, "
+        "7 GiB in use of the 8 GiB that a device gives, 2 GiB predicted as the peak): "
         "try parallel.num_microbatches=8 (now 4, of 8 samples), or train.global_batch=16 (now 32), "
         "or parallel.recompute=layer (now none), or parallel.zero=3 (now 0), "
         "or parallel.pp=4 (now 2)"
@@ -104,7 +116,7 @@ def test_a_microbatch_keeps_a_sample_for_each_device_of_the_data_axis():
 def test_without_an_instruction_all_stages_count():
     message = str(memory_error(exhausted("something"), plan_of(), None))
     assert message.startswith(
-        "out of device memory in a step (2.00 GiB predicted as the peak): try parallel.num_micro"
+        "out of device memory in a step (2 GiB predicted as the peak): try parallel.num_micro"
     )
 
 
@@ -126,11 +138,80 @@ def test_only_memory_errors_are_turned_into_ours():
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
     assert not is_memory_error(other)
     assert not is_memory_error(ValueError("RESOURCE_EXHAUSTED"))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory_errors(
-        plan_of(), Doing.placing(0), ()
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        memory_errors(plan_of(), Doing.placing(0), ()),
     ):
         raise other
-    with pytest.raises(TrainingError, match="on stage 0 of 2, placing its weights"), memory_errors(
-        plan_of(), Doing.placing(0), ()
+    with (
+        pytest.raises(TrainingError, match="on stage 0 of 2, placing its weights"),
+        memory_errors(plan_of(), Doing.placing(0), ()),
     ):
         raise exhausted()
+
+
+def executor_of(**forced) -> LocalExecutor:
+    model = models.build(GptConfig(size="tiny", dtype="fp32", layers=2))
+    machine = replace(load_cluster("cpu8"), num_hosts=1, devices_per_host=forced["pp"])
+    options = PlanOptions(mode="manual", global_batch=8, num_microbatches=2, **forced)
+    realized = find_plan(model, machine, options, lambda text: None).realized
+    optimizer = Optimizer(transform=optax.sgd(0.1), clip_norm=None, schedule=lambda step: 0.1)
+    grid = np.array(jax.devices()[: forced["pp"]], dtype=object).reshape(1, -1)
+    return LocalExecutor(realized, model, optimizer, grid, seed=0)
+
+
+def step(executor: LocalExecutor):
+    tokens = np.zeros((8, 64), np.int32)
+    return executor.step(executor.place({"tokens": tokens, "targets": tokens}, 0))
+
+
+def run_out(*arguments):
+    del arguments
+    raise exhausted()
+
+
+@pytest.mark.parametrize(
+    ("program", "stage", "said"),
+    [
+        ("forward", 0, "in the instruction 0F0 (3 GiB asked for at once, "),
+        ("backward", 0, "in the instruction 0B0 ("),
+        ("update", 1, "in the instruction 1U ("),
+    ],
+)
+def test_a_program_that_runs_out_in_the_middle_of_a_step(program, stage, said):
+    executor = executor_of(pp=2)
+    held = executor.stages[stage]
+    held.compiled = replace(held.compiled, **{program: run_out})
+    with pytest.raises(TrainingError) as caught:
+        step(executor)
+    message = str(caught.value)
+    assert message.startswith(f"out of device memory on stage {stage} of 2, {said}")
+    assert ("parallel.num_microbatches=4 (now 2, of 4 samples)" in message) == (program != "update")
+    assert "parallel.zero" not in message  # no data axis
+
+
+def test_a_step_of_one_program_that_runs_out():
+    executor = executor_of(pp=1)
+    executor._steps.take(run_out)
+    with pytest.raises(TrainingError, match="on stage 0 of 1, in its step, which is one program"):
+        step(executor)
+
+
+def test_weights_that_do_not_fit(monkeypatch):
+    put, calls = jax.device_put, []
+
+    def third_runs_out(*arguments, **options):
+        calls.append(arguments)
+        return run_out() if len(calls) == 3 else put(*arguments, **options)
+
+    monkeypatch.setattr(jax, "device_put", third_runs_out)
+    with pytest.raises(TrainingError, match=r"on stage \d of 2, placing its weights and optimizer"):
+        executor_of(pp=2)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_programs_that_run_out_when_they_are_compiled(monkeypatch, pp):
+    monkeypatch.setattr(jax.stages.Lowered, "compile", run_out)
+    monkeypatch.setattr(StagePrograms, "init_optimizer", lambda programs, params: None)
+    with pytest.raises(TrainingError, match=rf"on stage \d of {pp}, compiling its programs \(3 GiB"):
+        executor_of(pp=pp)

@@ -1,6 +1,7 @@
 """For every model, the collectives of a plan's compiled programs are those that were priced."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
 from launcher.runtime import plan_audit
 from launcher.runtime.build_programs import build_programs
+from launcher.runtime.microbatch_programs import MicrobatchPrograms
 
 CONFIGS = {
     "gpt": GptConfig(size="tiny", dtype="fp32", dropout=0.1, layers=3),
@@ -42,15 +44,18 @@ ALL = [(family, 1 + (plan in ON_EIGHT), plan) for family in CONFIGS for plan in 
 
 def planned_of(family: str, hosts: int, plan: str):
     machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
+    return planned_with(machine, family, (ON_FOUR | ON_EIGHT)[plan])
+
+
+def planned_with(machine, family: str, forced):
     model = models.build(CONFIGS[family])
     transform = optax.adafactor(1e-2) if family == "moe" else optax.adamw(1e-3)
-    forced = (ON_FOUR | ON_EIGHT)[plan]
     options = PlanOptions(
         mode="manual", global_batch=16, num_microbatches=2, optimizer=transform, **forced
     )
     planned = find_plan(model, machine, options, lambda text: None)
     optimizer = Optimizer(transform=transform, clip_norm=1.0, schedule=lambda step: 0.1)
-    grid = np.array(jax.devices()[: machine.num_devices], dtype=object).reshape(hosts, 4)
+    grid = np.array(jax.devices()[: machine.num_devices], dtype=object).reshape(-1, 4)
     return planned.realized, model, optimizer, grid
 
 
@@ -91,9 +96,12 @@ def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
     )
 
 
+HALVES = ("backward_input", "backward_weight")
+
+
 def computation_s(stage) -> dict[str, float]:
-    """A stage's computation per microbatch, forward and backward, without what it communicates."""
-    emitter, found = stage.emitter, {"forward": 0.0, "backward": 0.0}
+    """A stage's computation per microbatch, by program, without what it communicates."""
+    emitter, found = stage.emitter, dict.fromkeys(("forward", "backward", *HALVES), 0.0)
     for layer in emitter.model.layers[emitter.layout.first : emitter.layout.last]:
         for number, op in enumerate(layer.cls.joint.ops):
             strategy = emitter.picks["op", layer.cls.name, number]
@@ -101,21 +109,64 @@ def computation_s(stage) -> dict[str, float]:
             seconds = stage.settings.compute.op_s(op) / share
             found["forward"] += seconds * (op in layer.cls.forward_ops)
             found["backward"] += seconds * (op in layer.cls.backward_ops)
+            found["backward_input"] += seconds * (op in layer.cls.input_ops)
+            found["backward_weight"] += seconds * (op in layer.cls.weight_ops)
     return found
 
 
 @pytest.mark.parametrize(("family", "hosts", "plan"), [
     ("gpt", 1, "data x tensor, zero-3"), ("moe", 1, "tensor"), ("wrn", 1, "data x tensor, zero-3"),
 ])  # fmt: skip
-def test_what_the_planner_charged_is_what_the_programs_communicate(family, hosts, plan):
+def test_what_the_planner_charged_is_what_the_programs_communicate(family, hosts, plan, written):
     realized, model, optimizer, grid = planned_of(family, hosts, plan)
     stage, programs = realized.stages[0], build_programs(realized, model, optimizer, grid)[0]
-    computation = computation_s(stage)
-    for name, compile_, charged in (
-        ("forward", programs.compile_forward, stage.sharding.seconds.forward),
-        ("backward", programs.compile_backward, stage.sharding.seconds.backward),
+    computation, seconds = computation_s(stage), stage.sharding.seconds
+    for name, charged in (
+        ("forward", seconds.forward),
+        ("backward", seconds.backward),
+        ("backward_input", seconds.backward_input),
+        ("backward_weight", seconds.backward_weight),
     ):
+        communicated = sum(c.cost for c in written(programs, name))
+        assert charged == pytest.approx(computation[name] + communicated, rel=1e-9), name
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The collectives of a program of a microbatch, as it is written; it is not compiled."""
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: lowered)
+
+    def collectives(programs, name: str):
         programs.emitter.ledger = Ledger()
-        compile_()
-        communicated = sum(c.cost for c in programs.emitter.ledger.collectives)
-        assert charged == pytest.approx(computation[name] + communicated, rel=1e-9)
+        built = MicrobatchPrograms(programs, split=name in HALVES, gathers=False)
+        getattr(built, f"compile_{name}")()
+        return programs.emitter.ledger.collectives
+
+    return collectives
+
+
+def kinds(collectives) -> Counter:
+    return Counter((c.kind, c.num_bytes, c.axis, c.dtype) for c in collectives)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "full"])
+@pytest.mark.parametrize(("family", "forced"), [
+    ("gpt", {"tp": 2, "dp": 2, "zero": 3}), ("moe", {"tp": 4, "dp": 1}),
+])  # fmt: skip
+def test_the_halves_of_a_backward_pass_communicate_what_the_whole_does(
+    family, forced, recompute, written
+):
+    """No collective runs twice, and the prices of the halves add up."""
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=1)
+    options = {**forced, "recompute": recompute}
+    realized, model, optimizer, grid = planned_with(machine, family, options)
+    programs = build_programs(realized, model, optimizer, grid)[0]
+    whole = kinds(written(programs, "backward"))
+    first, second = (kinds(written(programs, name)) for name in HALVES)
+    assert first + second == whole
+    assert first
+    if family == "gpt":
+        assert second
+    sharding = realized.stages[0].sharding
+    assert sharding.backward_input_s + sharding.backward_weight_s == sharding.backward_s
+    assert min(sharding.backward_input_s, sharding.backward_weight_s) > 0.0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from launcher.autopar.crossing import Holding, plan_crossing
+from launcher.autopar.crossing import Located, plan_crossing
 from launcher.autopar.spec import REPLICATED, all_specs, to_partition_spec
 from launcher.runtime.transport import InProcess
 
@@ -26,8 +26,8 @@ def submesh(shape, first):
     return Mesh(np.array(devices, dtype=object).reshape(shape), NAMES)
 
 
-def holding(spec, mesh, host):
-    return Holding(spec, mesh.devices.shape, tuple((host, d.id) for d in mesh.devices.flat))
+def located(spec, mesh, host):
+    return Located(spec, mesh.devices.shape, tuple((host, d.id) for d in mesh.devices.flat))
 
 
 def place(array, mesh, spec):
@@ -80,7 +80,7 @@ def message(shape, source, target, hosts):
     from_mesh, to_mesh = submesh(MESHES[source], 0), submesh(MESHES[target], 4)
     crossings = {
         (a, b): plan_crossing(
-            shape, np.dtype(np.float32), holding(a, from_mesh, 0), holding(b, to_mesh, hosts - 1)
+            shape, np.dtype(np.float32), located(a, from_mesh, 0), located(b, to_mesh, hosts - 1)
         )
         for a, b in pairs
     }
@@ -111,7 +111,7 @@ def test_every_pair_of_specs_arrives_whole_and_counted(shape, source, hosts, mon
 def test_bytes_are_counted_by_kind_and_message():
     source, target = submesh((2, 1), 0), submesh((2, 1), 4)
     crossing = plan_crossing(
-        (4,), np.dtype(np.float32), holding((0, R), source, 0), holding((0, R), target, 1)
+        (4,), np.dtype(np.float32), located((0, R), source, 0), located((0, R), target, 1)
     )
     transport = InProcess()
     forth = transport.channel("activation", source, target, {"x": crossing})
@@ -132,7 +132,7 @@ def test_every_dtype_is_cut_joined_and_gathered(dtype):
     full = numbered((8, 4)).astype(jnp.dtype(dtype))
     full[1::2] = 0
     crossings = {
-        (a, b): plan_crossing((8, 4), full.dtype, holding(a, source, 0), holding(b, target, 1))
+        (a, b): plan_crossing((8, 4), full.dtype, located(a, source, 0), located(b, target, 1))
         for a, b in [((0, R), (R, R)), ((0, 1), (1, 0)), ((R, R), (0, R)), ((1, R), (0, R))]
     }
     channel = InProcess().channel("activation", source, target, crossings)
@@ -146,7 +146,7 @@ def test_double_precision_crosses():
         source, target = submesh((1, 2), 0), submesh((1, 2), 4)
         full = numbered((4, 4), np.float64) / 3
         crossing = plan_crossing(
-            (4, 4), full.dtype, holding((R, 0), source, 0), holding((R, R), target, 1)
+            (4, 4), full.dtype, located((R, 0), source, 0), located((R, R), target, 1)
         )
         channel = InProcess().channel("activation", source, target, {0: crossing})
         arrived = channel.receive(channel.send({0: place(full, source, (R, 0))}))[0]
@@ -156,7 +156,7 @@ def test_double_precision_crosses():
 def test_a_weakly_typed_scalar_crosses():
     source, target = submesh((2, 2), 0), submesh((1, 4), 4)
     crossing = plan_crossing(
-        (), np.dtype(np.float32), holding((R, R), source, 0), holding((R, R), target, 1)
+        (), np.dtype(np.float32), located((R, R), source, 0), located((R, R), target, 1)
     )
     channel = InProcess().channel("norm", source, target, {"norm": crossing})
     weak = jax.device_put(jnp.asarray(2.0), NamedSharding(source, PartitionSpec()))
@@ -174,7 +174,7 @@ def test_stages_on_the_same_devices_hand_over(source, target, monkeypatch):
     full, from_mesh, to_mesh = numbered(shape), submesh(source, 0), submesh(target, 0)
     pairs = itertools.product(all_specs(shape, source), all_specs(shape, target))
     crossings = {
-        (a, b): plan_crossing(shape, full.dtype, holding(a, from_mesh, 0), holding(b, to_mesh, 0))
+        (a, b): plan_crossing(shape, full.dtype, located(a, from_mesh, 0), located(b, to_mesh, 0))
         for a, b in pairs
     }
     transport = InProcess()
@@ -190,12 +190,21 @@ def test_stages_on_the_same_devices_hand_over(source, target, monkeypatch):
     assert all(c.bytes_across == 0 for (a, b), c in crossings.items() if (a, b) == ((R, R), (R, R)))
 
 
+def test_a_value_that_is_where_it_is_wanted_is_handed_on_as_it_is():
+    mesh, spec = submesh((2, 2), 0), (0, R)
+    same = located(spec, mesh, 0)
+    crossing = plan_crossing((4,), np.dtype(np.float32), same, same)
+    channel = InProcess().channel("activation", mesh, mesh, {"x": crossing})
+    value = place(numbered((4,)), mesh, spec)
+    assert channel.receive(channel.send({"x": value}))["x"] is value
+
+
 def test_shards_over_devices_in_another_order():
     """Tensor-major to data-major: devices send to others than those of their own number."""
     source, target = submesh((2, 2), 0), submesh((2, 2), 4)
     full = numbered((8, 4))
     crossing = plan_crossing(
-        (8, 4), full.dtype, holding((1, 0), source, 0), holding((0, 1), target, 1)
+        (8, 4), full.dtype, located((1, 0), source, 0), located((0, 1), target, 1)
     )
     assert [(t.source, t.target) for t in crossing.tiles] == [(0, 0), (2, 1), (1, 2), (3, 3)]
     channel = InProcess().channel("activation", source, target, {0: crossing})
@@ -207,7 +216,7 @@ def test_two_shards_to_three_devices():
     source, target = submesh((2, 1), 0), submesh((3, 1), 4)
     full = numbered((12, 2))
     crossing = plan_crossing(
-        (12, 2), full.dtype, holding((0, R), source, 0), holding((0, R), target, 1)
+        (12, 2), full.dtype, located((0, R), source, 0), located((0, R), target, 1)
     )
     channel = InProcess().channel("activation", source, target, {0: crossing})
     arrived = channel.receive(channel.send({0: place(full, source, (0, R))}))[0]
@@ -222,7 +231,7 @@ def test_an_empty_message_arrives_empty():
 def test_a_value_that_lies_otherwise_than_planned_is_refused():
     source, target = submesh((2, 1), 0), submesh((2, 1), 4)
     crossing = plan_crossing(
-        (4,), np.dtype(np.float32), holding((0, R), source, 0), holding((0, R), target, 1)
+        (4,), np.dtype(np.float32), located((0, R), source, 0), located((0, R), target, 1)
     )
     channel = InProcess().channel("activation", source, target, {"x": crossing})
     with pytest.raises(ValueError, match="x lies as .* this channel was opened for"):
@@ -260,7 +269,7 @@ def test_nothing_waits_for_what_is_still_being_computed(source, target):
     value = place(full, from_mesh, source)
     jax.block_until_ready(compute(value))  # compiled
     crossing = plan_crossing(
-        (8, 4), full.dtype, holding(source, from_mesh, 0), holding(target, to_mesh, 1)
+        (8, 4), full.dtype, located(source, from_mesh, 0), located(target, to_mesh, 1)
     )
     channel = InProcess().channel("activation", from_mesh, to_mesh, {"x": crossing})
     computing = compute(value)

@@ -206,7 +206,9 @@ def test_the_scale_stays_finite():
     )
     params = {"w": jnp.ones(2)}
     state = LossScale(jnp.float32(LARGEST_SCALE), jnp.int32(0))
-    inputs = UpdateInputs(params, optax.sgd(0.1).init(params), params, [jnp.float32(1)], state, {}, {})
+    inputs = UpdateInputs(
+        params, optax.sgd(0.1).init(params), params, [jnp.float32(1)], state, {}, {}
+    )
     assert float(apply_update(optimizer, inputs).loss_scale.scale) == LARGEST_SCALE
 
 
