@@ -246,6 +246,7 @@ class RuntimeConfig:
     """What executes the plan."""
 
     name: str  # auto | local | emulate
+    compilation_cache: str = "auto"  # auto | off | a folder
 
 
 @dataclass(kw_only=True)

@@ -31,6 +31,7 @@ from launcher.errors import TrainingError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.runtime import devices, evaluation_run, plan_audit, train_loop
+from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.evaluation_run import Evaluation
 from launcher.runtime.executor import Executor
 from launcher.runtime.initial import initial_values
@@ -77,6 +78,7 @@ def run(config: Config, run_dir: Path) -> int:
     if config.mode == "plan":
         return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
+    use_cache(config.runtime.compilation_cache)
     if config.mode == "eval":
         evaluate(setup, planned, grid)
     else:
@@ -112,6 +114,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
             weights=setup.weights and setup.weights.values(model),
         )  # fmt: skip
+    log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("training on %s", setup.dataset.name)
     with contextlib.closing(watched(local, setup, planned, meter)) as executor:
@@ -283,6 +286,7 @@ def plan_options(parallel: ParallelConfig, global_batch: int, optimizer: Optimiz
         zero=parallel.zero,
         recompute=parallel.recompute,
         schedule=parallel.schedule,
+        virtual_stages=parallel.virtual_stages,
         optimizer=optimizer.transform,
     )
 
@@ -321,7 +325,7 @@ def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bo
     traced = planned.realized.planner.model.traced
     return Meter(
         model_flops_per_step=model_flops_per_step(traced, plan.num_microbatches),
-        num_devices=sum(len(stage.hosts) * len(stage.devices) for stage in plan.stages),
+        num_devices=plan.num_devices,
         peak_flops_per_s=None if emulated else cluster.peak_flops_per_s(model.dtype),
         global_batch=plan.global_batch,
         units_per_sample=model.units_per_sample,

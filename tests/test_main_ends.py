@@ -1,4 +1,4 @@
-"""What a run begins with and leaves behind: weights, evaluation, samples, Ctrl-C, fp16; through `main.run`."""
+"""What a run begins with and leaves behind, through `main.run`: weights, samples, Ctrl-C, fp16."""
 
 import json
 import math
@@ -19,6 +19,7 @@ from launcher.models.optimizer import LossScaling
 
 PLAN = ("parallel=manual", "parallel.pp=2", "parallel.tp=2", "parallel.num_microbatches=2")
 QUICK = ("logger=jsonl", "model.layers=2", "train.steps=2", "train.eval_batches=2", *PLAN)
+ALONE = ("logger=jsonl", "model.layers=2", "train.steps=2", "train.eval_batches=0", "parallel=single")
 ELSEWHERE = ("logger=jsonl", "model.layers=2", "parallel=data", "parallel.num_microbatches=1")
 
 
@@ -110,9 +111,7 @@ def test_weights_that_are_not_there_end_before_planning(tmp_path, mode):
 
 
 def test_a_sample_is_written_at_the_end(launch):
-    run_dir = launch(
-        "run", *QUICK, "train.sample_tokens=6", "train.sample_prompt='To be'", "train.eval_batches=0"
-    )
+    run_dir = launch("run", *ALONE, "train.sample_tokens=6", "train.sample_prompt='To be'")
     text = (run_dir / "sample.txt").read_bytes()
     assert text.startswith(b"To be")
     assert len(text) == 11
@@ -153,7 +152,7 @@ def test_ctrl_c_in_training_leaves_the_weights_of_the_last_step(tmp_path, monkey
         return step(executor, placed)
 
     monkeypatch.setattr(main.LocalExecutor, "step", interrupted)
-    overrides = [*QUICK, "train.steps=9", "train.export_weights=true", "train.sample_tokens=5"]
+    overrides = [*ALONE, "train.steps=9", "train.export_weights=true", "train.sample_tokens=5"]
     with pytest.raises(KeyboardInterrupt):
         main.run(load(overrides), tmp_path)
     assert [row["step"] for row in rows_of(tmp_path)] == [1]

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 import jax
 
-from launcher.autopar.graph import Value
+from launcher.autopar.graph import Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass
 from launcher.autopar.rules import Strategy
@@ -212,9 +212,18 @@ class StageEmitter:
         for (owner, value), spec in self.layout.kept.items():
             if owner == index:
                 own.put_later(value, spec, partial(self._kept, kept, (owner, value)))
-        if self.layout.recompute == "layer":
-            own.run(layer.cls.recomputed_ops(), self.strategies[layer.cls.name])
         return own
+
+    def _run_again(self, cls: LayerClass, own: ShardedValues, totals: Mapping) -> dict:
+        """The layer's forward ops again, once its cotangents are there, which are returned.
+
+        Without that order the compiler may recompute all layers first, and hold what each of them keeps.
+        """
+        ops = cls.recomputed_ops()
+        there = [output for output, total in totals.items() if total is not None]
+        shards = own.hold_back(used_values(ops), [totals[output] for output in there])
+        own.run(ops, self.strategies[cls.name])
+        return {**totals, **dict(zip(there, shards, strict=True))}
 
     def _kept(self, kept: Arrays, name) -> jax.Array:
         return unpack(kept[name], self.layout.kept[name])
@@ -243,10 +252,12 @@ class StageEmitter:
         for index in reversed(range(self.layout.first, self.layout.last)):
             layer = self.model.layers[index]
             own = values[index] if index in values else self._resumed(index, inputs, kept)
+            totals = {k: incoming.total(layer.outputs[k]) for k in layer.cls.cotangents}
+            if self.layout.recompute == "layer":
+                totals = self._run_again(layer.cls, own, totals)
             own.via = self._copies(layer.cls, BACKWARD_COPY)
             for output, value in layer.cls.cotangents.items():
-                spec = self.picks["cotangent", layer.cls.name, output]
-                total = incoming.total(layer.outputs[output])
+                spec, total = self.picks["cotangent", layer.cls.name, output], totals[output]
                 own.put(value, spec, own.zeros(value, spec) if total is None else total)
             own.run(layer.cls.input_ops, self.strategies[layer.cls.name])
             self._hand_on(layer, own, incoming, returned)

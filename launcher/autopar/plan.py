@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from launcher.autopar.cluster import Cluster, ClusterRef
 from launcher.autopar.mesh import DATA, TENSOR
+from launcher.autopar.program import round_robin
 from launcher.autopar.schedules import SCHEDULE_NAMES
 from launcher.autopar.wording import count
 from launcher.errors import PlanError
@@ -121,6 +122,9 @@ class Plan:
     """How a model trains on a cluster.
 
     Attributes:
+        virtual_stages: How many stages a submesh holds. Of p submeshes number i % p holds stage i, so
+            stages i and i + p name the same hosts and devices.
+        stages: All of them, in the order of their layers.
         num_layers: Into how many layers the model's ops are clustered: where the last stage ends,
             which is also what None means.
         predicted: None until the plan has been priced.
@@ -146,8 +150,22 @@ class Plan:
         return self.global_batch // self.num_microbatches
 
     @property
+    def num_submeshes(self) -> int:
+        return len(self.stages) // self.virtual_stages
+
+    @property
+    def submesh_of(self) -> tuple[int, ...]:
+        """Return each stage's submesh."""
+        return round_robin(len(self.stages), self.virtual_stages)
+
+    @property
+    def submeshes(self) -> tuple[Stage, ...]:
+        """Return the first stage of each submesh."""
+        return self.stages[: self.num_submeshes]
+
+    @property
     def num_devices(self) -> int:
-        return sum(stage.num_devices for stage in self.stages)
+        return sum(stage.num_devices for stage in self.submeshes)
 
     def check(
         self, num_layers: int | None, cluster: Cluster, fingerprint: str | None = None
@@ -161,6 +179,7 @@ class Plan:
         """
         _check_head(self, fingerprint)
         _check_layers(self, num_layers)
+        _check_submeshes(self)
         _check_devices(self, cluster)
         for index, stage in enumerate(self.stages):
             _check_stage(f"stages[{index}]", stage)
@@ -182,15 +201,41 @@ def _check_head(plan: Plan, fingerprint: str | None) -> None:
             "planned, or plan again"
         )
     _check_known("schedule", plan.schedule, SCHEDULE_NAMES)
-    if plan.virtual_stages != 1:
-        raise PlanError(
-            f"virtual_stages={plan.virtual_stages} is not 1, all that schedule={plan.schedule} "
-            "takes: write 1"
-        )
+    _check_virtual_stages(plan)
     if plan.num_microbatches < 1 or plan.global_batch % plan.num_microbatches:
         raise PlanError(
             f"num_microbatches={plan.num_microbatches} does not divide "
             f"global_batch={plan.global_batch}: choose a divisor"
+        )
+
+
+def _check_virtual_stages(plan: Plan) -> None:
+    given = f"virtual_stages={plan.virtual_stages}"
+    if plan.schedule == "interleaved" and plan.virtual_stages < 2:
+        raise PlanError(
+            f"{given} is less than 2, the least that schedule=interleaved takes: write 2 or more, or "
+            "schedule=1f1b"
+        )
+    if plan.schedule != "interleaved" and plan.virtual_stages != 1:
+        raise PlanError(
+            f"{given} is not 1, all that schedule={plan.schedule} takes: write 1, or "
+            "schedule=interleaved"
+        )
+
+
+def _check_submeshes(plan: Plan) -> None:
+    """Virtual stages share out, and the microbatches group by the submeshes."""
+    v, number = plan.virtual_stages, len(plan.stages)
+    if number % v:
+        raise PlanError(
+            f"stages has {number} entries, no multiple of virtual_stages={v}, the stages of a submesh: "
+            f"give {number - number % v} or {number - number % v + v}"
+        )
+    if v > 1 and plan.num_microbatches % plan.num_submeshes:
+        raise PlanError(
+            f"num_microbatches={plan.num_microbatches} is no multiple of {plan.num_submeshes}, the "
+            f"submeshes of {number} stages with virtual_stages={v}, by which schedule=interleaved "
+            f"groups them: write a multiple of {plan.num_submeshes}, or schedule=1f1b"
         )
 
 
@@ -221,6 +266,10 @@ def _check_devices(plan: Plan, cluster: Cluster) -> None:
     """All submeshes lie inside the cluster, and none on top of another."""
     user: dict[tuple[int, int], int] = {}
     for index, stage in enumerate(plan.stages):
+        first = index % plan.num_submeshes
+        if index != first:
+            _check_same_place(plan, first, index)
+            continue
         place = f"stages[{index}]"
         _check_indices(f"{place}.hosts", stage.hosts, cluster.num_hosts, "cluster.hosts")
         per_host = cluster.devices_per_host
@@ -232,6 +281,16 @@ def _check_devices(plan: Plan, cluster: Cluster) -> None:
                     f"stage {user[where]} too: give each stage its own devices"
                 )
             user[where] = index
+
+
+def _check_same_place(plan: Plan, first: int, index: int) -> None:
+    one, other = plan.stages[first], plan.stages[index]
+    if (one.hosts, one.devices) != (other.hosts, other.devices):
+        raise PlanError(
+            f"stages[{index}] has hosts={list(other.hosts)} and devices={list(other.devices)}, and "
+            f"stages[{first}] on the same submesh (virtual_stages={plan.virtual_stages}) has "
+            f"{list(one.hosts)} and {list(one.devices)}: write the same"
+        )
 
 
 def _check_indices(place: str, indices: tuple[int, ...], limit: int, key: str) -> None:

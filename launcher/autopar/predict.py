@@ -12,16 +12,17 @@ import optax
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import StageSharding
-from launcher.autopar.memory import class_memories, stage_memory, unread_memory
+from launcher.autopar.memory import StageMemory, class_memories, stage_memory, unread_memory
 from launcher.autopar.messages import messages_of, price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
-from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.schedules import schedule_by_name
+from launcher.autopar.realize import RealizedPlan, RealizedStage, realize
 from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.spec import num_shards
+from launcher.autopar.submesh_memory import submesh_peak_bytes
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.trace import TracedModel
-from launcher.autopar.work import op_flops
+from launcher.autopar.work import aval_bytes, op_flops
 from launcher.models.model import Model
 
 FLOPS_CONVENTION = "model FLOPs: 3 x the forward matrix products and convolutions, no recomputation"
@@ -52,12 +53,11 @@ def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     timeline = simulate(realized.program, durations)
     plan = realized.plan
     flops = model_flops_per_step(realized.planner.model.traced, plan.num_microbatches)
-    devices = sum(len(stage.hosts) * len(stage.devices) for stage in plan.stages)
     prediction = Prediction(
         step_s=timeline.step_s,
         bubble_fraction=timeline.bubble_fraction,
         peak_bytes_per_device=_peaks(realized),
-        tflops_per_device=flops / timeline.step_s / devices / 1e12,
+        tflops_per_device=flops / timeline.step_s / plan.num_devices / 1e12,
         tflops_convention=FLOPS_CONVENTION,
         communicated_bytes=_communicated_bytes(realized),
         stage_forward_s=durations.forward_s,
@@ -80,6 +80,8 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     return Durations(
         forward_s=tuple(s.forward_s for s in shardings),
         backward_s=tuple(s.backward_s for s in shardings),
+        backward_input_s=tuple(s.backward_input_s for s in shardings),
+        backward_weight_s=tuple(s.backward_weight_s for s in shardings),
         synchronize_s=tuple(s.seconds.synchronize for s in shardings),
         update_s=tuple(s.seconds.update for s in shardings),
         activation_s=across.activation_s,
@@ -90,17 +92,39 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
 
 
 def _peaks(realized: RealizedPlan) -> tuple[float, ...]:
-    plan = realized.plan
-    schedule = schedule_by_name(plan.schedule)
+    """Per stage, the most bytes that a device of its submesh needs."""
+    homes, lists = realized.plan.submesh_of, realized.program.lists
+    memories = [_memory(realized, stage) for stage in realized.stages]
+    weight_stash = [0.0] * len(homes)
+    if realized.program.splits_backward:
+        weight_stash = [_weight_stash_bytes(realized, stage) for stage in realized.stages]
     peaks = []
-    for index, stage in enumerate(realized.stages):
-        wiring = realized.planner.wiring(*stage.stage.layers)
-        memories = class_memories(realized.planner, stage.sharding, wiring)
-        unread = unread_memory(realized.planner, stage.settings) if wiring.unread else ()
-        memory = stage_memory(memories, wiring, stage.stage.recompute, unread)
-        in_flight = schedule.stash_peak(index, len(plan.stages), plan.num_microbatches)
-        peaks.append(memory.peak_bytes(in_flight))
-    return tuple(peaks)
+    for submesh, instructions in enumerate(lists):
+        own = [stage for stage, home in enumerate(homes) if home == submesh]
+        peaks.append(
+            submesh_peak_bytes(
+                instructions,
+                {stage: memories[stage] for stage in own},
+                {stage: weight_stash[stage] for stage in own},
+            )
+        )
+    return tuple(peaks[home] for home in homes)
+
+
+def _memory(realized: RealizedPlan, stage: RealizedStage) -> StageMemory:
+    wiring = realized.planner.wiring(*stage.stage.layers)
+    memories = class_memories(realized.planner, stage.sharding, wiring)
+    unread = unread_memory(realized.planner, stage.settings) if wiring.unread else ()
+    return stage_memory(memories, wiring, stage.stage.recompute, unread)
+
+
+def _weight_stash_bytes(realized: RealizedPlan, stage: RealizedStage) -> float:
+    """What the first half of a microbatch's backward hands to the second, per device."""
+    layers, shape = realized.planner.model.layers, stage.settings.mesh.shape
+    return sum(
+        aval_bytes(layers[layer].cls.joint.avals[value]) / num_shards(spec, shape)
+        for layer, value, spec in stage.emitter.split.weight_kept
+    )
 
 
 def _communicated_bytes(realized: RealizedPlan) -> float:

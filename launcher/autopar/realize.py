@@ -115,8 +115,10 @@ def realize(
         differentiable=tuple(sorted(returned)),
         tied=tuple(tied),
         with_norm=True,
+        submesh_of=plan.submesh_of,
     )
-    lists = schedule_by_name(plan.schedule).build(len(stages), plan.num_microbatches)
+    schedule = schedule_by_name(plan.schedule, plan.virtual_stages)
+    lists = schedule.build(len(stages), plan.num_microbatches)
     program = add_communication(lists, wiring)
     checker.check(program, wiring)
     return RealizedPlan(

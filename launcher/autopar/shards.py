@@ -4,7 +4,7 @@ Everything here runs inside `jax.shard_map`. What `copies` lists, `ShardedValues
 value and spec, however many ops read it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -31,13 +31,21 @@ class Ledger:
 
     collectives: list[Collective] = field(default_factory=list)
     _seen: dict[tuple[int, Step], jax.Array] = field(default_factory=dict)
+    _originals: dict[int, jax.Array] = field(default_factory=dict)
+    _held: list[jax.Array] = field(default_factory=list)
+
+    def same(self, shard: jax.Array, original: jax.Array) -> None:
+        """A shard is another one again, which the compiler may find out."""
+        self._originals[id(shard)] = self._originals.get(id(original), original)
+        self._held.append(shard)
 
     def note(self, step: Step, shard: jax.Array, mesh: LogicalMesh, place: str) -> None:
         """Take down a resharding step of a shard, if it communicates."""
         if step.kind.communicates:
-            key = (id(shard), step)
+            original = self._originals.get(id(shard), shard)
+            key = (id(original), step)
             repeats = key in self._seen
-            self._seen[key] = shard  # held, so that no other array gets its id
+            self._seen[key] = original  # held, so that no other array gets its id
             self.collectives.append(of_step(step, shard.dtype, mesh, place, repeats=repeats))
 
 
@@ -124,6 +132,15 @@ class ShardedValues:
         if (value, spec) not in self._shards:
             self._shards[value, spec] = self._later.pop((value, spec))()
         return self._shards[value, spec]
+
+    def hold_back(self, values: Collection[Value], until: Sequence[jax.Array]) -> list[jax.Array]:
+        """Let what is at hand of some values be read when other arrays are there; returns those."""
+        names = [name for name in (*self._later, *self._shards) if name[0] in values]
+        behind = lax.optimization_barrier((*(self.at_hand(*name) for name in names), *until))
+        for name, shard in zip(names, behind, strict=False):
+            self._ledger.same(shard, self._shards[name])
+            self._shards[name] = shard
+        return list(behind[len(names) :])
 
     def _moved(self, step: Step, shard: jax.Array, place: str) -> jax.Array:
         self._ledger.note(step, shard, self.mesh, place)

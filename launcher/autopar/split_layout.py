@@ -115,6 +115,9 @@ class SpecsOnly(ShardedValues):
         self.read.add((value, spec))
         return ANY_SHARD
 
+    def hold_back(self, values, until: Sequence):
+        return list(until)
+
     def _moved(self, step, shard, place: str):
         return ANY_SHARD
 

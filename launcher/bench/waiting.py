@@ -9,6 +9,7 @@ left is the executor's own time.
 import dataclasses
 import time
 from collections.abc import Callable
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,9 @@ from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.space import PlanOptions
+from launcher.bench.device_wait import wait_on_device
 from launcher.config import GptConfig
 from launcher.models.optimizer import Optimizer
-from launcher.bench.device_wait import wait_on_device
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.stage_programs import Compiled
 
@@ -66,7 +67,7 @@ class WaitingPipeline:
             changed = {
                 field.name: make(stage.index, field.name, real)
                 for field in dataclasses.fields(Compiled)
-                for real in [getattr(stage.compiled, field.name)]
+                for real in [attrgetter(field.name)(stage.compiled)]
                 if real is not None
             }
             stage.compiled = dataclasses.replace(stage.compiled, **changed)

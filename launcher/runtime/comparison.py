@@ -12,7 +12,7 @@ from launcher.runtime.recording import Recording, Span
 
 EVERYWHERE = "all"
 WHOLE_STEP = "step"
-_MOST_PLACES = 16  # that are worth a row of their own
+_MOST_PLACES = 8  # that are worth a row of their own
 
 # In the order in which a step comes to them; messages after all else.
 _ORDER = tuple(Op)

@@ -20,17 +20,23 @@ class Compilation:
 
     executables: Mapping[str, jax.stages.Compiled]
     wall_s: float
+    num_cached: int
 
     @property
     def num_programs(self) -> int:
         return len(self.executables)
+
+    def __str__(self) -> str:
+        cached = f", {self.num_cached} of them from the cache" if self.num_cached else ""
+        programs = "1 program" if self.num_programs == 1 else f"{self.num_programs} programs"
+        return f"compiled {programs} in {self.wall_s:.1f} s{cached}"
 
 
 def compile_all(
     programs: Mapping[str, Callable[[], jax.stages.Compiled]], progress: Callable[[str], None]
 ) -> Compilation:
     """Compile every program; the first error is raised, and those not begun are dropped."""
-    start_s = time.perf_counter()
+    start_s, hits_before = time.perf_counter(), _CACHE_HITS.count
     executables: dict[str, jax.stages.Compiled] = {}
     doubles = jax.config.jax_enable_x64  # may hold for this thread only
 
@@ -47,4 +53,19 @@ def compile_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Compilation(executables, time.perf_counter() - start_s)
+    return Compilation(executables, time.perf_counter() - start_s, _CACHE_HITS.count - hits_before)
+
+
+class _CacheHits:
+    """Counts what jax says that it found in its persistent cache."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_listener(self._note)
+
+    def _note(self, event: str, **details: object) -> None:
+        del details
+        self.count += event == "/jax/compilation_cache/cache_hits"
+
+
+_CACHE_HITS = _CacheHits()

@@ -75,11 +75,14 @@ def place_values(plan: Plan, programs: Sequence[StagePrograms], values: Values) 
     residents = [Resident({}, {}) for _ in programs]
     for source, array in values:
         for index, (stage, resident) in enumerate(zip(programs, residents, strict=True)):
-            is_param = source.role is Role.PARAM
-            specs = stage.layout.params if is_param else stage.layout.state
-            own = resident.params if is_param else resident.state
-            if source.path in specs:
-                where = stage.sharding(specs[source.path], array.ndim)
-                with memory_errors(plan, Doing.placing(index), list(stage.mesh.devices.flat)):
-                    own[source.path] = jax.device_put(array, where)
+            with memory_errors(plan, Doing.placing(index), list(stage.mesh.devices.flat)):
+                _place_value(stage, resident, source, array)
     return residents
+
+
+def _place_value(stage: StagePrograms, resident: Resident, source: Input, array) -> None:
+    is_param = source.role is Role.PARAM
+    specs = stage.layout.params if is_param else stage.layout.state
+    own = resident.params if is_param else resident.state
+    if source.path in specs:
+        own[source.path] = jax.device_put(array, stage.sharding(specs[source.path], array.ndim))

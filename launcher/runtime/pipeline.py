@@ -15,6 +15,7 @@ from launcher.autopar.instructions import Instruction, Op
 from launcher.autopar.messages import Edge
 from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import Role
+from launcher.errors import TrainingError
 from launcher.runtime.executor import Batch, StepResult
 from launcher.runtime.launches import Launch, launches
 from launcher.runtime.links import NORM, Links, hand_over, hand_over_copies
@@ -74,17 +75,18 @@ class Pipeline:
     def step(self, placed: PlacedBatch) -> StepResult:
         """Dispatch a whole step."""
         self.begin(placed)
-        try:
-            for launch, action in self.actions:
+        for launch, action in self.actions:
+            try:
                 action()
-        except jax.errors.JaxRuntimeError as error:
-            if not is_memory_error(error):
-                raise
-            stage = self.stages[launch.first.stage]
-            devices = list(stage.programs.mesh.devices.flat)
-            doing = Doing.step(launch.first)
-            raise memory_error(error, self.realized.plan, doing, devices) from error
+            except jax.errors.JaxRuntimeError as error:
+                if not is_memory_error(error):
+                    raise
+                raise self._out_of_memory(error, launch) from error
         return self.finish()
+
+    def _out_of_memory(self, error: jax.errors.JaxRuntimeError, launch: Launch) -> TrainingError:
+        devices = list(self.stages[launch.first.stage].programs.mesh.devices.flat)
+        return memory_error(error, self.realized.plan, Doing.step(launch.first), devices)
 
     def begin(self, placed: PlacedBatch) -> None:
         """Take a step's input; the actions come next."""

@@ -14,6 +14,7 @@ from launcher.runtime.recording import Recording
 
 PAGE_NAME = "trace.html"
 
+_TOO_SMALL = 2  # times shorter than the other
 _WORDS = {
     Op.FORWARD: "forward",
     Op.BACKWARD: "backward",
@@ -44,6 +45,7 @@ def trace_page(
         _notes(recordings[0], incomparable),
         section("Planned", "", timeline_svg(planned, alone=False, until_s=until_s)),
         *(_measured(recording, planned, until_s) for recording in recordings),
+        *_own_scale(planned, recordings[0]),
         _table(compare(planned, recordings)),
     ]
     return html_page.document(title, sections)
@@ -86,6 +88,16 @@ def _measured(recording: Recording, planned: Timeline, until_s: float) -> str:
         return section(title, "", one_bar_svg(name, recording.step_s, until_s))
     timeline = recording.timeline(planned_seconds(planned))
     return section(title, "", timeline_svg(timeline, alone=False, until_s=until_s))
+
+
+def _own_scale(planned: Timeline, recording: Recording) -> Iterator[str]:
+    """The shorter step once more, if little can be seen of it on a common scale."""
+    if planned.step_s * _TOO_SMALL < recording.step_s:
+        yield section("Planned, on its own scale", "", timeline_svg(planned, alone=False))
+    elif recording.step_s * _TOO_SMALL < planned.step_s and not recording.is_one_program:
+        title = f"Measured, step {recording.step}, on its own scale"
+        timeline = recording.timeline(planned_seconds(planned))
+        yield section(title, "", timeline_svg(timeline, alone=False))
 
 
 def _table(compared: Sequence[Compared]) -> str:

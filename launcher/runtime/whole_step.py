@@ -123,7 +123,7 @@ class WholeStep:
         dtype = programs.avals.values[self._loss].dtype
         scaling = programs.optimizer.loss_scaling
         share = loss_cotangent(scaling, loss_scale, self._num_microbatches, dtype)
-        exports, new_state, sums, _ = programs.forward_backward(
+        exports, new_state, sums, _ = programs.microbatch.forward_backward(
             params, state, batch, key, {}, {self._loss: share}, sums
         )
         reported = {name: exports[value] for name, value in self._reported.items()}

@@ -28,6 +28,16 @@ def test_bpe_knows_every_text(text: str) -> None:
     assert bpe.backend.decode(bpe.encode(text).tolist()) == text
 
 
+@settings(max_examples=30, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+def test_ids_are_turned_back_into_bytes_piece_by_piece(text: str) -> None:
+    for tokenizer in (train_bpe(TEXTS, 280), ByteTokenizer()):
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == text.encode()
+        # Also where a piece ends within a character.
+        assert b"".join(tokenizer.decode([i]) for i in ids) == text.encode()
+
+
 def test_bpe_is_a_function_of_text_and_size() -> None:
     saved = {train_bpe(TEXTS, 300).backend.to_str() for _ in range(3)}
     assert len(saved) == 1

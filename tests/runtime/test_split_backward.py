@@ -108,6 +108,14 @@ def _double_precision():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _quick_compilation():
+    """Optimize little: dozens of programs run once each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @functools.cache
 def model_of(family: str):
     return MODELS[family]()

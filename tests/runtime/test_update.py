@@ -260,3 +260,17 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all(gates, scaling):
         assert float(result.loss_scale) == 2.0**7
         scales = [float(stage.loss_scale.scale) for stage in executor.stages]
         assert scales == [2.0**7, 2.0**7]
+
+
+def test_scaling_by_powers_of_two_rounds_nothing():
+    transform, model, found = TRANSFORMS["adamw"], model_of("fp32"), []
+    realized = planned(model, transform, 2, dp=1, tp=1, pp=2)
+    for scaling in (LossScaling(), LossScaling(scale=64.0), SCALINGS["dynamic"]):
+        optimizer = Optimizer(
+            transform=transform, clip_norm=CLIP, schedule=lambda step: 0.1, loss_scaling=scaling
+        )
+        executor = LocalExecutor(realized, model, optimizer, grid_of(2), seed=0)
+        norms = [float(step(executor, batch_with(0.5, 2.0), k).grad_norm) for k in range(3)]
+        found.append((norms, executor.params()))
+    assert_trees_equal(found[1], found[0], 0.0)
+    assert_trees_equal(found[2], found[0], 0.0)

@@ -1,0 +1,53 @@
+"""Compiled programs outlive the process: jax's persistent compilation cache, on by default.
+
+On GPUs the key of a program leaves its devices out (jax's own rule), so stages that are alike compile once
+even within a run. On CPUs programs are compiled for the features of the machine at hand; each kind of
+machine has a folder of its own, since a home folder may be shared.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+
+_LEAST_S = 0.1  # what compiles faster is not worth a file
+
+
+def use_cache(setting: str) -> pathlib.Path | None:
+    """Turn the cache on; returns its folder.
+
+    Args:
+        setting: "auto", "off", or a folder. A folder that jax was given by the environment
+            (`JAX_COMPILATION_CACHE_DIR`) stays where the setting is "auto".
+    """
+    if setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    given = jax.config.jax_compilation_cache_dir
+    if setting != "auto":
+        folder = pathlib.Path(setting).expanduser()
+    elif given:
+        folder = pathlib.Path(given)
+    else:
+        folder = _default_folder()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
+    return folder
+
+
+def _default_folder() -> pathlib.Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(caches) / "launcher" / "xla" / _machine()
+
+
+def _machine() -> str:
+    """Equal for machines whose CPUs have the same features."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    digest = hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
+    return f"{platform.machine()}-{digest}"
