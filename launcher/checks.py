@@ -18,7 +18,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "model.second_expert": ("always", "random"),
     "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
     "parallel.recompute": ("none", "layer", "full"),
-    "parallel.schedule": ("gpipe", "1f1b"),
+    "parallel.schedule": ("gpipe", "1f1b", "interleaved", "zb_h1"),
     "data.tokenizer": ("bytes", "bpe"),
     "optimizer.decay": ("constant", "cosine", "linear"),
     "logger.name": ("wandb", "jsonl"),
@@ -28,7 +28,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 # Values that the interface has and this version has not.
 LATER: Mapping[str, tuple[str, ...]] = {
     "mode": ("profile", "submit"),
-    "parallel.schedule": ("interleaved", "zb_h1"),
 }
 
 # The smallest value, and the first that is too large.
@@ -169,12 +168,42 @@ def _check_parallel(parallel: ParallelConfig) -> None:
         )
     if name == "from_file" and count != "auto":
         raise ConfigError(_contradiction(name, "num_microbatches", count))
-    if (parallel.virtual_stages or 1) > 1:
-        raise ConfigError(
-            f"parallel.virtual_stages={parallel.virtual_stages} needs the schedule interleaved, "
-            f"which is not in this version yet: leave it out"
-        )
+    _check_virtual_stages(parallel)
     _check_path(parallel)
+
+
+def _check_virtual_stages(parallel: ParallelConfig) -> None:
+    """The interleaved schedule has several stages on each of several submeshes, the others one."""
+    v, pp, count = parallel.virtual_stages, parallel.pp, parallel.num_microbatches
+    schedule = f"parallel.schedule={parallel.schedule or 'null'}"
+    if parallel.schedule != "interleaved":
+        if v not in (None, 1):
+            raise ConfigError(
+                f"parallel.virtual_stages={v} contradicts {schedule}, which has one stage on a "
+                f"submesh: leave it out, or take parallel.schedule=interleaved"
+            )
+        return
+    if parallel.name in ("single", "data", "zero"):
+        raise ConfigError(
+            f"{schedule} contradicts parallel={parallel.name}, which has one submesh: leave it out, or "
+            f"take parallel=manual parallel.pp=2 {schedule}"
+        )
+    if v == 1:
+        raise ConfigError(
+            f"parallel.virtual_stages=1 contradicts {schedule}, which takes 2 or more: leave it out, "
+            f"or take parallel.schedule=1f1b"
+        )
+    if parallel.name == "manual" and pp in (None, 1):
+        raise ConfigError(
+            f"{schedule} needs several submeshes, and parallel.pp={pp or 'null'} makes one: give "
+            f"parallel.pp=2 or more, or take parallel.schedule=1f1b"
+        )
+    if pp is not None and count != "auto" and int(count) % pp:
+        raise ConfigError(
+            f"parallel.num_microbatches={count} is no multiple of parallel.pp={pp}, by which {schedule} "
+            f"groups them: give a multiple, such as "
+            f"parallel.num_microbatches={_near_multiple(int(count), pp)}"
+        )
 
 
 def _contradiction(name: str, field: str, value: object) -> str:

@@ -137,8 +137,8 @@ class ParallelConfig:
     ep: int | None = None
     zero: int | None = None  # 0-3: shards nothing, optimizer state, also gradients, also weights
     recompute: str | None = None  # none | layer | full
-    schedule: str | None = None  # gpipe | 1f1b
-    virtual_stages: int | None = None
+    schedule: str | None = None  # gpipe | 1f1b (null: this one) | interleaved | zb_h1
+    virtual_stages: int | None = None  # stages on a submesh; interleaved: 2 or more (null: 2)
     path: str | None = None  # of parallel=from_file
 
 

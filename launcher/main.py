@@ -30,7 +30,7 @@ from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
-from launcher.runtime import devices, evaluation_run, plan_audit, train_loop
+from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
 from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.evaluation_run import Evaluation
 from launcher.runtime.executor import Executor
@@ -308,7 +308,7 @@ def audit_plan(
     optimizer: Optimizer,
     console: Console,
 ) -> None:
-    """Compile the plan's stages, and print what was priced beside what was compiled.
+    """Compile the plan's stages, and print collectives and memory as priced, beside those compiled.
 
     With `mode=plan`, CPU devices stand for the cluster's.
     """
@@ -316,7 +316,9 @@ def audit_plan(
     grid = devices.acquire(cluster, emulated=stand_in)
     with phase(console, "auditing") as progress:
         audits = plan_audit.audit_plan(planned.realized, model, optimizer, grid, progress)
+        memory = memory_audit.audit_memory(planned.realized, model, optimizer, grid, progress)
     log.info("%s", plan_audit.report(audits))
+    log.info("%s", memory_audit.report(memory))
 
 
 def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bool) -> Meter:

@@ -7,6 +7,7 @@ accelerator say so with the marker `gpu`: `JAX_PLATFORMS=cuda,cpu pytest -m gpu 
 import os
 import pathlib
 import random
+import tempfile
 from collections.abc import Callable
 
 NUM_DEVICES = 8
@@ -16,6 +17,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+if "LAUNCHER_TESTS_CACHE" not in os.environ:  # workers have that of the process that started them
+    os.environ["LAUNCHER_TESTS_CACHE"] = tempfile.mkdtemp(prefix="launcher-tests-")
+os.environ["XDG_CACHE_HOME"] = os.environ["LAUNCHER_TESTS_CACHE"]
 os.environ.pop("HYDRA_FULL_ERROR", None)  # a developer's; it changes what the command line prints
 
 import hypothesis  # noqa: E402

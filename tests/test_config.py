@@ -173,6 +173,8 @@ MISTAKES = [
     (["logger.tags=a"], "give a list such as [a,b]"),
     (["optimizer.learning_rate=x"], "give a number"),
     (["+cluster.device.peak_tflops.fp8=x"], "fp8=x is of the wrong type: give a number"),
+    (["train.trace_steps=10"], "train.trace_steps=10 is of the wrong type: give a list of steps"),
+    (["train.profile_steps=[x]"], "train.profile_steps[0]: Value 'x' of type 'str'"),
     (["parallel.num_microbatches=true"], "give auto or a whole number"),
     (["parallel.num_microbatches=many"], "many is neither auto nor a number"),
     (["train=3"], "give one of its keys, such as train.steps=<value>"),
@@ -213,6 +215,21 @@ MISTAKES = [
     (["model=moe", "model.capacity_factor=0"], "leaves the experts no room"),
     (["model=custom", "model.target=build"], "not of the form package.module:function"),
     (["parallel.name=both"], "parallel.name=both is unknown"),
+    # Steps to look into that are not there, or in two ways.
+    (["train.trace_steps=[0]"], "train.trace_steps=[0] names step 0, and train.steps=100: give"),
+    (
+        ["train.steps=5", "train.profile_steps=[2,9]"],
+        "train.profile_steps=[2,9] names step 9, and train.steps=5: give steps from 1 to 5",
+    ),
+    (
+        ["train.trace_steps=[2]", "train.profile_steps=[2,3]"],
+        "step 2 is in train.trace_steps=[2], which waits after every instruction, and in",
+    ),
+    (
+        ["mode=plan", "train.trace_steps=[2]"],
+        "train.trace_steps=[2] contradicts mode=plan, which runs no step: leave it out",
+    ),
+    (["mode=eval", "train.profile_steps=[2]"], "train.profile_steps=[2] contradicts mode=eval"),
     # A size that does not divide.
     (["model.hidden=100", "model.heads=3"], "give a multiple, such as model.hidden=99"),
     (["model=moe", "model.hidden=10", "model.heads=4"], "model.hidden=10 does not divide by"),

@@ -30,10 +30,17 @@ def losses(run_dir):
 
 
 def test_a_run_writes_what_the_interface_lists(tmp_path):
-    status = main.run(load([*QUICK, "parallel=manual", "parallel.tp=2", "parallel.pp=2"]), tmp_path)
-    assert status == 0
+    watched = ("train.profile_steps=[1]", "train.trace_steps=[2]")
+    given = [*QUICK, *watched, "parallel=manual", "parallel.tp=2", "parallel.pp=2"]
+    assert main.run(load(given), tmp_path) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"plan.json", "plan.html", "metrics.jsonl", "summary.json"} <= names
+    assert {
+        "plan.json", "plan.html", "metrics.jsonl", "summary.json", "trace.json", "trace.html", "profile",
+    } <= names  # fmt: skip
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["timed_steps"] == 0  # both were watched
+    assert summary["measured_peak_bytes_per_stage"] is None  # CPU devices do not count
+    assert len(summary["predicted_peak_bytes_per_stage"]) == 2
     row = rows_of(tmp_path)[0]
     assert {
         "step", "loss", "learning_rate", "grad_norm", "step_s", "tokens_per_s", "tflops_per_device",

@@ -11,6 +11,7 @@ from dataclasses import replace
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.restrictions import expert_counts
+from launcher.autopar.schedules import require_groups
 from launcher.autopar.space import (
     PlanOptions,
     divisors,
@@ -20,6 +21,7 @@ from launcher.autopar.space import (
     microbatch_counts,
     num_devices,
     stage_views,
+    virtual_stages,
 )
 from launcher.autopar.wording import count, either
 from launcher.errors import ConfigError
@@ -116,6 +118,21 @@ def _shortest_data_axis(options: PlanOptions, cluster: Cluster) -> int:
 
 def _next_multiple(value: int, divisor: int) -> int:
     return -(-value // divisor) * divisor
+
+
+def check_groups(options: PlanOptions) -> None:
+    """Raise `ConfigError` where the interleaved schedule cannot group the microbatches."""
+    if virtual_stages(options) == 1 or options.pp is None:
+        return
+    if options.num_microbatches is not None:
+        require_groups(options.pp, options.num_microbatches)
+    elif options.global_batch % options.pp:
+        raise ConfigError(
+            f"train.global_batch={options.global_batch} has no number of microbatches that is a multiple "
+            f"of the parallel.pp={options.pp} submeshes that parallel.schedule=interleaved groups them by; "
+            f"set train.global_batch={_next_multiple(options.global_batch, options.pp)}, or another "
+            f"parallel.pp, or parallel.schedule=1f1b"
+        )
 
 
 def check_experts(options: PlanOptions, cluster: Cluster, model: LayeredModel) -> None:

@@ -12,10 +12,10 @@ _GOLDEN_ANGLE = 137.5  # degrees between the hues of neighbours, so that they ar
 
 
 def cluster_svg(plan: Plan, cluster: Cluster) -> str:
-    """Draw which stage has which devices; what no stage has stays empty."""
+    """Draw which stage has which devices, of several the first; what no stage has stays empty."""
     stage_of = {
         (host, device): index
-        for index, stage in enumerate(plan.stages)
+        for index, stage in enumerate(plan.submeshes)
         for host in stage.hosts
         for device in stage.devices
     }

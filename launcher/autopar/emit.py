@@ -7,11 +7,13 @@ priced; XLA is left no choice of its own.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 
 import jax
 
+from launcher.autopar.apart import call_apart
 from launcher.autopar.graph import Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import Layer, LayerClass
@@ -55,6 +57,7 @@ class StageEmitter:
             for cls in {layer.cls for layer in self.model.layers[layout.first : layout.last]}
         }
         self._new_values = ShardedValues
+        self.calls_layers = False  # see `apart`; whoever knows the devices sets it
 
     # The programs
 
@@ -91,8 +94,14 @@ class StageEmitter:
         inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
         sums = self._unpacked(accumulators)
         returned: dict[Value, jax.Array] = {}
-        for index, own in self._first_half(inputs, kept, cotangents, returned):
-            self._second_half(index, own, sums)
+        values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
+        incoming = Cotangents(cotangents)
+        for index in self._backwards():
+            own = values[index] if index in values else self._resumed(index, inputs, kept)
+            both = partial(self._both_halves, index, own, self._totals(index, incoming), sums)
+            handed_on, out, changed = call_apart(both) if self.calls_layers else both()
+            _merge(handed_on, out, incoming, returned)
+            sums |= changed
         return self._packed(sums), returned
 
     def backward_input(
@@ -249,22 +258,40 @@ class StageEmitter:
         """Yield each layer's values, the last layer first, when its input gradients are handed on."""
         values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
         incoming = Cotangents(cotangents)
-        for index in reversed(range(self.layout.first, self.layout.last)):
-            layer = self.model.layers[index]
+        for index in self._backwards():
             own = values[index] if index in values else self._resumed(index, inputs, kept)
-            totals = {k: incoming.total(layer.outputs[k]) for k in layer.cls.cotangents}
-            if self.layout.recompute == "layer":
-                totals = self._run_again(layer.cls, own, totals)
-            own.via = self._copies(layer.cls, BACKWARD_COPY)
-            for output, value in layer.cls.cotangents.items():
-                spec, total = self.picks["cotangent", layer.cls.name, output], totals[output]
-                own.put(value, spec, own.zeros(value, spec) if total is None else total)
-            own.run(layer.cls.input_ops, self.strategies[layer.cls.name])
-            self._hand_on(layer, own, incoming, returned)
+            handed_on, out = self._first_half_of(index, own, self._totals(index, incoming))
+            _merge(handed_on, out, incoming, returned)
             yield index, own
 
-    def _hand_on(self, layer: Layer, own: ShardedValues, incoming: Cotangents, returned) -> None:
-        """Hand on the gradients of activations: to an earlier layer, or out."""
+    def _backwards(self) -> Iterator[int]:
+        return reversed(range(self.layout.first, self.layout.last))
+
+    def _totals(self, index: int, incoming: Cotangents) -> dict[int, jax.Array | None]:
+        """The cotangents of a layer's outputs, as far as any came."""
+        layer = self.model.layers[index]
+        return {output: incoming.total(layer.outputs[output]) for output in layer.cls.cotangents}
+
+    def _both_halves(self, index: int, own: ShardedValues, totals: Mapping, sums: Arrays):
+        """One layer's backward pass, which writes to nothing outside: what it hands on, what leaves the
+        stage, and the accumulators that it added to."""
+        handed_on, returned = self._first_half_of(index, own, totals)
+        added = dict(sums)
+        self._second_half(index, own, added)
+        return handed_on, returned, {p: a for p, a in added.items() if a is not sums[p]}
+
+    def _first_half_of(self, index: int, own: ShardedValues, totals: Mapping):
+        """One layer's first half: the gradients for earlier layers, and those that leave the stage."""
+        layer = self.model.layers[index]
+        if self.layout.recompute == "layer":
+            totals = self._run_again(layer.cls, own, totals)
+        own.via = self._copies(layer.cls, BACKWARD_COPY)
+        for output, value in layer.cls.cotangents.items():
+            spec, total = self.picks["cotangent", layer.cls.name, output], totals[output]
+            own.put(value, spec, own.zeros(value, spec) if total is None else total)
+        own.run(layer.cls.input_ops, self.strategies[layer.cls.name])
+        handed_on: dict[Value, list] = defaultdict(list)
+        returned: dict[Value, list] = defaultdict(list)
         for slot, value in layer.cls.gradients.items():
             traced_value = layer.inputs[slot]
             if layer.cls.slots[slot].role is Role.PARAM:
@@ -272,11 +299,11 @@ class StageEmitter:
             if traced_value in self.producer:
                 spec = self._cotangent_spec(traced_value)
                 if isinstance(value, Value) and spec is not None:
-                    incoming.add(traced_value, own.get(value, spec))
+                    handed_on[traced_value].append(own.get(value, spec))
             elif traced_value in self.layout.returns:
-                shard = _read(own, value, self.layout.returns[traced_value])
-                known = returned.get(traced_value)
-                returned[traced_value] = shard if known is None else known + shard
+                spec = self.layout.returns[traced_value]
+                returned[traced_value].append(_read(own, value, spec))
+        return dict(handed_on), dict(returned)
 
     def _cotangent_spec(self, traced_value: Value) -> Spec | None:
         index, output = self.producer[traced_value]
@@ -329,6 +356,17 @@ class StageEmitter:
             walk._second_half(index, own, sums)
             found[index] = own
         return split_layout(self.model, self.layout, found)
+
+
+def _merge(handed_on: Mapping, returned: Mapping, incoming: Cotangents, outgoing: dict) -> None:
+    """Take up the gradients of a layer's inputs: for earlier layers, and for earlier stages."""
+    for value, shards in handed_on.items():
+        for shard in shards:
+            incoming.add(value, shard)
+    for value, shards in returned.items():
+        for shard in shards:
+            known = outgoing.get(value)
+            outgoing[value] = shard if known is None else known + shard
 
 
 def _read(values: ShardedValues, value, spec: Spec) -> jax.Array:

@@ -33,9 +33,6 @@ import numpy as np
 
 from launcher.errors import InfeasiblePlanError
 
-Placement = tuple[tuple[int, ...], tuple[int, ...]]
-"""The hosts of a stage, and the devices that it takes of each of them."""
-
 # Where the search divides the range of max t_i at first, in multiples of the least there is: the
 # best plan is mostly near it, and a good plan found early rules out most of the rest.
 _FIRST_EDGES = (1.0, 1.02, 1.1, 1.3, 2.0, math.inf)
@@ -84,6 +81,7 @@ def plan_stages(
     cuts: Sequence[int],
     in_flight: Callable[[int, int], int],
     num_stages: int | None = None,
+    weight: int | None = None,
     use_all_devices: bool = True,
     transfer_s: Callable[[int], float] = lambda cut: 0.0,
     cures: str = "take less, or more devices",
@@ -99,6 +97,7 @@ def plan_stages(
         in_flight: how many microbatches a stage holds at once, called as (stages from it to the
             last, both counted; number of microbatches).
         num_stages: forces the number of stages.
+        weight: of max t_i in the objective; B - 1 where it is not given.
         use_all_devices: whether submeshes must add up to `num_devices`, or may leave some idle.
         transfer_s: seconds per microbatch for what crosses a cut, paid by the stage behind it.
         cures: what to suggest where no plan fits into memory.
@@ -118,13 +117,14 @@ def plan_stages(
     is_used = fits.any(axis=1)
     fitting = rows[is_used]
     fitting["fits"] = fits[is_used]
-    best, num_passes = _search(space, fitting, num_microbatches - 1)
+    weight = num_microbatches - 1 if weight is None else weight
+    best, num_passes = _search(space, fitting, weight)
     if best is None:
         least_bytes = _bottleneck(space, rows, need_bytes)
         raise _infeasible(space, least_bytes, memory_bytes, num_microbatches, cures)
     return SearchResult(
         stages=tuple(choices[number] for number in best["number"]),
-        total_s=_total_s(best, num_microbatches - 1),
+        total_s=_total_s(best, weight),
         num_candidates=len(choices),
         num_too_large=int(np.count_nonzero(~is_used)),
         num_passes=num_passes,
@@ -188,7 +188,7 @@ def _space(num_layers, submeshes, num_devices, cuts, num_stages, use_all_devices
     if next(space.ranges(), None) is None:
         raise InfeasiblePlanError(
             f"{num_devices} devices and {space.num_pieces} pieces of the model cannot be shared "
-            f"out to {num_stages or 'any number of'} stages on submeshes of {_text(submeshes)} "
+            f"out to {num_stages or 'any number of'} stages on submeshes of {shapes_text(submeshes)} "
             f"(parallel.pp={num_stages or 'null'}); set another parallel.pp or cluster.hosts"
         )
     return space
@@ -353,48 +353,6 @@ def _infeasible(space: _Space, least_bytes, memory_bytes, num_microbatches: int,
     )
 
 
-def place(
-    submeshes: Sequence[tuple[int, int]], num_hosts: int, devices_per_host: int
-) -> tuple[Placement, ...]:
-    """Give every stage its hosts and devices: a rectangle of its shape (hosts, devices per host).
-
-    Whole hosts first, the largest submeshes before the others; then one host after the other is
-    filled with slices. With powers of two there is always room (appendix A of the paper), and every
-    slice is aligned to its size; slices of other sizes may not fit though their sum does.
-    """
-    order = sorted(range(len(submeshes)), key=lambda stage: -math.prod(submeshes[stage]))
-    placed: dict[int, Placement] = {}
-    next_host = 0
-    for stage in order:
-        hosts, devices = submeshes[stage]
-        if devices == devices_per_host and next_host + hosts <= num_hosts:
-            placed[stage] = tuple(range(next_host, next_host + hosts)), tuple(range(devices))
-            next_host += hosts
-    slices = {stage: submeshes[stage][1] for stage in order if submeshes[stage][0] == 1}
-    for host in range(next_host, num_hosts):
-        first = 0
-        left = {stage: width for stage, width in slices.items() if stage not in placed}
-        for stage in _fullest(left, devices_per_host):
-            placed[stage] = (host,), tuple(range(first, first + slices[stage]))
-            first += slices[stage]
-    if len(placed) < len(submeshes):
-        raise InfeasiblePlanError(
-            f"submeshes of {_text(submeshes)} cannot be cut side by side out of {num_hosts} hosts "
-            f"of {devices_per_host} devices (cluster.hosts={num_hosts}); set parallel.pp, "
-            f"parallel.dp and parallel.tp so that stages take whole hosts or equal parts of one"
-        )
-    return tuple(placed[stage] for stage in range(len(submeshes)))
-
-
-def _fullest(widths: dict[int, int], room: int) -> tuple[int, ...]:
-    """The stages that fill a host best, with the first that fits among them."""
-    chosen: dict[int, tuple[int, ...]] = {}  # by the sum of their widths
-    for stage, width in widths.items():
-        for total, stages in list(chosen.items()) or [(0, ())]:
-            if total + width <= room:
-                chosen.setdefault(total + width, (*stages, stage))
-    return chosen[max(chosen)] if chosen else ()
-
-
-def _text(submeshes: Sequence[tuple[int, int]]) -> str:
+def shapes_text(submeshes: Sequence[tuple[int, int]]) -> str:
+    """Write shapes of submeshes as hosts x devices."""
     return ", ".join(f"{hosts}x{devices}" for hosts, devices in submeshes)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import Placement, StageChoice
+from launcher.autopar.inter_op import StageChoice
 from launcher.autopar.mesh import DATA
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.picks import specs_as_dims, strategies_of
+from launcher.autopar.placement import Placement
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
@@ -111,7 +112,9 @@ def _as_plan(
 ) -> Plan:
     stages = tuple(
         _stage(candidate, choice, place)
-        for choice, place in zip(candidate.result.stages, candidate.placement, strict=True)
+        for choice, place in zip(
+            candidate.result.stages, candidate.arrangement.placement, strict=True
+        )
     )
     return Plan(
         version=PLAN_VERSION,
@@ -120,7 +123,7 @@ def _as_plan(
         global_batch=options.global_batch,
         num_microbatches=candidate.num_microbatches,
         schedule=found.space.schedule,
-        virtual_stages=1,
+        virtual_stages=found.space.virtual_stages,
         num_layers=len(candidate.planner.model.layers),
         stages=stages,
     )
@@ -203,7 +206,8 @@ def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
     more = "" if len(plan.stages) <= 4 else ", ..."
     slower = outlook.prediction.step_s / best.prediction.step_s
     return RunnerUp(
-        description=f"{count(len(plan.stages), 'stage')} ({shapes}{more}), "
+        description=f"{count(len(plan.stages), 'stage')} ({shapes}{more})"
+        f"{f' on {plan.num_submeshes} submeshes' if plan.virtual_stages > 1 else ''}, "
         f"{count(plan.num_microbatches, 'microbatch')}",
         step_s=outlook.prediction.step_s,
         why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",

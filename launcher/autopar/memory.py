@@ -2,10 +2,11 @@
 
     always      parameters, optimizer state, gradient accumulators
     per microbatch in flight    what its forward pass keeps for its backward pass
-    for a while     the largest layer's recomputed residuals; the synchronised gradients
+    for a while     the temporary buffers of a backward pass (`workspace`); the synchronised gradients
 
-Counted from the shardings that the solver chose, value by value. Left out: fragmentation, what libraries
-allocate for themselves, and the order in which XLA computes inside a program.
+Counted from the shardings that the solver chose, value by value, in closed form, for the search. What a
+finished plan promises is read off its instructions (`predicted_buffers`). Left out: fragmentation, and what
+libraries allocate for themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from launcher.autopar.graph import Op, Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
+from launcher.autopar.layer_workspace import LayerWorkspace, layer_workspace
 from launcher.autopar.layers import LayerClass
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.spec import Spec, num_shards
@@ -73,6 +75,7 @@ class ClassMemory:
         backward_slots: those of the slots that its backward ops read, without recomputation.
         batch_bytes: its leaves of the batch.
         statistics_bytes: the state that its backward ops read, without and with recomputation.
+        workspace: the temporary buffers of its passes.
     """
 
     params: Mapping[int, ParamMemory]
@@ -82,6 +85,7 @@ class ClassMemory:
     backward_slots: frozenset[int]
     batch_bytes: float
     statistics_bytes: tuple[float, float]
+    workspace: LayerWorkspace
 
 
 def class_memories(
@@ -116,15 +120,14 @@ def stage_memory(
     params = list(_held_params(memories, wiring)) + [(param, 1, 0) for param in unread]
     counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    largest = max(memory.residual_bytes + sum(memory.input_bytes.values()) for memory, _ in counted)
     passed_on = _passed_on_bytes(memories, wiring, recompute)
     match recompute:
         case "none":
-            stash, workspace = residuals + passed_on, largest
+            stash = residuals + passed_on
         case "layer":
-            stash, workspace = passed_on, largest
+            stash = passed_on
         case "full":
-            stash, workspace = 0.0, residuals + _passed_on_bytes(memories, wiring, "layer")
+            stash = 0.0
     return StageMemory(
         state_bytes=sum(layers * memory.state_bytes for memory, layers in counted)
         + sum(
@@ -133,13 +136,28 @@ def stage_memory(
             for param, owned, borrowed in params
         ),
         stash_bytes=stash + _received_bytes(memories, wiring, recompute),
-        workspace_bytes=workspace,
+        workspace_bytes=backward_workspace(memories, wiring, recompute),
         gradient_bytes=sum(
             owned * param.gradient_bytes
             + borrowed * bool(param.accumulator_bytes) * param.weight_bytes
             for param, owned, borrowed in params
         ),
     )
+
+
+def backward_workspace(
+    memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str
+) -> float:
+    """The temporary buffers of a backward pass, which goes through the layers one by one."""
+    counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
+    match recompute:
+        case "none":
+            return max(memory.workspace.backward_bytes for memory, _ in counted)
+        case "layer":
+            return max(memory.workspace.again_bytes for memory, _ in counted)
+    # All of the forward pass is there again before the first layer goes back.
+    residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
+    return residuals + _passed_on_bytes(memories, wiring, "layer")
 
 
 def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):
@@ -221,6 +239,7 @@ class _Counter:
             return {slot: slots[slot] for slot in read if cls.slots[slot].role is role}
 
         return ClassMemory(
+            workspace=layer_workspace(cls, self.sharding, self.aliases),
             params=self.params(cls),
             state_bytes=sum(slots[slot] for slot in slots if cls.slots[slot].role is Role.STATE),
             residual_bytes=self.residuals(cls),

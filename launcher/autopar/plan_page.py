@@ -17,7 +17,7 @@ from launcher.autopar.cluster_picture import cluster_svg
 from launcher.autopar.html_page import cell, number, section, table
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.stage_bars import memory_bar, shares_of_step, time_bar
-from launcher.autopar.summary import headline, mfu, stage_cells
+from launcher.autopar.summary import headline, mfu, schedule_text, stage_cells
 from launcher.autopar.tensor_groups import Shapes, Split, TensorGroup, tensor_groups
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.timeline_picture import timeline_svg
@@ -55,7 +55,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> str:
     batch = (
         f"{count(plan.global_batch, 'sample')} a step, number of microbatches: "
         f"{plan.num_microbatches}, of {count(plan.microbatch_size, 'sample')} each; "
-        f"schedule {plan.schedule}"
+        f"schedule {schedule_text(plan)}"
     )
     if plan.search is not None:
         batch += (
@@ -90,8 +90,12 @@ def _promises(plan: Plan, cluster: Cluster) -> Iterator[tuple[str, str]]:
 def _machine(plan: Plan, cluster: Cluster) -> str:
     sizes = {stage.num_devices for stage in plan.stages}
     each = f"{count(min(sizes), 'device')} each" if len(sizes) == 1 else "devices as shown"
-    used = count(len(plan.stages), "stage")
-    lead = f"{used} of {each}; a column is a host, a box a device, the number its stage."
+    used = count(plan.num_submeshes, "stage")
+    number = "the number its stage"
+    if plan.virtual_stages > 1:
+        used = count(plan.num_submeshes, "submesh")
+        number = f"the number the first of the {plan.virtual_stages} stages on its submesh"
+    lead = f"{used} of {each}; a column is a host, a box a device, {number}."
     return section("Who does what", lead, cluster_svg(plan, cluster))
 
 
@@ -109,19 +113,26 @@ def _stages(plan: Plan, timeline: Timeline, cluster: Cluster) -> str:
     for index, stage in enumerate(plan.stages):
         cells = [number(str(index)), *(cell(value) for value in stage_cells(stage).values())]
         if shares:
-            cells.append(f"<td>{time_bar(shares[index])}</td>")
+            cells.append(f"<td>{time_bar(shares[plan.submesh_of[index]])}</td>")
         if predicted is not None:
             cells += _promised_cells(predicted, index, cluster.device.memory_bytes)
         rows.append("".join(cells))
     keys = (
-        ("forward", "forward"), ("backward", "backward"), ("synchronize", "synchronize gradients"),
-        ("update", "update"), ("wait", "waits for a transfer"), ("idle", "otherwise idle"),
+        ("forward", "forward"), ("backward", "backward"), ("weight", "weight gradients"),
+        ("synchronize", "synchronize gradients"), ("update", "update"),
+        ("wait", "waits for a transfer"), ("idle", "otherwise idle"),
     )  # fmt: skip
     legend = "".join(
-        f'<i class="key" style="background:var(--{css})"></i>{name}' for css, name in keys
+        f'<i class="key" style="background:var(--{css})"></i>{name}'
+        for css, name in keys
+        if css != "weight" or any(share["weight"] for share in shares)
     )
     legend = f'<p class="legend">{legend}</p>' if shares else ""
     lead = "Layers: the first and the last of a stage. Forward, backward: of a microbatch."
+    if plan.virtual_stages > 1:
+        lead += (
+            " Time of a step, memory: of the submesh, which has all stages with the same devices."
+        )
     return section("The stages", lead, legend + table(heads, rows))
 
 

@@ -9,20 +9,19 @@ from dataclasses import dataclass, replace
 
 import optax
 
+from launcher.autopar.buffers import peak
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import StageSharding
-from launcher.autopar.memory import StageMemory, class_memories, stage_memory, unread_memory
 from launcher.autopar.messages import messages_of, price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
-from launcher.autopar.realize import RealizedPlan, RealizedStage, realize
+from launcher.autopar.predicted_buffers import launches_by_submesh, predicted_buffers
+from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.simulator import Durations, simulate
-from launcher.autopar.spec import num_shards
-from launcher.autopar.submesh_memory import submesh_peak_bytes
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.trace import TracedModel
-from launcher.autopar.work import aval_bytes, op_flops
+from launcher.autopar.work import op_flops
 from launcher.models.model import Model
 
 FLOPS_CONVENTION = "model FLOPs: 3 x the forward matrix products and convolutions, no recomputation"
@@ -93,38 +92,13 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
 
 def _peaks(realized: RealizedPlan) -> tuple[float, ...]:
     """Per stage, the most bytes that a device of its submesh needs."""
-    homes, lists = realized.plan.submesh_of, realized.program.lists
-    memories = [_memory(realized, stage) for stage in realized.stages]
-    weight_stash = [0.0] * len(homes)
-    if realized.program.splits_backward:
-        weight_stash = [_weight_stash_bytes(realized, stage) for stage in realized.stages]
-    peaks = []
-    for submesh, instructions in enumerate(lists):
-        own = [stage for stage, home in enumerate(homes) if home == submesh]
-        peaks.append(
-            submesh_peak_bytes(
-                instructions,
-                {stage: memories[stage] for stage in own},
-                {stage: weight_stash[stage] for stage in own},
-            )
-        )
-    return tuple(peaks[home] for home in homes)
-
-
-def _memory(realized: RealizedPlan, stage: RealizedStage) -> StageMemory:
-    wiring = realized.planner.wiring(*stage.stage.layers)
-    memories = class_memories(realized.planner, stage.sharding, wiring)
-    unread = unread_memory(realized.planner, stage.settings) if wiring.unread else ()
-    return stage_memory(memories, wiring, stage.stage.recompute, unread)
-
-
-def _weight_stash_bytes(realized: RealizedPlan, stage: RealizedStage) -> float:
-    """What the first half of a microbatch's backward hands to the second, per device."""
-    layers, shape = realized.planner.model.layers, stage.settings.mesh.shape
-    return sum(
-        aval_bytes(layers[layer].cls.joint.avals[value]) / num_shards(spec, shape)
-        for layer, value, spec in stage.emitter.split.weight_kept
-    )
+    buffers = {index: predicted_buffers(realized, index) for index in range(len(realized.stages))}
+    found: dict[int, float] = {}
+    for launches in launches_by_submesh(realized):
+        stages = {launch.first.stage for launch in launches}
+        _, parts = peak(launches, {index: buffers[index] for index in stages})
+        found |= dict.fromkeys(stages, sum(parts.values()))
+    return tuple(found[index] for index in range(len(realized.stages)))
 
 
 def _communicated_bytes(realized: RealizedPlan) -> float:

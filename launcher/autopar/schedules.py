@@ -26,7 +26,7 @@ ComputeLists = tuple[tuple[Instruction, ...], ...]
 """One tuple of compute instructions per submesh."""
 
 SCHEDULE_NAMES = ("gpipe", "1f1b", "interleaved", "zb_h1")
-DEFAULT_VIRTUAL_STAGES = 2  # of the interleaved schedule, where nothing else is asked for
+LEAST_VIRTUAL_STAGES = 2  # of the interleaved schedule; with one, it would be 1F1B
 
 
 class AbstractSchedule(ABC):
@@ -187,10 +187,11 @@ def schedule_by_name(name: str, virtual_stages: int = 1) -> AbstractSchedule:
             return GPipe()
         case "1f1b":
             return OneForwardOneBackward()
-        case "interleaved" if virtual_stages < 2:
+        case "interleaved" if virtual_stages < LEAST_VIRTUAL_STAGES:
             raise ConfigError(
-                f"parallel.virtual_stages={virtual_stages} is less than 2, the least that "
-                "parallel.schedule=interleaved takes: give 2 or more, or take parallel.schedule=1f1b"
+                f"parallel.virtual_stages={virtual_stages} is less than {LEAST_VIRTUAL_STAGES}, the "
+                f"least that parallel.schedule=interleaved takes: give {LEAST_VIRTUAL_STAGES} or more, "
+                "or take parallel.schedule=1f1b"
             )
         case "interleaved":
             return Interleaved(virtual_stages=virtual_stages)

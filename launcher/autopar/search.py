@@ -15,12 +15,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from launcher.autopar.advice import check_batch, check_degrees, check_experts, memory_cures
+from launcher.autopar.advice import (
+    check_batch,
+    check_degrees,
+    check_experts,
+    check_groups,
+    memory_cures,
+)
+from launcher.autopar.arrangement import Arrangement, Arranger
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import SearchResult, place, plan_stages
+from launcher.autopar.inter_op import SearchResult
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.realize import layered_model
+from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.stage_costs import StageCosts
 from launcher.autopar.work import aval_bytes
@@ -39,9 +47,12 @@ class Candidate:
 
     num_microbatches: int
     planner: IntraOpPlanner
-    result: SearchResult
-    placement: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    arrangement: Arrangement
     largest_gap_fraction: float
+
+    @property
+    def result(self) -> SearchResult:
+        return self.arrangement.result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +72,7 @@ def search(
     """Find the best arrangement for each number of microbatches worth trying."""
     start = time.perf_counter()
     check_degrees(options, cluster)
+    check_groups(options)
     check_batch(options, cluster)
     space = make_space(options, cluster)
     attempts = _Attempts(model, cluster, options, space, progress)
@@ -137,22 +149,18 @@ def _candidate(
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
-    result = plan_stages(
-        num_layers=len(layered.layers),
-        submeshes=space.submeshes,
-        num_devices=space.num_devices,
+    arranger = Arranger(
+        cluster=cluster,
+        space=space,
+        schedule=schedule_by_name(space.schedule, space.virtual_stages),
         num_microbatches=num_microbatches,
-        memory_bytes=cluster.device.usable_bytes,
         options=costs.options,
         cuts=cuts,
-        in_flight=_in_flight(space.schedule),
-        num_stages=space.num_stages,
         transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
         cures=memory_cures(options, cluster),
     )
-    shapes = [space.submeshes[choice.submesh] for choice in result.stages]
-    placement = place(shapes, cluster.num_hosts, cluster.devices_per_host)
-    return Candidate(num_microbatches, planner, result, placement, costs.largest_gap_fraction)
+    arrangement = arranger.best()
+    return Candidate(num_microbatches, planner, arrangement, costs.largest_gap_fraction)
 
 
 def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
@@ -162,13 +170,6 @@ def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
         if global_batch % size == 0 and global_batch // size in counts:
             yield global_batch // size
         size *= _STEP_FACTOR
-
-
-def _in_flight(schedule: str) -> Callable[[int, int], int]:
-    """Microbatches that a stage holds, by how many stages follow (itself included)."""
-    if schedule == "gpipe":
-        return lambda stages_to_end, num_microbatches: num_microbatches
-    return lambda stages_to_end, num_microbatches: min(stages_to_end, num_microbatches)
 
 
 def _cuts(num_layers: int, num_stages: int | None) -> tuple[int, ...]:

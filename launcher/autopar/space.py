@@ -16,6 +16,7 @@ import optax
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.restrictions import Experts
+from launcher.autopar.schedules import LEAST_VIRTUAL_STAGES
 from launcher.autopar.stage_costs import Choices
 
 
@@ -38,18 +39,25 @@ class PlanOptions:
     zero: int | None = None
     recompute: str | None = None
     schedule: str | None = None
+    virtual_stages: int | None = None
     optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.adamw(1e-3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What the search may combine, worked out from the options and the cluster."""
+    """What the search may combine, worked out from the options and the cluster.
+
+    Attributes:
+        num_stages: All of them, however many lie on a submesh; None leaves their number open.
+        virtual_stages: How many stages a submesh holds.
+    """
 
     submeshes: tuple[tuple[int, int], ...]
     num_devices: int
     num_stages: int | None
     choices: Choices
     schedule: str
+    virtual_stages: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +75,9 @@ def make_space(options: PlanOptions, cluster: Cluster) -> Space:
     searches = options.mode == "auto"
     zero = {"auto": (0, 2), "zero": (2,)}.get(options.mode, (0,))
     recompute = ("none", "layer") if searches else ("none",)
-    data, tensor, stages = forced_degrees(options, cluster)
+    data, tensor, pp = forced_degrees(options, cluster)
     views = stage_views(options, cluster)
+    v = virtual_stages(options)
     choices = Choices(
         zero=zero if options.zero is None else (options.zero,),
         recompute=recompute if options.recompute is None else (options.recompute,),
@@ -79,10 +88,17 @@ def make_space(options: PlanOptions, cluster: Cluster) -> Space:
     return Space(
         submeshes=tuple(dict.fromkeys((view.hosts, view.devices) for view in views)),
         num_devices=num_devices(options, cluster),
-        num_stages=stages,
+        num_stages=None if pp is None else pp * v,
         choices=choices,
         schedule=options.schedule or "1f1b",
+        virtual_stages=v,
     )
+
+
+def virtual_stages(options: PlanOptions) -> int:
+    """How many stages a submesh holds, where it is left open the least that the schedule takes."""
+    least = LEAST_VIRTUAL_STAGES if options.schedule == "interleaved" else 1
+    return options.virtual_stages or least
 
 
 def num_devices(options: PlanOptions, cluster: Cluster) -> int:
@@ -167,10 +183,16 @@ def _adds_up(sizes: set[int], total: int, number: int | None) -> bool:
 
 
 def microbatch_counts(options: PlanOptions, cluster: Cluster) -> tuple[int, ...]:
-    """The divisors of the global batch whose microbatches every data axis can share, descending."""
+    """The divisors of the global batch whose microbatches every data axis can share, descending.
+
+    And that the schedule can group, where it must.
+    """
     batch = options.global_batch
     sizes = (size for size in divisors(batch) if fits(options, cluster, size))
-    return tuple(batch // size for size in sizes)
+    counts = (batch // size for size in sizes)
+    # The interleaved schedule takes its microbatches in groups of a submesh each.
+    group = (options.pp or 1) if virtual_stages(options) > 1 else 1
+    return tuple(number for number in counts if number % group == 0)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Bars of one stage: where its time in a step goes, and how near its memory comes to the limit."""
+"""Bars of one submesh: where its time in a step goes, and how near its memory comes to the limit."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ _TIME_WIDTH, _MEMORY_WIDTH, _HEIGHT = 300, 120, 16  # px
 
 
 def shares_of_step(timeline: Timeline) -> tuple[dict[str, float], ...]:
-    """Return, per stage, what shares of the step go to each kind of work, to waiting, to idling."""
+    """Return, per submesh, what shares of the step go to each kind of work, to waiting, to idling."""
     busy_s: Counter[tuple[int, str]] = Counter()
     for event in timeline.events:
         if event.kind in COMPUTE:
-            busy_s[event.stage, event.kind] += event.end_s - event.start_s
+            busy_s[event.submesh, event.kind] += event.end_s - event.start_s
     shares = []
-    for stage, exposed_s in enumerate(timeline.exposed_s):
-        parts = {str(kind): busy_s[stage, kind] / timeline.step_s for kind in COMPUTE}
+    for submesh, exposed_s in enumerate(timeline.exposed_s):
+        parts = {str(kind): busy_s[submesh, kind] / timeline.step_s for kind in COMPUTE}
         left = max(0.0, 1.0 - sum(parts.values()))
         parts["wait"] = min(left, exposed_s / timeline.step_s)
         shares.append(parts | {"idle": left - parts["wait"]})

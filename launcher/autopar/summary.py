@@ -50,6 +50,14 @@ def headline(plan: Plan, cluster: Cluster, params: Shapes) -> str:
     )
 
 
+def schedule_text(plan: Plan) -> str:
+    """Name a plan's schedule, and how many stages a submesh has where it has several."""
+    if plan.virtual_stages == 1:
+        return plan.schedule
+    submeshes = count(plan.num_submeshes, "submesh")
+    return f"{plan.schedule}, {plan.virtual_stages} stages on each of {submeshes}"
+
+
 def mfu(predicted: Prediction, plan: Plan, cluster: Cluster) -> float | None:
     """Return the predicted share of the device's peak; None where no peak is known."""
     peak = cluster.peak_flops_per_s(plan.model.dtype or "")
@@ -62,7 +70,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
     yield from _wrapped(
         "batch",
         f"{count(plan.global_batch, 'sample')} = {count(plan.num_microbatches, 'microbatch')} "
-        f"of {each}, schedule {plan.schedule}",
+        f"of {each}, schedule {schedule_text(plan)}",
     )
     if plan.predicted is None:
         yield from _wrapped("predicted", "nothing, the plan has not been priced")
@@ -144,7 +152,9 @@ def _stages(plan: Plan, cluster: Cluster) -> Iterator[str]:
     if plan.predicted is not None:
         limit = size(cluster.device.memory_bytes)
         note += f"; memory: of {limit}; times: of a microbatch; once: of a step"
-    yield note
+    if plan.virtual_stages > 1:
+        note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
+    yield from textwrap.wrap(note, WIDTH)
 
 
 def _stage_promises(predicted: Prediction, index: int) -> dict[str, str]:

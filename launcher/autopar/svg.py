@@ -10,6 +10,7 @@ from html import escape
 _COLOURS = {
     "forward": ("#7db1ec", "#6aa3e3"),
     "backward": ("#f6b45f", "#e8a450"),
+    "weight": ("#e9d27f", "#d3bb63"),
     "synchronize": ("#b598e8", "#ac8fe2"),
     "update": ("#77c59c", "#6dbb93"),
     "transfer": ("#8b929c", "#8b929c"),

@@ -1,4 +1,4 @@
-"""A step's timeline as SVG: one row per stage, time from left to right.
+"""A step's timeline as SVG: one row per submesh, time from left to right.
 
 A short step is drawn whole, every instruction a box. A long one (a pipeline of 1024 microbatches)
 is drawn three times: the whole step in slices, where the height of a colour is its share of the
@@ -8,7 +8,7 @@ slice, and its beginning and its end with every instruction.
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,12 @@ from launcher.autopar.instructions import SENDS, Op
 from launcher.autopar.timeline import Event, EventKind, Timeline
 from launcher.autopar.wording import seconds
 
-COMPUTE = (EventKind.FORWARD, EventKind.BACKWARD, EventKind.SYNCHRONIZE, EventKind.UPDATE)
+PASSES = (EventKind.FORWARD, EventKind.BACKWARD, EventKind.WEIGHT)
+COMPUTE = (*PASSES, EventKind.SYNCHRONIZE, EventKind.UPDATE)
 _DRAWN_SENDS = SENDS - {Op.SEND_NORM}  # one number from each stage to every other: a thicket
 _WIDTH, _GUTTER, _RIGHT = 1120, 66, 16  # px: all, the names at the left, air at the right
-_MOST_BOXES = 220  # per stage; beyond, boxes of the whole step would be too thin to see
-_ZOOM_BOXES = 64  # that a zoom shows per stage, if the pipeline has filled by then
+_MOST_BOXES = 220  # per submesh; beyond, boxes of the whole step would be too thin to see
+_ZOOM_BOXES = 64  # that a zoom shows per submesh, if the pipeline has filled by then
 _LONGEST_ZOOM_BOXES = 260
 _MOST_NAMED_BOXES = 4000
 _MOST_TRANSFERS = 500  # lines that still tell something
@@ -37,11 +38,11 @@ class _Frame:
     end_s: float
     top: float
     row: float
-    num_stages: int
+    num_rows: int
 
     @property
     def height(self) -> float:
-        return self.num_stages * (self.row + self.gap)
+        return self.num_rows * (self.row + self.gap)
 
     @property
     def gap(self) -> float:
@@ -53,8 +54,8 @@ class _Frame:
         share = (inside_s - self.start_s) / (self.end_s - self.start_s)
         return _GUTTER + (_WIDTH - _GUTTER - _RIGHT) * share
 
-    def y(self, stage: int) -> float:
-        return self.top + stage * (self.row + self.gap)
+    def y(self, submesh: int) -> float:
+        return self.top + submesh * (self.row + self.gap)
 
 
 def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0) -> str:
@@ -65,18 +66,19 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0
         until_s: Where the axis of the whole step ends if the step ends before, so that two pictures
             can have one scale.
     """
-    num_stages = len(timeline.stash_peak)
+    num_rows = len(timeline.exposed_s)
     boxes = [event for event in timeline.events if event.end_s > event.start_s]
     if not boxes or timeline.step_s <= 0:
         empty = svg.text(8, 20, "This timeline holds no events.", "faint")
         return svg.picture(_WIDTH, 32, empty, label="an empty timeline", alone=alone)
-    row = min(24.0, max(5.0, 420 / num_stages))
-    body = [_legend()]
+    row = min(24.0, max(5.0, 420 / num_rows))
+    name = "stage" if num_rows == len(timeline.stash_peak) else "submesh"
+    body = [_legend({event.kind for event in boxes})]
     top = 30.0
     for start_s, end_s, title, is_sliced in _panels(timeline, boxes, until_s):
-        frame = _Frame(start_s=start_s, end_s=end_s, top=top + 24, row=row, num_stages=num_stages)
+        frame = _Frame(start_s=start_s, end_s=end_s, top=top + 24, row=row, num_rows=num_rows)
         body.append(svg.text(_GUTTER, top + 14, title, "title"))
-        body += _rows(frame)
+        body += _rows(frame, name)
         body += _slices(frame, boxes) if is_sliced else _boxes(frame, boxes)
         body += _axis(frame)
         top = frame.top + frame.height + 34
@@ -85,10 +87,10 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0
 
 def one_bar_svg(name: str, span_s: float, until_s: float) -> str:
     """Draw a step of which no more is known than what it took, for a page with `svg.STYLE`."""
-    frame = _Frame(start_s=0.0, end_s=max(span_s, until_s), top=24, row=24.0, num_stages=1)
+    frame = _Frame(start_s=0.0, end_s=max(span_s, until_s), top=24, row=24.0, num_rows=1)
     body = (
         svg.text(_GUTTER, 14, f"One step: {seconds(span_s)}", "title"),
-        *_rows(frame),
+        *_rows(frame, "stage"),
         svg.rectangle(_GUTTER, frame.top, frame.x(span_s) - _GUTTER, frame.row, "wait", title=name),
         svg.text(_GUTTER + 8, frame.top + 16, name),
         *_axis(frame),
@@ -102,12 +104,13 @@ def _panels(
     """Yield what to draw: from, to, title, and whether in slices."""
     step_s = timeline.step_s
     end_s = max(step_s, until_s)
-    passes = [event for event in boxes if event.kind in COMPUTE[:2]]
-    most = max(_per_stage(passes, len(timeline.stash_peak)))
+    passes = [event for event in boxes if event.kind in PASSES]
+    most = max(_per_submesh(passes, len(timeline.exposed_s)))
     if most <= _MOST_BOXES:
         yield 0.0, end_s, f"One step: {seconds(step_s)}", False
         return
-    title = f"One step: {seconds(step_s)}, {most // 2} microbatches; height: share of the time"
+    number = 1 + max(event.instruction.microbatch for event in passes)
+    title = f"One step: {seconds(step_s)}, {number} microbatches; height: share of the time"
     yield 0.0, end_s, title, True
     typical_s = float(np.median([event.end_s - event.start_s for event in passes]))
     first_s = min(
@@ -121,18 +124,19 @@ def _panels(
     yield step_s - zoom_s, step_s, f"Its last {seconds(zoom_s)}: it drains, and updates", False
 
 
-def _per_stage(events: Sequence[Event], num_stages: int) -> list[int]:
-    counts = [0] * num_stages
+def _per_submesh(events: Sequence[Event], num_submeshes: int) -> list[int]:
+    counts = [0] * num_submeshes
     for event in events:
-        counts[event.stage] += 1
+        counts[event.submesh] += 1
     return counts
 
 
-def _legend() -> str:
+def _legend(kinds: set[EventKind]) -> str:
     items, x = [], float(_GUTTER)
     for kind, name in (
         (EventKind.FORWARD, "forward"),
         (EventKind.BACKWARD, "backward"),
+        *([(EventKind.WEIGHT, "weight gradients")] if EventKind.WEIGHT in kinds else []),
         (EventKind.SYNCHRONIZE, "synchronize gradients"),
         (EventKind.UPDATE, "update"),
         ("idle", "idle: the bubble"),
@@ -145,15 +149,15 @@ def _legend() -> str:
     return "".join(items)
 
 
-def _rows(frame: _Frame) -> Iterator[str]:
-    """The empty rows, which stay visible where a stage is idle, and their names."""
+def _rows(frame: _Frame, name: str) -> Iterator[str]:
+    """The empty rows, which stay visible where a submesh is idle, and their names."""
     every = max(1, math.ceil(10 / (frame.row + frame.gap)))
-    for stage in range(frame.num_stages):
-        y = frame.y(stage)
+    for submesh in range(frame.num_rows):
+        y = frame.y(submesh)
         yield svg.rectangle(_GUTTER, y, _WIDTH - _GUTTER - _RIGHT, frame.row, "idle")
-        if stage % every == 0:
+        if submesh % every == 0:
             middle = y + frame.row / 2 + 3.5
-            yield svg.text(_GUTTER - 8, middle, f"stage {stage}", "faint", anchor="end")
+            yield svg.text(_GUTTER - 8, middle, f"{name} {submesh}", "faint", anchor="end")
 
 
 def _boxes(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
@@ -161,7 +165,8 @@ def _boxes(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
     seen = [box for box in boxes if box.end_s > frame.start_s and box.start_s < frame.end_s]
     transfers = [box for box in seen if box.instruction.op in _DRAWN_SENDS]
     if len(transfers) <= _MOST_TRANSFERS:  # first, so that they show between the boxes only
-        yield from (_transfer(frame, box) for box in transfers)
+        homes = {box.stage: box.submesh for box in boxes}
+        yield from (_transfer(frame, box, homes) for box in transfers)
     computing = [box for box in seen if box.kind in COMPUTE]
     if len(computing) > _MOST_NAMED_BOXES:
         yield from _crowd(frame, computing)
@@ -171,9 +176,9 @@ def _boxes(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
 
 
 def _crowd(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
-    """Boxes without names, a stage's boxes of a kind as one path: a tenth of the bytes."""
-    for (stage, kind), spans in _spans(boxes).items():
-        y, row = svg.number(frame.y(stage)), svg.number(frame.row)
+    """Boxes without names, a submesh's boxes of a kind as one path: a tenth of the bytes."""
+    for (submesh, kind), spans in _spans(boxes).items():
+        y, row = svg.number(frame.y(submesh)), svg.number(frame.row)
         edges = [(frame.x(start_s), frame.x(end_s)) for start_s, end_s in spans]
         yield svg.path(
             "".join(
@@ -188,12 +193,12 @@ def _crowd(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
 def _spans(boxes: Sequence[Event]) -> dict[tuple[int, str], list[tuple[float, float]]]:
     spans = defaultdict(list)
     for box in boxes:
-        spans[box.stage, box.kind].append((box.start_s, box.end_s))
+        spans[box.submesh, box.kind].append((box.start_s, box.end_s))
     return spans
 
 
 def _box(frame: _Frame, box: Event) -> Iterator[str]:
-    start, y = frame.x(box.start_s), frame.y(box.stage)
+    start, y = frame.x(box.start_s), frame.y(box.submesh)
     width = frame.x(box.end_s) - start
     air = 0.6 if width > 4 else 0.0
     title = f"stage {box.stage} {box.label}: {seconds(box.end_s - box.start_s)}"
@@ -204,8 +209,8 @@ def _box(frame: _Frame, box: Event) -> Iterator[str]:
         yield svg.text(start + width / 2, y + frame.row / 2 + 3, name, "on")
 
 
-def _transfer(frame: _Frame, box: Event) -> str:
-    source, target = box.stage, box.instruction.peer
+def _transfer(frame: _Frame, box: Event, homes: Mapping[int, int]) -> str:
+    source, target = box.submesh, homes.get(box.instruction.peer, box.submesh)
     down = target > source
     y1 = frame.y(source) + (frame.row if down else 0)
     y2 = frame.y(target) + (0 if down else frame.row)
@@ -213,16 +218,16 @@ def _transfer(frame: _Frame, box: Event) -> str:
 
 
 def _slices(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
-    """Per stage and kind an area over time, the kinds on top of one another."""
-    passes = max(_per_stage([b for b in boxes if b.kind in COMPUTE[:2]], frame.num_stages))
+    """Per submesh and kind an area over time, the kinds on top of one another."""
+    passes = max(_per_submesh([b for b in boxes if b.kind in PASSES], frame.num_rows))
     num_slices = int(min(max(passes / 2 / _PAIRS_PER_SLICE, 60), 420))
     edges_s = np.linspace(frame.start_s, frame.end_s, num_slices + 1)
     spans = _spans(boxes)
-    for stage in range(frame.num_stages):
+    for submesh in range(frame.num_rows):
         below = np.zeros(num_slices)
         for kind in COMPUTE:
-            shares = _busy_s(spans.get((stage, kind), ()), edges_s) / np.diff(edges_s)
-            yield _area(frame, stage, edges_s, below, below + shares, kind)
+            shares = _busy_s(spans.get((submesh, kind), ()), edges_s) / np.diff(edges_s)
+            yield _area(frame, submesh, edges_s, below, below + shares, kind)
             below = below + shares
 
 
@@ -235,11 +240,11 @@ def _busy_s(spans: Sequence[tuple[float, float]], edges_s: np.ndarray) -> np.nda
 
 
 def _area(
-    frame: _Frame, stage: int, edges_s: np.ndarray, low: np.ndarray, high: np.ndarray, css: str
+    frame: _Frame, submesh: int, edges_s: np.ndarray, low: np.ndarray, high: np.ndarray, css: str
 ) -> str:
     if not (high > low).any():
         return ""
-    bottom = frame.y(stage) + frame.row
+    bottom = frame.y(submesh) + frame.row
     xs = [svg.number(frame.x(edge_s)) for edge_s in edges_s]
     tops = [svg.number(bottom - share * frame.row) for share in high]
     floors = [svg.number(bottom - share * frame.row) for share in low]

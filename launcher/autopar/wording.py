@@ -11,7 +11,8 @@ def count(number: int, noun: str) -> str:
         return f"1 {noun}"
     if noun.endswith("ry"):
         return f"{number} {noun[:-1]}ies"
-    return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
+    ending = "es" if noun.endswith(("ch", "sh")) else "s"
+    return f"{number} {noun}{ending}"
 
 
 def either(choices: Sequence[str]) -> str:

@@ -41,7 +41,11 @@ _EXPECTED = {
     dict: "a mapping such as {a: 1}",
     types.NoneType: "null",
 }
-_SPECIAL = {"parallel.num_microbatches": "auto or a whole number"}
+_SPECIAL = {
+    "parallel.num_microbatches": "auto or a whole number",
+    "train.trace_steps": "a list of steps such as [10]",
+    "train.profile_steps": "a list of steps such as [20,21]",
+}
 _EXAMPLES = {"model.target": "model.target=my_package.my_module:build, a function that builds it"}
 
 # What a message of Hydra's says -> how we say it.

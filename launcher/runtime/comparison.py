@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.autopar.instructions import Instruction, Op
+from launcher.autopar.launches import Launch
 from launcher.autopar.timeline import Timeline
-from launcher.runtime.launches import Launch
 from launcher.runtime.recording import Recording, Span
 
 EVERYWHERE = "all"

@@ -11,6 +11,7 @@ import pathlib
 import platform
 
 import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 _LEAST_S = 0.1  # what compiles faster is not worth a file
 
@@ -32,6 +33,7 @@ def use_cache(setting: str) -> pathlib.Path | None:
         folder = pathlib.Path(given)
     else:
         folder = _default_folder()
+    reset_cache()  # or jax keeps to what it found at its first compilation
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
     return folder

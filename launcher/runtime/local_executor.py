@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from launcher.autopar.instructions import Op
+from launcher.autopar.launches import fused_stages
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -20,7 +21,6 @@ from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.executor import Batch, Executor, StepResult
 from launcher.runtime.initial import Values, initial_values, place_values
-from launcher.runtime.launches import fused_stages
 from launcher.runtime.links import Links
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.memory_error import Doing, memory_errors
@@ -64,7 +64,7 @@ class LocalExecutor(Executor):
         loops = is_one_loop(realized.program) and not self._loose.inputs
         values = initial_values(model, seed) if weights is None else weights
         self.stages = list(self._hold(values, optimizer))
-        self._steps = self._compile_loop() if loops else self.pipeline
+        self.steps = self._compile_loop() if loops else self.pipeline
 
     # Setting up
 
@@ -122,18 +122,18 @@ class LocalExecutor(Executor):
     # Training
 
     def place(self, batch: Batch, step: int):
-        return self._steps.place(batch, step)
+        return self.steps.place(batch, step)
 
     def step(self, placed) -> StepResult:
         # A pipeline says by itself which instruction it was.
         devices = list(self._programs[0].mesh.devices.flat)
         with memory_errors(self.plan, Doing.whole_step(), devices):
-            return self._steps.step(placed)
+            return self.steps.step(placed)
 
     def traced_step(self, placed) -> tuple[StepResult, Recording]:
         """A step, and what each of its launches took: it waits for all of them."""
         self.wait()
-        return traced_step(self._steps, placed, self.realized.program)
+        return traced_step(self.steps, placed, self.realized.program)
 
     def wait(self) -> None:
         """Return when all steps are done."""

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from launcher.autopar.instructions import Instruction, Op
+from launcher.autopar.launches import Launch, launches
 from launcher.autopar.messages import Edge
 from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import Role
 from launcher.errors import TrainingError
 from launcher.runtime.executor import Batch, StepResult
-from launcher.runtime.launches import Launch, launches
 from launcher.runtime.links import NORM, Links, hand_over, hand_over_copies
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.mailbox import Mailbox

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from launcher.autopar.instructions import Instruction
+from launcher.autopar.launches import Launch
 from launcher.autopar.program import Program
 from launcher.autopar.schedules import stash_peaks
 from launcher.autopar.simulator import KINDS
 from launcher.autopar.timeline import Event, EventKind, Timeline
-from launcher.runtime.launches import Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Recording:
 
     Attributes:
         step: How many steps were done after it.
-        spans: Of each submesh in the order of its list.
+        spans: Of one submesh after the other, in the order in which they were played.
     """
 
     step: int

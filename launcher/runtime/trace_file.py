@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.autopar.instructions import Instruction
+from launcher.autopar.launches import Launch
 from launcher.autopar.program import Program
 from launcher.autopar.timeline import Timeline
 from launcher.runtime.comparison import planned_seconds
-from launcher.runtime.launches import Launch
 from launcher.runtime.recording import Recording, Span
 
 TRACE_NAME = "trace.json"

@@ -7,19 +7,23 @@ these overlap, the dispatch of a launch with the one before it.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 
+from launcher.autopar.instructions import RECEIVE_OF_READER, Op
+from launcher.autopar.launches import Launch
 from launcher.autopar.program import Program
 from launcher.runtime.executor import StepResult
-from launcher.runtime.launches import Launch
 from launcher.runtime.memory_error import Doing, memory_errors
 from launcher.runtime.pipeline import Action, Pipeline
 from launcher.runtime.placement import PlacedBatch, StackedBatch
 from launcher.runtime.recording import Recording, Span
 from launcher.runtime.whole_step import WholeStep
+
+_READ_IN_THE_STEP = frozenset(RECEIVE_OF_READER.values())
 
 
 def traced_step(
@@ -52,14 +56,36 @@ def _run_whole(
     return result, [Span(Launch(0, entries), 0.0, end_s)]
 
 
+def read_late(order: Sequence[Launch]) -> list[Launch]:
+    """The same launches, every receive as late as possible: directly before what reads it.
+
+    A thread waits at a receive, which untraced steps and the simulator do only where the value is read.
+    """
+    waiting: dict[tuple[Op, int, int | None], list[Launch]] = defaultdict(list)
+    late = []
+    for launch in order:
+        first = launch.first
+        if first.is_receive and first.op in _READ_IN_THE_STEP:
+            waiting[first.op, first.stage, first.microbatch].append(launch)
+            continue
+        for entry in launch.instructions:
+            if entry.op in RECEIVE_OF_READER:
+                late += waiting.pop(
+                    (RECEIVE_OF_READER[entry.op], entry.stage, entry.microbatch), ()
+                )
+        late.append(launch)
+    return late
+
+
 class _Play:
     """The threads of one step."""
 
     def __init__(self, pipeline: Pipeline, program: Program):
         self._pipeline = pipeline
         self._lists: list[list[tuple[Launch, Action]]] = [[] for _ in program.lists]
-        for launch, action in pipeline.actions:
-            self._lists[launch.submesh].append((launch, action))
+        actions = dict(pipeline.actions)
+        for launch in read_late(tuple(actions)):
+            self._lists[launch.submesh].append((launch, actions[launch]))
         homes = program.submesh_of
         sends = [e for entries in program.lists for e in entries if e.is_send]
         self._num_channels = len({(homes[e.stage], homes[e.peer]) for e in sends})

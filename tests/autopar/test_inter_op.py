@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from launcher.autopar.inter_op import StageOption, place, plan_stages
+from launcher.autopar.inter_op import StageOption, plan_stages
+from launcher.autopar.placement import place
 from launcher.errors import InfeasiblePlanError
 
 CASES, CASES_PER_TEST = 1600, 200

@@ -42,6 +42,7 @@ def test_ranges(indices, text):
 def test_the_rest():
     assert (wording.count(1, "host"), wording.count(2, "host")) == ("1 host", "2 hosts")
     assert wording.count(8, "microbatch") == "8 microbatches"
+    assert wording.count(2, "submesh") == "2 submeshes"
     assert (wording.count(1, "entry"), wording.count(0, "entry")) == ("1 entry", "0 entries")
     assert wording.either(["1"]) == "1"
     assert wording.either(["1", "2", "4"]) == "1, 2 or 4"

@@ -90,6 +90,14 @@ def test_median_step_leaves_out_the_warm_up(laps_s, median_s, timed_steps):
     assert (timer.median_s, timer.timed_steps) == (median_s, timed_steps)
 
 
+def test_steps_that_were_watched_are_left_out_of_the_median():
+    timer = StepTimer(clock=lambda: 0.0)
+    typical = {3.0: True, 3.5: True, 4.0: True, 90.0: False, 91.0: True, 94.0: True}
+    for completed_s, is_typical in typical.items():
+        timer.lap(completed_s, is_typical=is_typical)
+    assert (timer.median_s, timer.timed_steps) == (1.0, 3)  # of 0.5, 1 and 3 s
+
+
 def test_speed_of_a_step():
     # 16 samples x 128 tokens / 0.5 s; 8 TFLOP / 4 devices / 0.5 s = 4 TFLOP/s of a peak of 10.
     assert make_meter().speed(0.5) == {

@@ -181,6 +181,44 @@ def test_final_lines_of_a_run_that_never_finished_a_step(tmp_path):
     )
 
 
+GIB = 2.0**30
+
+
+@pytest.mark.parametrize(
+    ("measured", "predicted", "text"),
+    [
+        (None, (), None),
+        (
+            None,
+            (GIB, 2 * GIB),
+            "at most 2 GiB predicted; these devices do not count what they use",
+        ),
+        (
+            (int(1.5 * GIB), int(GIB)),
+            (GIB, 2 * GIB),
+            "stage 0 1.5 GiB measured, 1 GiB predicted (measured / predicted = 1.50); "
+            "stage 1 1 GiB measured, 2 GiB predicted (measured / predicted = 0.50)",
+        ),
+    ],
+)
+def test_the_end_says_what_memory_each_stage_used(measured, predicted, text, tmp_path):
+    meter = dataclasses.replace(METER, predicted_peak_bytes_per_stage=predicted)
+    peaks = {"peak_bytes_per_device": None, "peak_bytes_per_stage": measured}
+    summary = dataclasses.replace(SUMMARY, measured={**METER.speed(0.5), **peaks})
+    found = [line for line in final_lines(summary, meter, tmp_path) if line.startswith("memory")]
+    assert found == ([] if text is None else [f"memory per device: {text}"])
+    assert summary.as_row()["measured_peak_bytes_per_stage"] == measured
+
+
+def test_the_end_does_not_list_the_memory_of_many_stages(tmp_path):
+    meter = dataclasses.replace(METER, predicted_peak_bytes_per_stage=(GIB,) * 12)
+    peaks = {"peak_bytes_per_device": 1, "peak_bytes_per_stage": (int(GIB),) * 12}
+    summary = dataclasses.replace(SUMMARY, measured={**METER.speed(0.5), **peaks})
+    (line,) = (x for x in final_lines(summary, meter, tmp_path) if x.startswith("memory"))
+    assert line.count("stage ") == 8
+    assert line.endswith("; the other 4 in summary.json")
+
+
 def promise(summary: TrainSummary, meter: Meter, folder) -> str:
     (line,) = (text for text in final_lines(summary, meter, folder) if text.startswith("step time"))
     return line

@@ -1,0 +1,277 @@
+"""The temporary buffers of a layer's passes: what lives beside inputs and results at the worst moment.
+
+A pass is written down line by line, on local shards and with its resharding steps, as the emitter writes
+it; then it is decided which values get a buffer, and in which order the lines run, as XLA's CPU backend does
+it, which emulated devices are measured on:
+
+    fusion      an elementwise op whose readers are all elementwise is computed inside them, if it has one
+                reader or is cheap enough to be computed several times; reshapes are views
+    layout      a matrix product reads copies of operands whose dims it cannot take as they lie
+    order       first come, first served
+    reuse       an elementwise op takes the place of an operand of its size that nothing reads afterwards
+
+GPUs copy less for matrix products and order for less memory: there this is an upper estimate. Left out:
+scratch of matrix products and convolutions, alignment, and fusion with reductions.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from jax.extend.core import primitives as prim
+
+from launcher.autopar.copies import Copies
+from launcher.autopar.graph import Op, Value
+from launcher.autopar.mesh import LogicalMesh
+from launcher.autopar.reshard import Kind
+from launcher.autopar.rules import Strategy
+from launcher.autopar.spec import Spec, num_shards
+from launcher.autopar.work import aval_bytes
+
+Order = tuple[int, ...] | None
+Buffer = tuple[Value, Spec, Order]
+"""A value under a spec, its dims as they are (None), reordered, or () for as many as a product takes."""
+
+_CHEAP = frozenset(
+    "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp convert_element_type copy "
+    "dynamic_slice eq expand_dims floor ge gt imag iota is_finite le lt max min mul ne neg not or real "
+    "reshape rev round select_n shift_left shift_right_arithmetic shift_right_logical sign slice square "
+    "squeeze stop_gradient sub transpose xor".split()
+)
+_DEAR = frozenset(
+    "acos asin atan atan2 cbrt concatenate cos cosh div erf erf_inv erfc exp exp2 expm1 gather integer_pow "
+    "log log1p logistic pad pow rem rsqrt sin sinh sqrt tan tanh".split()
+)
+_VIEWS = frozenset("expand_dims reshape squeeze stop_gradient".split())
+_MOVES = frozenset(
+    "broadcast_in_dim concatenate dynamic_slice gather iota pad rev slice transpose".split()
+)
+_GATHERS = frozenset((Kind.ALL_GATHER.value, Kind.SLICE.value))
+_IN_PLACE = (_CHEAP | _DEAR | {Kind.ALL_REDUCE.value, Kind.MASK.value}) - _MOVES - _VIEWS
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One op, resharding step or copy."""
+
+    name: str
+    reads: tuple[Buffer, ...]
+    makes: tuple[Buffer, ...]
+
+    @property
+    def computes_operands(self) -> bool:
+        """Whether it can compute what it reads on the way."""
+        return self.name in _CHEAP or self.name in _DEAR
+
+
+class Tape:
+    """The lines of a pass, in the order of writing.
+
+    `via` says to which spec a value is brought before its readers are served.
+    """
+
+    def __init__(self, avals: Sequence, mesh: LogicalMesh):
+        self.avals, self.mesh = avals, mesh
+        self.via: Mapping[Value, Spec] = {}
+        self.lines: list[Line] = []
+        self._copies = Copies(avals, mesh)
+        self._made: set[Buffer] = set()
+        self._flat: set[Value] = set()  # made as matrices, whatever their dims
+
+    def put(self, value: Value, spec: Spec) -> None:
+        """A value that is there before the first line."""
+        self._copies.put(value, spec)
+
+    def get(self, value: Value, spec: Spec) -> Buffer:
+        """Bring a value to a spec."""
+        for step in self._copies.steps(value, spec, self.via.get(value)):
+            self._write(step.kind.value, [(value, step.source, None)], [(value, step.target, None)])
+        return value, spec, None
+
+    def run(self, ops: Iterable[tuple[Op, Strategy]]) -> None:
+        """Write ops with their strategies."""
+        for op, strategy in ops:
+            reads = [
+                self._as_needed(op, i, self.get(operand, strategy.operand_spec(i)))
+                for i, operand in enumerate(op.operands)
+                if isinstance(operand, Value)
+            ]
+            makes = [(value, strategy.result_spec(i), None) for i, value in enumerate(op.results)]
+            self._write(str(op.primitive), reads, makes)
+            if _makes_matrix(op):
+                self._flat.update(op.results)
+            for value, spec, _ in makes:
+                self._copies.put(value, spec)
+
+    def bytes(self, buffer: Buffer) -> float:
+        value, spec, _ = buffer
+        return aval_bytes(self.avals[value]) / num_shards(spec, self.mesh.shape)
+
+    def shape(self, buffer: Buffer) -> tuple[int, ...]:
+        """As the buffer has it, before it is sharded: matrix products work on two dims."""
+        value, _, order = buffer
+        dims = self.avals[value].shape
+        if order:
+            return tuple(dims[d] for d in order)
+        return dims if order is None and value not in self._flat else ()
+
+    def _write(self, name: str, reads: Sequence[Buffer], makes: Sequence[Buffer]) -> None:
+        if makes and self._made.issuperset(makes):
+            return  # a cheap op that the backward pass repeats: XLA merges the two
+        self._made.update(makes)
+        self.lines.append(Line(name, tuple(dict.fromkeys(reads)), tuple(makes)))
+
+    def _as_needed(self, op: Op, index: int, buffer: Buffer) -> Buffer:
+        """What a matrix product reads: a copy of its operand where the dims do not lie as it needs."""
+        order = _needed_order(op, index)
+        if order is None:
+            return buffer
+        value, spec, _ = buffer
+        copy = (value, spec, order)
+        if copy not in self._made:
+            self._write("transpose" if order else "reshape", [buffer], [copy])
+        return copy
+
+
+def _makes_matrix(op: Op) -> bool:
+    """Whether a matrix product without batch dims has a result of more than two dims."""
+    if op.primitive is not prim.dot_general_p or op.eqn.outvars[0].aval.ndim <= 2:
+        return False
+    _, (batch, _) = op.eqn.params["dimension_numbers"]
+    return not batch
+
+
+def _needed_order(op: Op, index: int) -> Order:
+    """How the dims of a product's operand must lie; None where they do, () where they become two.
+
+    With batch dims each operand becomes (batch, free, contracted). Without them a product takes operands
+    as they are, unless both are contracted over their first dims, as for the gradient of a weight: then
+    one of them is transposed.
+    """
+    if op.primitive is not prim.dot_general_p or index > 1:
+        return None
+    contracted, batch = (tuple(map(tuple, dims)) for dims in op.eqn.params["dimension_numbers"])
+    rank = op.eqn.invars[index].aval.ndim
+    free = tuple(d for d in range(rank) if d not in (*contracted[index], *batch[index]))
+    if batch[index]:
+        in_front = batch[index] == tuple(range(len(batch[index])))
+        return None if in_front else (*batch[index], *free, *contracted[index])
+    ranks = [atom.aval.ndim for atom in op.eqn.invars[:2]]
+    leading = all(n - 1 not in dims for n, dims in zip(ranks, contracted, strict=True))
+    if leading and index == 0:
+        return (*free, *contracted[index])
+    return () if rank > 2 else None
+
+
+def temporary_bytes(tape: Tape, made: Iterable[Buffer] = ()) -> float:
+    """The most that the lines hold of what they make, but for `made`: results with buffers elsewhere."""
+    elsewhere = set(made)
+    lines = list(_first_come(_with_buffers(tape, elsewhere)))
+    last = {buffer: at for at, line in enumerate(lines) for buffer in line.reads}
+    live: dict[Buffer, float] = {}
+    now = most = 0.0
+    for at, line in enumerate(lines):
+        dying = {b for b in line.reads if b in live and last[b] == at}
+        for buffer in line.makes:
+            if buffer in elsewhere:
+                continue
+            size = live[buffer] = tape.bytes(buffer)
+            now += size
+            shape = tape.shape(buffer)
+            reused = next((b for b in dying if live[b] == size and tape.shape(b) == shape), None)
+            if reused is not None and line.name in _IN_PLACE:
+                dying.remove(reused)
+                now -= live.pop(reused)
+        most = max(most, now)
+        for buffer in (*dying, *(b for b in line.makes if b in live and b not in last)):
+            now -= live.pop(buffer)
+    return most
+
+
+def _with_buffers(tape: Tape, results: set[Buffer]) -> list[Line]:
+    """The lines that make buffers; what is computed inside a line passes what it reads on to it."""
+    readers: dict[Buffer, list[Line]] = defaultdict(list)
+    makers = {buffer: line for line in tape.lines for buffer in line.makes}
+    for line in tape.lines:
+        for buffer in line.reads:
+            readers[buffer].append(line)
+    inside: dict[Buffer, tuple[Buffer, ...]] = {}
+    found = []
+    for line in tape.lines:
+        reads = tuple(dict.fromkeys(b for r in line.reads for b in inside.get(r, (r,))))
+        if all(_has_none(line, b, readers, makers, results) for b in line.makes):
+            inside |= dict.fromkeys(line.makes, reads)
+        else:
+            found.append(Line(line.name, reads, line.makes))
+    return found
+
+
+def _has_none(
+    line: Line, buffer: Buffer, all_readers: Mapping[Buffer, Sequence[Line]],
+    makers: Mapping[Buffer, Line], results: set[Buffer],
+) -> bool:  # fmt: skip
+    """Whether what a line makes is computed where it is read."""
+    if buffer in results:
+        return False
+    readers = all_readers[buffer]
+    if line.name in _VIEWS:
+        # XLA computes a cheap value once for each shape in which it is read.
+        maker = makers.get(line.reads[0]) if line.reads else None
+        is_repeated = buffer[2] == () and maker is not None and maker.name in _CHEAP
+        return not is_repeated
+    if not all(reader.computes_operands for reader in readers):
+        return False
+    if line.name == "broadcast_in_dim" and _is_reduced(line, makers):
+        # What is computed together with a matrix product computes no broadcasts of reductions.
+        return not any(_joins_product(reader, makers) for reader in readers)
+    return line.name in _CHEAP or (line.name in _DEAR and len(readers) == 1)
+
+
+def _is_reduced(line: Line, makers: Mapping[Buffer, Line]) -> bool:
+    """Whether a line reads a reduction, or a view of one."""
+    sources = [makers[b] for b in line.reads if b in makers]
+    return any(
+        source.name.startswith("reduce_")
+        or (source.name in _VIEWS | {"broadcast_in_dim"} and _is_reduced(source, makers))
+        for source in sources
+    )
+
+
+def _joins_product(line: Line, makers: Mapping[Buffer, Line]) -> bool:
+    """Whether a line also reads what a matrix product makes."""
+    return any(b in makers and makers[b].name == "dot_general" for b in line.reads)
+
+
+def _first_come(lines: Sequence[Line]) -> Iterator[Line]:
+    """A queue of lines whose operands are there; inputs are gathered when they are first read."""
+    makers = {buffer: line for line in lines for buffer in line.makes}
+    gathers = {b: line for b, line in makers.items() if line.name in _GATHERS}
+    gathers = {
+        b: g for b, g in gathers.items() if all(r not in makers or r in gathers for r in g.reads)
+    }
+    readers: dict[Buffer, list[int]] = defaultdict(list)
+    missing = {}
+    for at, line in enumerate(lines):
+        if not any(b in gathers for b in line.makes):
+            waits = [b for b in line.reads if b in makers and b not in gathers]
+            missing[at] = len(waits)
+            for buffer in waits:
+                readers[buffer].append(at)
+    ready = deque(at for at, count in missing.items() if not count)
+    while ready:
+        line = lines[ready.popleft()]
+        yield from _gathered(line, gathers)
+        yield line
+        for reader in (at for buffer in line.makes for at in readers[buffer]):
+            missing[reader] -= 1
+            if not missing[reader]:
+                ready.append(reader)
+
+
+def _gathered(line: Line, gathers: dict[Buffer, Line]) -> Iterator[Line]:
+    """The gathers of inputs that a line is the first to need, taken from `gathers`."""
+    for buffer in line.reads:
+        gather = gathers.pop(buffer, None)
+        if gather is not None:
+            yield from _gathered(gather, gathers)
+            yield gather

@@ -1,0 +1,102 @@
+"""`python -m launcher.bench memory`: what plans hold on their devices, beside what was predicted.
+
+For each model and plan: the stages' peaks per device as the plan predicts them, as the compiled programs
+have them (`launcher.runtime.memory_audit`), and their ratio; the furthest ratios come last. The devices are
+emulated, so the figures are those of XLA's CPU backend. Status 1 if a ratio is out of bounds.
+
+    models   which, as in gpt,wrn; default: all
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import optax
+
+from launcher import models
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.make_plan import find_plan
+from launcher.autopar.space import PlanOptions
+from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
+from launcher.errors import ConfigError
+from launcher.models.optimizer import Optimizer
+from launcher.runtime import devices
+from launcher.runtime.memory_audit import HIGHEST, LOWEST, MemoryAudit, audit_memory
+
+_MIB = 2**20
+MODELS: Mapping[str, ModelConfig] = {
+    "gpt-tiny": GptConfig(size="tiny", dtype="fp32", layers=3),
+    "gpt": GptConfig(size="tiny", dtype="fp32", layers=4, hidden=256, heads=4, seq_len=256),
+    "moe": MoeConfig(size="tiny", dtype="fp32"),
+    "wrn": WrnConfig(size="tiny", dtype="fp32"),
+}
+_ONE_STAGE = {"dp": 4, "tp": 1, "pp": 1, "num_microbatches": 2}
+_TWO_STAGES = {"dp": 2, "tp": 1, "pp": 2, "num_microbatches": 4}
+PLANS: Mapping[str, Mapping] = {
+    "data": _ONE_STAGE,
+    "tensor": {**_ONE_STAGE, "dp": 1, "tp": 4},
+    "data x tensor": {**_ONE_STAGE, "dp": 2, "tp": 2},
+    "zero-1": {**_ONE_STAGE, "zero": 1},
+    "zero-2": {**_ONE_STAGE, "zero": 2},
+    "zero-3": {**_ONE_STAGE, "zero": 3},
+    "data, layer": {**_ONE_STAGE, "recompute": "layer"},
+    "data, full": {**_ONE_STAGE, "recompute": "full"},
+    "1f1b": _TWO_STAGES,
+    "1f1b, layer": {**_TWO_STAGES, "recompute": "layer"},
+    "1f1b, full": {**_TWO_STAGES, "recompute": "full"},
+    "gpipe": {**_TWO_STAGES, "schedule": "gpipe"},
+    "zb-h1": {**_TWO_STAGES, "schedule": "zb-h1"},
+    "four stages": {"dp": 1, "tp": 1, "pp": 4, "num_microbatches": 8},
+}
+
+
+def run(settings: Mapping[str, str]) -> int:
+    """Print a row per stage."""
+    unknown = sorted(set(settings) - {"models"})
+    if unknown:
+        raise ConfigError(f"memory has no key {unknown[0]!r}: it has models")
+    wanted = settings.get("models", ",".join(MODELS)).split(",")
+    wrong = [name for name in wanted if name not in MODELS]
+    if wrong:
+        raise ConfigError(f"models={wrong[0]!r}: choose from {', '.join(MODELS)}")
+    devices.emulate(4)
+    sys.stdout.write(
+        f"{'model':<10}{'plan':<15}{'stage':>5}{'predicted':>15}{'measured':>15}{'ratio':>8}  at\n"
+    )
+    ratios: dict[str, float] = {}
+    for name in wanted:
+        for plan, audit in _audits(MODELS[name]):
+            ratios[f"{name}, {plan}, stage {audit.stage}"] = audit.ratio
+            sys.stdout.write(_row(name, plan, audit))
+            sys.stdout.flush()
+    for place in (min(ratios, key=ratios.get), max(ratios, key=ratios.get)):
+        sys.stdout.write(f"furthest: {ratios[place]:.3f} ({place})\n")
+    inside = sum(LOWEST <= ratio <= HIGHEST for ratio in ratios.values())
+    sys.stdout.write(f"{inside} of {len(ratios)} within {LOWEST} to {HIGHEST}\n")
+    return int(inside < len(ratios))
+
+
+def _audits(config: ModelConfig) -> Iterator[tuple[str, MemoryAudit]]:
+    for plan in PLANS:
+        yield from ((plan, audit) for audit in measure(config, plan))
+
+
+def measure(config: ModelConfig, plan: str) -> list[MemoryAudit]:
+    """Plan a model in one of the `PLANS`, compile it, and compare."""
+    cluster = dataclasses.replace(load_cluster("cpu8"), num_hosts=1, devices_per_host=4)
+    transform, model = optax.adamw(1e-3), models.build(config)
+    options = PlanOptions(mode="manual", global_batch=16, optimizer=transform, **PLANS[plan])
+    realized = find_plan(model, cluster, options, lambda text: None).realized
+    optimizer = Optimizer(transform=transform, clip_norm=1.0, schedule=lambda step: 1e-3)
+    grid = np.array(jax.devices()[:4], dtype=object).reshape(1, 4)
+    return audit_memory(realized, model, optimizer, grid, lambda text: None)
+
+
+def _row(model: str, plan: str, audit: MemoryAudit) -> str:
+    mark = "" if audit.agrees else "  <-- out of bounds"
+    return (
+        f"{model:<10}{plan:<15}{audit.stage:>5}{audit.predicted_bytes / _MIB:>11.2f} MiB"
+        f"{audit.measured_bytes / _MIB:>11.2f} MiB{audit.ratio:>8.3f}  {audit.at}{mark}\n"
+    )

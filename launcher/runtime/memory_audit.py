@@ -1,0 +1,143 @@
+"""What a plan holds on its devices, beside what was predicted.
+
+The plan's instructions are walked (`autopar/buffers`) with the bytes of what lies on one device between
+them, from the shardings that the programs are compiled for; and, while a program runs, with what XLA's
+`memory_analysis` says of it. The most of it is the measured peak. The figures are those of the backend that
+compiles: of emulated devices, the CPU backend's.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from launcher.autopar.buffers import Footprint, peak
+from launcher.autopar.instructions import Op
+from launcher.autopar.launches import fused_stages
+from launcher.autopar.predicted_buffers import launches_by_submesh, stage_buffers
+from launcher.autopar.realize import RealizedPlan
+from launcher.models.model import Model
+from launcher.models.optimizer import Optimizer
+from launcher.runtime.build_programs import build_programs
+from launcher.runtime.stage_programs import StagePrograms
+
+LOWEST, HIGHEST = 0.9, 1.05  # measured over predicted: what is promised
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAudit:
+    """The peak of one stage's devices, in bytes per device.
+
+    Attributes:
+        at: what runs when it is reached.
+        parts: what it consists of.
+    """
+
+    stage: int
+    predicted_bytes: float
+    at: str
+    parts: Mapping[str, float]
+
+    @property
+    def measured_bytes(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def ratio(self) -> float:
+        return self.measured_bytes / self.predicted_bytes
+
+    @property
+    def agrees(self) -> bool:
+        return LOWEST <= self.ratio <= HIGHEST
+
+
+def audit_memory(
+    realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
+    progress: Callable[[str], None],
+) -> list[MemoryAudit]:  # fmt: skip
+    """Compile all stages' programs, and walk the plan's instructions."""
+    found = {}
+    for index, programs in enumerate(build_programs(realized, model, optimizer, grid)):
+        progress(f"measuring stage {index + 1} of {len(realized.stages)}")
+        compiled = _footprints(programs, _needed(realized, index))
+        found[index] = measured_buffers(realized, index, programs, compiled)
+    predicted = realized.plan.predicted.peak_bytes_per_device
+    audits = []
+    for launches in launches_by_submesh(realized):
+        stages = sorted({launch.first.stage for launch in launches})
+        at, parts = peak(launches, {index: found[index] for index in stages})
+        audits += [MemoryAudit(index, predicted[index], str(at), parts) for index in stages]
+    return sorted(audits, key=lambda audit: audit.stage)
+
+
+def _needed(realized: RealizedPlan, index: int) -> set[str]:
+    """The programs that a stage's instructions run."""
+    if index in fused_stages(realized.program, realized.wiring):
+        return {"forward_backward", "synchronize", "update"}
+    entries = [entry for entries in realized.program.lists for entry in entries]
+    if any(entry.op is Op.BACKWARD_WEIGHT and entry.stage == index for entry in entries):
+        return {"forward", "backward_input", "backward_weight", "synchronize", "update"}
+    return {"forward", "backward", "synchronize", "update"}
+
+
+def _footprints(programs: StagePrograms, names: set[str]) -> dict[str, Footprint]:
+    return {name: footprint(make()) for name, make in programs.compilations(names).items()}
+
+
+def footprint(program: jax.stages.Compiled) -> Footprint:
+    """What a compiled program adds while it runs, on each of its devices."""
+    sizes = program.memory_analysis()
+    made = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return Footprint(made, sizes.temp_size_in_bytes)
+
+
+def measured_buffers(
+    realized: RealizedPlan, index: int, programs: StagePrograms, compiled: Mapping[str, Footprint]
+):
+    """A stage's buffers, as its programs are compiled for them."""
+
+    def sizes(specs: Mapping, avals: Mapping) -> float:
+        return sum(shard_bytes(programs.abstract(avals[n], spec)) for n, spec in specs.items())
+
+    params = {path: programs.param_sharding(path) for path in programs.layout.params}
+    lasting = {
+        "parameters": sum(
+            math.prod(sharding.shard_shape(aval.shape)) * aval.dtype.itemsize
+            for path, sharding in params.items()
+            for aval in [programs.avals.params[path]]
+        ),
+        "optimizer state": sum(
+            map(shard_bytes, jax.tree.leaves(programs.abstract_optimizer_state()))
+        ),
+    }
+    return stage_buffers(realized, index, sizes, lasting, lambda passing: compiled)
+
+
+def shard_bytes(array: jax.ShapeDtypeStruct) -> int:
+    """Bytes of one device's shard of an array."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def report(audits: list[MemoryAudit]) -> str:
+    """A table, and a last line that says whether all are as predicted."""
+    lines = [
+        f"{'stage':>5} {'predicted':>13} {'measured':>13} {'ratio':>6}  {'at':<9}consisting of"
+    ]
+    for audit in audits:
+        parts = sorted(audit.parts.items(), key=lambda part: -part[1])
+        consists = ", ".join(f"{name} {size / _MIB:.1f}" for name, size in parts)
+        lines.append(
+            f"{audit.stage:>5} {audit.predicted_bytes / _MIB:>9.2f} MiB "
+            f"{audit.measured_bytes / _MIB:>9.2f} MiB {audit.ratio:>6.3f}  {audit.at:<9}{consists}"
+        )
+    wrong = [audit for audit in audits if not audit.agrees]
+    bounds = f"{LOWEST} to {HIGHEST} times the predicted"
+    lines.append(
+        f"memory: {len(wrong)} of {len(audits)} stages are not {bounds}"
+        if wrong
+        else f"memory: all stages are {bounds}"
+    )
+    return "\n".join(lines)
