@@ -123,7 +123,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             setup.dataset,
             train_settings(config, planned),
             meter,
-            make_sinks(config, planned, meter, setup.run_dir, setup.console),
+            make_sinks(setup, planned, meter, config.train.steps),
             learning_rate=optimizer.schedule,
             explain_memory=explain_memory(planned, grid),
             at_end=make_end(setup, planned, local.arrays),
@@ -163,7 +163,7 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         setup.dataset,
         dataclasses.replace(train_settings(config, planned), steps=step, first_step=step),
         meter,
-        make_sinks(config, planned, meter, setup.run_dir, setup.console),
+        make_sinks(setup, planned, meter, step),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
     )
@@ -345,15 +345,14 @@ def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
     return f"the figures of cluster={cluster.name} are nominal" if cluster.nominal else None
 
 
-def make_sinks(
-    config: Config, planned: Planned, meter: Meter, run_dir: Path, console: Console
-) -> list[Sink]:
+def make_sinks(setup: Setup, planned: Planned, meter: Meter, steps: int) -> list[Sink]:
     """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
+    config, run_dir = setup.config, setup.run_dir
     metrics = plan_metrics(planned.plan.predicted, planned.plan.search)
     sinks: list[Sink] = [
         JsonlSink(run_dir),
         SummarySink(run_dir, metrics),
-        progress_sink(console, meter, config.train.steps, run_dir),
+        progress_sink(setup.console, meter, steps, run_dir),
     ]
     if config.logger.name == "wandb":
         settings = WandbRun(

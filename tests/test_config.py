@@ -202,8 +202,30 @@ MISTAKES = [
     (["mode=profile"], "mode=profile is not in this version yet: take mode=train or plan"),
     (["runtime=ray"], "runtime=ray is not in this version yet"),
     (["checkpoint.every_steps=5"], "checkpoint.every_steps=5 is not in this version yet"),
-    (["parallel.schedule=zb_h1"], "is not in this version yet: take parallel.schedule=gpipe or"),
-    (["parallel.virtual_stages=2"], "which is not in this version yet"),
+    # Virtual stages.
+    (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
+    (
+        ["parallel.schedule=zb_h1", "parallel.virtual_stages=3"],
+        "parallel.virtual_stages=3 contradicts parallel.schedule=zb_h1, which has one stage on a",
+    ),
+    (
+        ["parallel.schedule=interleaved", "parallel.virtual_stages=1"],
+        "parallel.virtual_stages=1 contradicts parallel.schedule=interleaved, which takes 2 or more",
+    ),
+    (
+        ["parallel=data", "parallel.schedule=interleaved"],
+        "parallel.schedule=interleaved contradicts parallel=data, which has one submesh: leave it out",
+    ),
+    (
+        ["parallel=manual", "parallel.schedule=interleaved"],
+        "needs several submeshes, and parallel.pp=null makes one: give parallel.pp=2 or more",
+    ),
+    (
+        ["parallel.schedule=interleaved", "parallel.pp=4", "parallel.num_microbatches=6"],
+        "parallel.num_microbatches=6 is no multiple of parallel.pp=4, by which "
+        "parallel.schedule=interleaved groups them: give a multiple, such as "
+        "parallel.num_microbatches=8",
+    ),
     # A value that cannot be.
     (["mode=tune"], "mode=tune is unknown: take mode=train or plan"),
     (["model.dtype=fp8"], "model.dtype=fp8 is unknown: take model.dtype=auto or fp32"),

@@ -19,7 +19,13 @@ from launcher.models.optimizer import LossScaling
 
 PLAN = ("parallel=manual", "parallel.pp=2", "parallel.tp=2", "parallel.num_microbatches=2")
 QUICK = ("logger=jsonl", "model.layers=2", "train.steps=2", "train.eval_batches=2", *PLAN)
-ALONE = ("logger=jsonl", "model.layers=2", "train.steps=2", "train.eval_batches=0", "parallel=single")
+ALONE = (
+    "logger=jsonl",
+    "model.layers=2",
+    "train.steps=2",
+    "train.eval_batches=0",
+    "parallel=single",
+)
 ELSEWHERE = ("logger=jsonl", "model.layers=2", "parallel=data", "parallel.num_microbatches=1")
 
 
@@ -90,6 +96,7 @@ def test_weights_are_written_evaluated_and_gone_on_from_under_any_plan(launch):
 def test_without_weights_the_initial_ones_are_evaluated(launch, caplog):
     caplog.set_level("INFO", "launcher")
     run_dir = launch("eval", *QUICK, "mode=eval")
+    assert "step 0/0  eval_loss" in caplog.text
     assert "model.weights is not given: these are the initial weights of seed=0" in caplog.text
     assert "done: evaluated after 0 steps" in caplog.text
     model, dataset = tiny(load(QUICK))

@@ -164,8 +164,12 @@ class Arranger:
             if memory_bytes == self.cluster.device.usable_bytes:
                 raise
             return None
-        stages = tuple(replace(choice, submesh=submesh) for choice in result.stages)
-        return replace(result, stages=stages)
+        stages = (
+            replace(choice, submesh=submesh, option=replace(option, once_s=option.once_s / v))
+            for choice in result.stages
+            for option in [choice.option]
+        )
+        return replace(result, stages=tuple(stages))
 
     # Both
 

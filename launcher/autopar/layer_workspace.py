@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.layers import LayerClass
+from launcher.autopar.reshard import Kind
 from launcher.autopar.spec import replicated
 from launcher.autopar.stage_layout import produced_spec
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
@@ -20,8 +21,8 @@ class LayerWorkspace:
 
     Attributes:
         backward_bytes: where the residuals were kept.
-        again_bytes: where the forward ops run again: all residuals are there at the turn, whatever of them
-            XLA then computes inside their readers; it copies others for that.
+        again_bytes: where the forward ops run again: all residuals, and gathered weights, are there at the
+            turn, whatever of them XLA then computes inside their readers; it copies others for that.
     """
 
     forward_bytes: float
@@ -71,7 +72,7 @@ class _Writer:
         tape.run(self._planned(cls.backward_ops))
         handed_on = [b for slot in cls.gradients for b in self._gradient(tape, slot)]
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
-        turn = sum(tape.bytes(buffer) for buffer in self._residuals()) if again else 0.0
+        turn = sum(map(tape.bytes, (*self._residuals(), *_gathered(tape, cls)))) if again else 0.0
         return crossing + max(temporary_bytes(tape, handed_on), turn)
 
     def _residuals(self) -> list[Buffer]:
@@ -114,3 +115,9 @@ class _Writer:
         """Ops with their strategies, in the order of the joint graph."""
         for op in sorted(ops, key=lambda op: self._index[op.results]):
             yield op, self.picks["op", self.cls.name, self._index[op.results]]
+
+
+def _gathered(tape: Tape, cls: LayerClass) -> list[Buffer]:
+    """The layer's inputs, brought together from several devices."""
+    gathers = (line for line in tape.lines if line.name == Kind.ALL_GATHER.value)
+    return [b for line in gathers for b in line.makes if b[0] in cls.joint.inputs]

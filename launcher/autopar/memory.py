@@ -157,7 +157,8 @@ def backward_workspace(
             return max(memory.workspace.again_bytes for memory, _ in counted)
     # All of the forward pass is there again before the first layer goes back.
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    return residuals + _passed_on_bytes(memories, wiring, "layer")
+    going_back = max(memory.workspace.backward_bytes for memory, _ in counted)
+    return residuals + _passed_on_bytes(memories, wiring, "layer") + going_back
 
 
 def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):

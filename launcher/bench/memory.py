@@ -47,7 +47,7 @@ PLANS: Mapping[str, Mapping] = {
     "1f1b, layer": {**_TWO_STAGES, "recompute": "layer"},
     "1f1b, full": {**_TWO_STAGES, "recompute": "full"},
     "gpipe": {**_TWO_STAGES, "schedule": "gpipe"},
-    "zb-h1": {**_TWO_STAGES, "schedule": "zb-h1"},
+    "zb-h1": {**_TWO_STAGES, "schedule": "zb_h1"},
     "four stages": {"dp": 1, "tp": 1, "pp": 4, "num_microbatches": 8},
 }
 

@@ -27,7 +27,7 @@ from launcher.models.optimizer import Optimizer
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.stage_programs import Compiled
 
-SCHEDULES = (("gpipe", 1), ("1f1b", 1))
+SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1))
 _SUBMESHES, _MICROBATCHES = 4, 8
 _FORWARD_S = 0.02
 _WAITS = {
@@ -153,7 +153,7 @@ def _executor(schedule: str, virtual_stages: int) -> LocalExecutor:
     transform = optax.sgd(1e-3)
     options = PlanOptions(
         mode="manual", global_batch=_MICROBATCHES, num_microbatches=_MICROBATCHES, dp=1, tp=1,
-        pp=_SUBMESHES, schedule=schedule, optimizer=transform, **({"virtual_stages": virtual_stages} if virtual_stages > 1 else {}),
+        pp=_SUBMESHES, schedule=schedule, virtual_stages=virtual_stages, optimizer=transform,
     )  # fmt: skip
     planned = find_plan(model, machine, options, lambda text: None)
     optimizer = Optimizer(transform=transform, clip_norm=None, schedule=lambda step: 1e-3)

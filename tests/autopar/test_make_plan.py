@@ -1,5 +1,6 @@
 """From options to a plan: what was forced is in it, it holds together, and it replays."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -45,6 +46,14 @@ FORCED = {
     "auto with dp and zero": ("auto", {"dp": 4, "zero": 3}),
     "auto with pp and recomputation": ("auto", {"pp": 4, "recompute": "layer", "schedule": "gpipe"}),
     "auto with eight stages": ("auto", {"pp": 8, "num_microbatches": 16}),
+    "split backward": ("manual", {"tp": 2, "pp": 4, "schedule": "zb_h1"}),
+    "auto with split backward": ("auto", {"pp": 4, "schedule": "zb_h1"}),
+    "virtual stages": ("manual", {"pp": 2, "schedule": "interleaved", "virtual_stages": 2}),
+    "virtual stages of no layers' number": (
+        "manual", {"tp": 2, "pp": 2, "schedule": "interleaved", "virtual_stages": 3},
+    ),
+    "auto with virtual stages": ("auto", {"schedule": "interleaved", "virtual_stages": 2, "pp": 2}),
+    "virtual stages left open": ("auto", {"schedule": "interleaved", "tp": 2}),
 }  # fmt: skip
 
 
@@ -62,7 +71,29 @@ def test_what_is_forced_is_in_the_plan(name, gpt, cpu8):
         assert mesh["tensor"] == fields.get("tp", mesh["tensor"])
         assert stage.zero == fields.get("zero", stage.zero)
         assert stage.recompute == fields.get("recompute", stage.recompute)
-    assert len(plan.stages) == fields.get("pp", len(plan.stages))
+    assert plan.num_submeshes == fields.get("pp", plan.num_submeshes)
+    least = 2 if plan.schedule == "interleaved" else 1
+    assert plan.virtual_stages == fields.get("virtual_stages", least)
+    assert predict(replace(plan, predicted=None), gpt, cpu8) == plan.predicted
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb_h1"])
+def test_the_schedules_keep_what_they_promise(schedule, gpt, cpu8):
+    """Less bubble than 1F1B has on the same submeshes; the peak of a submesh for each of its stages."""
+    fields = {"tp": 4, "pp": 2, "num_microbatches": 4}
+    plain = planned(gpt, cpu8, "manual", **fields)
+    found = planned(gpt, cpu8, "manual", schedule=schedule, **fields)
+    predicted = found.plan.predicted
+    assert predicted.bubble_fraction < plain.plan.predicted.bubble_fraction
+    assert predicted.step_s < plain.plan.predicted.step_s
+    program = found.realized.program
+    assert program.num_submeshes == 2
+    assert program.splits_backward == (schedule == "zb_h1")
+    peaks = dict(zip(found.plan.submesh_of, predicted.peak_bytes_per_device, strict=True))
+    assert predicted.peak_bytes_per_device == tuple(peaks[i] for i in found.plan.submesh_of)
+    assert sum(predicted.stage_forward_s) == pytest.approx(
+        sum(plain.plan.predicted.stage_forward_s), rel=0.05
+    )
 
 
 def test_a_found_plan_holds_together(gpt, cpu8):
@@ -134,6 +165,29 @@ def test_a_reserve_is_left_empty(gpt, cpu8):
         else:
             with pytest.raises(InfeasiblePlanError, match="GiB"):
                 planned(gpt, machine, "single")
+
+
+def test_virtual_stages_by_hand_are_completed_and_run_on_the_same_devices(gpt, cpu8):
+    text = to_json(make_plan(gpt, cpu8, options("manual", tp=2, pp=2)))
+    tree = json.loads(text)
+    hosts, mesh = ([0], [1]), {"data": 2, "tensor": 2}
+    tree = {key: tree[key] for key in ("version", "model", "cluster", "global_batch")} | {
+        "num_microbatches": 4,
+        "schedule": "interleaved",
+        "virtual_stages": 2,
+        "stages": [
+            {"layers": [i, i + 1], "hosts": hosts[i % 2], "devices": [0, 1, 2, 3], "mesh": mesh}
+            for i in range(4)
+        ],
+    }
+    adopted = adopt_plan(from_json(json.dumps(tree)), gpt, cpu8, options("from_file"))
+    assert adopted.plan.submesh_of == adopted.realized.wiring.submesh_of == (0, 1, 0, 1)
+    assert adopted.realized.program.num_submeshes == 2
+    assert all(stage.strategies for stage in adopted.plan.stages)
+    assert adopted.plan.predicted.bubble_fraction < 0.5
+    tree["num_microbatches"] = 1
+    with pytest.raises(PlanError, match="num_microbatches=1 is no multiple of 2, the submeshes"):
+        adopt_plan(from_json(json.dumps(tree)), gpt, cpu8, options("from_file"))
 
 
 def bare(stages, num_layers=None):

@@ -7,6 +7,7 @@ import pytest
 
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.plan import axes_of
+from launcher.autopar.plan_file import from_json, to_json
 from launcher.errors import PlanError
 
 
@@ -36,8 +37,13 @@ def test_a_plan_by_hand_says_little(plan, cpu8):
 
 HEADS = [
     ({"version": 2}, "version=2 is not 1"),
-    ({"schedule": "zigzag"}, "schedule=zigzag is unknown: take gpipe or 1f1b"),
-    ({"virtual_stages": 2}, "virtual_stages=2 is not 1"),
+    ({"schedule": "zigzag"}, "schedule=zigzag is unknown: take gpipe or 1f1b or"),
+    ({"virtual_stages": 2}, "virtual_stages=2 is not 1, all that schedule=1f1b takes: write 1, or"),
+    (
+        {"virtual_stages": 2, "schedule": "zb_h1"},
+        "virtual_stages=2 is not 1, all that schedule=zb_h1",
+    ),
+    ({"schedule": "interleaved"}, "virtual_stages=1 is less than 2, the least that schedule=inter"),
     ({"num_microbatches": 5}, "num_microbatches=5 does not divide global_batch=32"),
     ({"num_microbatches": 0}, "num_microbatches=0 does not divide"),
     ({"stages": ()}, "0 stages, at least 1 is needed"),
@@ -49,6 +55,60 @@ HEADS = [
 def test_the_head_is_checked(plan, cpu8, changes, message):
     with pytest.raises(PlanError, match=re.escape(message)):
         dataclasses.replace(plan, **changes).check(None, cpu8)
+
+
+@pytest.fixture
+def virtual(plan):
+    """Four stages in turn on two submeshes."""
+    first, second = plan.stages
+    layers = [(0, 1), (1, 2), (2, 3), (3, 4)]
+    stages = [
+        dataclasses.replace(stage, layers=pair)
+        for stage, pair in zip((first, second) * 2, layers, strict=True)
+    ]
+    return dataclasses.replace(
+        plan, schedule="interleaved", virtual_stages=2, stages=tuple(stages), predicted=None
+    )
+
+
+def test_virtual_stages_share_their_devices(virtual, cpu8):
+    virtual.check(4, cpu8)
+    assert (virtual.num_submeshes, virtual.num_devices) == (2, 8)
+    assert virtual.submesh_of == (0, 1, 0, 1)
+    assert [stage.hosts for stage in virtual.submeshes] == [(0,), (1,)]
+    assert from_json(to_json(virtual)) == virtual
+
+
+VIRTUAL = [
+    (
+        {"virtual_stages": 3},
+        "stages has 4 entries, no multiple of virtual_stages=3, the stages of a submesh: give 3 or 6",
+    ),
+    (
+        {"num_microbatches": 1},
+        "num_microbatches=1 is no multiple of 2, the submeshes of 4 stages with virtual_stages=2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), VIRTUAL, ids=[str(case[0]) for case in VIRTUAL])
+def test_virtual_stages_must_come_out_even(virtual, cpu8, changes, message):
+    with pytest.raises(PlanError, match=re.escape(message)):
+        dataclasses.replace(virtual, **changes).check(None, cpu8)
+
+
+def test_stages_of_a_submesh_name_the_same_devices_and_no_others_do(virtual, cpu8):
+    first, second, third, fourth = virtual.stages
+    moved = dataclasses.replace(third, devices=(0, 1))
+    with pytest.raises(
+        PlanError,
+        match=r"stages\[2\] has hosts=\[0\] and devices=\[0, 1\], and stages\[0\] on the same submesh "
+        r"\(virtual_stages=2\) has \[0\] and \[0, 1, 2, 3\]: write the same",
+    ):
+        dataclasses.replace(virtual, stages=(first, second, moved, fourth)).check(None, cpu8)
+    on_first = [dataclasses.replace(stage, hosts=(0,)) for stage in virtual.stages]
+    with pytest.raises(PlanError, match="device 0 of host 0 is used twice, by stage 0 too"):
+        dataclasses.replace(virtual, stages=tuple(on_first)).check(None, cpu8)
 
 
 def test_the_plan_must_be_for_the_model(plan, cpu8):

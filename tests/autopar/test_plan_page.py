@@ -21,19 +21,24 @@ from launcher.errors import StorageError
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def make_timeline(num_stages: int, num_microbatches: int) -> Timeline:
+def make_timeline(
+    num_stages: int, num_microbatches: int, schedule: str = "1f1b", virtual_stages: int = 1
+) -> Timeline:
     """The step of a pipeline whose later stages are slower, with transfers."""
-    lists = schedule_by_name("1f1b").build(num_stages, num_microbatches)
+    lists = schedule_by_name(schedule, virtual_stages).build(num_stages, num_microbatches)
     edges = [(stage, stage + 1) for stage in range(num_stages - 1)]
     durations = Durations(
         forward_s=tuple(0.001 + 0.0002 * stage for stage in range(num_stages)),
         backward_s=tuple(0.002 + 0.0004 * stage for stage in range(num_stages)),
         synchronize_s=(0.003, *(0.0 for _ in edges)),
         update_s=(0.0005,) * num_stages,
+        backward_input_s=tuple(0.001 + 0.0002 * stage for stage in range(num_stages)),
+        backward_weight_s=tuple(0.001 + 0.0002 * stage for stage in range(num_stages)),
         activation_s=dict.fromkeys(edges, 0.0004),
         cotangent_s={(later, earlier): 0.0004 for earlier, later in edges},
     )
-    return simulate(add_communication(lists, Wiring.chain(num_stages)), durations)
+    wiring = Wiring.chain(num_stages, virtual_stages=virtual_stages)
+    return simulate(add_communication(lists, wiring), durations)
 
 
 @pytest.fixture
@@ -119,6 +124,58 @@ def test_a_short_step_has_a_box_for_every_instruction(timeline):
     assert len(boxes(picture, "backward")) == 16 + 1
     assert {"F0", "F7", "B0", "B7", "stage 0", "stage 1"} <= set(texts(picture))
     assert boxes(picture, "forward")[1].find(f"{SVG}title").text == "stage 0 F0: 1 ms"
+
+
+def test_a_submesh_has_one_row_for_all_its_stages(timeline):
+    virtual = make_timeline(4, 4, "interleaved", 2)
+    picture = timeline_svg(virtual)
+    assert {"submesh 0", "submesh 1"} <= set(texts(picture))
+    assert not {"submesh 2", "stage 0"} & set(texts(picture))
+    assert len(boxes(picture, "forward")) == 4 * 4 + 1
+    places = {
+        box.find(f"{SVG}title").text.split(" F")[0]: box.get("y")
+        for box in boxes(picture, "forward")[1:]
+    }
+    assert places["stage 0"] == places["stage 2"] != places["stage 1"]
+    assert len(shares_of_step(virtual)) == 2
+    assert "weight gradients" not in texts(picture)
+
+
+def test_weight_gradients_have_a_colour_of_their_own():
+    split = make_timeline(2, 8, "zb_h1")
+    picture = timeline_svg(split)
+    assert len(boxes(picture, "weight")) == 16 + 1
+    assert {"W0", "I0", "weight gradients"} <= set(texts(picture))
+    shares = shares_of_step(split)[0]
+    assert shares["weight"] == pytest.approx(8 * 0.001 / split.step_s)
+    assert sum(shares.values()) == pytest.approx(1)
+    long = timeline_svg(make_timeline(4, 200, "zb_h1"))
+    assert "200 microbatches" in next(text for text in texts(long) if text.startswith("One step"))
+
+
+def test_the_page_of_virtual_stages(plan, cpu8, params):
+    first, second = plan.stages
+    stages = tuple(
+        dataclasses.replace(stage, layers=(i, i + 1)) for i, stage in enumerate((first, second) * 2)
+    )
+    virtual = dataclasses.replace(
+        plan, schedule="interleaved", virtual_stages=2, stages=stages, predicted=None
+    )
+    text = page(virtual, make_timeline(4, 4, "interleaved", 2), cpu8, params)
+    for part in (
+        "schedule interleaved, 2 stages on each of 2 submeshes",
+        "2 submeshes of 4 devices each",
+        "the number the first of the 2 stages on its submesh",
+        "memory: of the submesh",
+    ):
+        assert part in text, part
+    for picture in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(picture)
+    drawn = ElementTree.fromstring(cluster_svg(virtual, cpu8))
+    assert {node.text for node in drawn.iter(f"{SVG}text") if node.get("class") == "on"} == {
+        "0",
+        "1",
+    }
 
 
 def test_a_long_step_is_cut_to_what_can_be_seen(long_timeline):

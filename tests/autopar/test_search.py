@@ -63,8 +63,35 @@ def test_microbatches_are_tried_from_small_to_large_and_next_to_the_best(gpt, cp
 
 def test_stages_are_placed_side_by_side(gpt, cpu8):
     (candidate,) = run(gpt, cpu8, "manual", tp=2, pp=4, num_microbatches=4).candidates
-    used = [(h, d) for hosts, devices in candidate.placement for h in hosts for d in devices]
+    placement = candidate.arrangement.placement
+    used = [(h, d) for hosts, devices in placement for h in hosts for d in devices]
     assert len(used) == len(set(used)) == 8
+
+
+def test_virtual_stages_take_the_submeshes_in_turn(gpt, cpu8):
+    (candidate,) = run(
+        gpt, cpu8, "manual", pp=2, schedule="interleaved", virtual_stages=2, num_microbatches=4
+    ).candidates
+    placement = candidate.arrangement.placement
+    assert placement == (((0,), (0, 1, 2, 3)), ((1,), (0, 1, 2, 3))) * 2
+    assert [choice.first for choice in candidate.result.stages] == [0, 1, 2, 3]
+
+
+def test_groups_of_microbatches_come_out_even(gpt, cpu8):
+    fields = {"schedule": "interleaved", "pp": 4}
+    for mode in ("manual", "auto"):
+        with pytest.raises(
+            ConfigError, match=r"num_microbatches=2 is no multiple of the 4 submeshes .*give a mul"
+        ):
+            run(gpt, cpu8, mode, num_microbatches=2, **fields)
+        with pytest.raises(
+            ConfigError,
+            match=r"train\.global_batch=30 has no number .*parallel\.pp=4 .*global_batch=32, or",
+        ):
+            run(gpt, cpu8, mode, global_batch=30, **fields)
+    counts = {c.num_microbatches for c in run(gpt, cpu8, "manual", **fields).candidates}
+    assert counts
+    assert all(number % 4 == 0 for number in counts)
 
 
 def grid():

@@ -29,6 +29,19 @@ def test_it_says_what_a_plan_promises(plan, cpu8, params):
         assert part in text, part
 
 
+def test_virtual_stages_are_told(plan, cpu8):
+    first, second = plan.stages
+    stages = tuple(
+        dataclasses.replace(stage, layers=(i, i + 1)) for i, stage in enumerate((first, second) * 2)
+    )
+    virtual = dataclasses.replace(
+        plan, schedule="interleaved", virtual_stages=2, stages=stages, predicted=None
+    )
+    text = " ".join(summarize(virtual, cpu8).split())
+    assert "schedule interleaved, 2 stages on each of 2 submeshes" in text
+    assert "stages i and i + 2 share a submesh and its memory" in text
+
+
 def test_no_line_is_too_wide(plan, cpu8, params):
     hosts = tuple(range(0, 2000, 2))
     wide = dataclasses.replace(

@@ -213,5 +213,7 @@ def test_weights_that_do_not_fit(monkeypatch):
 def test_programs_that_run_out_when_they_are_compiled(monkeypatch, pp):
     monkeypatch.setattr(jax.stages.Lowered, "compile", run_out)
     monkeypatch.setattr(StagePrograms, "init_optimizer", lambda programs, params: None)
-    with pytest.raises(TrainingError, match=rf"on stage \d of {pp}, compiling its programs \(3 GiB"):
+    with pytest.raises(
+        TrainingError, match=rf"on stage \d of {pp}, compiling its programs \(3 GiB"
+    ):
         executor_of(pp=pp)

@@ -75,9 +75,7 @@ def test_logits_are_those_that_the_loss_is_made_of():
 def test_a_seed_gives_one_text_and_another_seed_another(text):
     model = build("gpt")
     arrays = model.init(0)[0]
-    texts = [
-        sampler_of(model, text, temperature=1.0, seed=seed).text(arrays) for seed in (1, 1, 2)
-    ]
+    texts = [sampler_of(model, text, temperature=1.0, seed=seed).text(arrays) for seed in (1, 1, 2)]
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
@@ -102,7 +100,9 @@ def test_draws_follow_the_softmax_of_temperature_and_top_k():
 
 
 def test_only_tokens_that_can_be_written_are_drawn(text):
-    model = models.build(GptConfig(size="tiny", dtype="fp32", layers=1, seq_len=16, vocab_size=1000))
+    model = models.build(
+        GptConfig(size="tiny", dtype="fp32", layers=1, seq_len=16, vocab_size=1000)
+    )
     arrays = model.init(0)[0]
     assert len(sampler_of(model, text, temperature=1e6, num_tokens=40).text(arrays)) == 45
 

@@ -109,7 +109,12 @@ def test_each_parameter_is_taken_from_its_owner():
             self.params, self.state = params, state
 
     stages = [Stage({"a": 1, "tied": 2}, {}), Stage({"b": 3, "tied": 4}, {"mean": 5})]
-    assert held_arrays({"a": 0, "b": 1, "tied": 1}, stages) == {"a": 1, "b": 3, "tied": 4, "mean": 5}
+    assert held_arrays({"a": 0, "b": 1, "tied": 1}, stages) == {
+        "a": 1,
+        "b": 3,
+        "tied": 4,
+        "mean": 5,
+    }
 
 
 def refusal(path, model) -> str:
@@ -140,7 +145,9 @@ def test_other_names_shapes_and_dtypes(tmp_path, model, arrays):
     assert f"lacks 1, such as {bias} and has besides 1, such as spare, of the 16" in message
     assert message.endswith(cure)
     message = changed(arrays, model, tmp_path, **{bias: jnp.ones(3)})
-    assert f"has {bias} as float32[3], and in model=gpt model.size=tiny it is float32[64]" in message
+    assert (
+        f"has {bias} as float32[3], and in model=gpt model.size=tiny it is float32[64]" in message
+    )
     assert message.endswith(cure)
     message = changed(arrays, model, tmp_path, **{bias: jnp.ones(64, jnp.float16)})
     assert f"has {bias} as float16[64], and in model=gpt model.size=tiny it is float32" in message

@@ -33,7 +33,7 @@ from launcher.models.optimizer import LossScaling, Optimizer
 from launcher.runtime.local_executor import LocalExecutor
 
 BATCH, SEED, CLIP_NORM = 16, 3, 0.1
-_TRUNK = {"size": "tiny", "layers": 4, "hidden": 16, "heads": 2, "seq_len": 8, "vocab_size": 32}
+_TRUNK = {"size": "tiny", "layers": 3, "hidden": 16, "heads": 2, "seq_len": 8, "vocab_size": 32}
 _CONFIGS = {
     "gpt": lambda **more: GptConfig(**_TRUNK | {"dropout": 0.1} | more),
     "moe": lambda **more: MoeConfig(
