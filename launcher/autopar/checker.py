@@ -270,6 +270,16 @@ def _check_channels(program: Program, homes: Sequence[int]) -> None:
                 raise _error(program, what, (place, other))
 
 
+def _is_next(
+    entry: Instruction, program: Program, peer: int | None, position: Sequence[int]
+) -> bool:
+    """Whether a message finds its partner next in the peer's list; others need none."""
+    if peer is None:
+        return True
+    entries, index = program.lists[peer], position[peer]
+    return index < len(entries) and entries[index].is_partner_of(entry)
+
+
 def _check_no_deadlock(program: Program, homes: Sequence[int]) -> None:
     """Play the lists: an instruction takes one step, a send and its receive one for both."""
     position = [0] * program.num_submeshes
@@ -279,11 +289,10 @@ def _check_no_deadlock(program: Program, homes: Sequence[int]) -> None:
         entries = program.lists[submesh]
         while position[submesh] < len(entries):
             entry = entries[position[submesh]]
-            if entry.peer is not None:
-                peer = homes[entry.peer]
-                others, index = program.lists[peer], position[peer]
-                if index == len(others) or not others[index].is_partner_of(entry):
-                    break
+            peer = None if entry.peer is None else homes[entry.peer]
+            if not _is_next(entry, program, peer, position):
+                break
+            if peer is not None:
                 position[peer] += 1
                 waiting_for_turn.append(peer)
             position[submesh] += 1

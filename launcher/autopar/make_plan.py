@@ -152,7 +152,7 @@ def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     """Write down where a stage's tensors lie, and how its ops are computed."""
     described = training_layout(planner, sharding, *stage.layers, stage.recompute)
     traced, settings = planner.model.traced, sharding.settings
-    shapes = {i.path: traced.graph.avals[v].shape for v, i in traced.inputs.items()}
+    shapes = {path: aval.shape for path, aval in traced.param_avals.items()}
     ranks = {path: len(shapes[path]) for path in described.params}
     states = {
         path: optimizer_spec(spec, shapes[path], settings.mesh, settings.zero)

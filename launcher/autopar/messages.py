@@ -104,8 +104,7 @@ def scalar_crossing(realized: RealizedPlan, source: int, target: int, dtype: np.
 
 def _tied(realized: RealizedPlan) -> tuple[dict[Edge, dict], dict[Edge, dict]]:
     """Sums of gradients go to the owner, brought home before they go; new values to the users."""
-    traced, stages = realized.planner.model.traced, realized.stages
-    avals = {source.path: traced.graph.avals[v] for v, source in traced.inputs.items()}
+    avals, stages = realized.planner.model.traced.param_avals, realized.stages
     pairs = realized.wiring.tied
     gradients: dict[Edge, dict] = {(user, owner): {} for owner, user in pairs}
     parameters: dict[Edge, dict] = {pair: {} for pair in pairs}

@@ -96,7 +96,7 @@ def stage_buffers(
 def _gradient_specs(realized: RealizedPlan, index: int) -> dict[str, Spec]:
     """Where the summed gradients lie of the parameters that a stage updates."""
     stage, traced = realized.stages[index], realized.planner.model.traced
-    shapes = {i.path: traced.graph.avals[v].shape for v, i in traced.inputs.items()}
+    shapes = {path: aval.shape for path, aval in traced.param_avals.items()}
     mesh, zero = stage.settings.mesh, stage.settings.zero
     return {
         path: gradient_spec(home, shapes[path], mesh, zero)

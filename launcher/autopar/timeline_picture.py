@@ -21,7 +21,7 @@ from launcher.autopar.wording import seconds
 PASSES = (EventKind.FORWARD, EventKind.BACKWARD, EventKind.WEIGHT)
 COMPUTE = (*PASSES, EventKind.SYNCHRONIZE, EventKind.UPDATE)
 _DRAWN_SENDS = SENDS - {Op.SEND_NORM}  # one number from each stage to every other: a thicket
-_WIDTH, _GUTTER, _RIGHT = 1120, 66, 16  # px: all, the names at the left, air at the right
+_WIDTH, _GUTTER, _RIGHT = 1120, 80, 16  # px: all, the names at the left, air at the right
 _MOST_BOXES = 220  # per submesh; beyond, boxes of the whole step would be too thin to see
 _ZOOM_BOXES = 64  # that a zoom shows per submesh, if the pipeline has filled by then
 _LONGEST_ZOOM_BOXES = 260
@@ -39,6 +39,7 @@ class _Frame:
     top: float
     row: float
     num_rows: int
+    row_name: str  # stage, or submesh where one holds several
 
     @property
     def height(self) -> float:
@@ -76,9 +77,11 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0
     body = [_legend({event.kind for event in boxes})]
     top = 30.0
     for start_s, end_s, title, is_sliced in _panels(timeline, boxes, until_s):
-        frame = _Frame(start_s=start_s, end_s=end_s, top=top + 24, row=row, num_rows=num_rows)
+        frame = _Frame(
+            start_s=start_s, end_s=end_s, top=top + 24, row=row, num_rows=num_rows, row_name=name
+        )
         body.append(svg.text(_GUTTER, top + 14, title, "title"))
-        body += _rows(frame, name)
+        body += _rows(frame)
         body += _slices(frame, boxes) if is_sliced else _boxes(frame, boxes)
         body += _axis(frame)
         top = frame.top + frame.height + 34
@@ -87,10 +90,12 @@ def timeline_svg(timeline: Timeline, *, alone: bool = True, until_s: float = 0.0
 
 def one_bar_svg(name: str, span_s: float, until_s: float) -> str:
     """Draw a step of which no more is known than what it took, for a page with `svg.STYLE`."""
-    frame = _Frame(start_s=0.0, end_s=max(span_s, until_s), top=24, row=24.0, num_rows=1)
+    frame = _Frame(
+        start_s=0.0, end_s=max(span_s, until_s), top=24, row=24.0, num_rows=1, row_name="stage"
+    )
     body = (
         svg.text(_GUTTER, 14, f"One step: {seconds(span_s)}", "title"),
-        *_rows(frame, "stage"),
+        *_rows(frame),
         svg.rectangle(_GUTTER, frame.top, frame.x(span_s) - _GUTTER, frame.row, "wait", title=name),
         svg.text(_GUTTER + 8, frame.top + 16, name),
         *_axis(frame),
@@ -149,7 +154,7 @@ def _legend(kinds: set[EventKind]) -> str:
     return "".join(items)
 
 
-def _rows(frame: _Frame, name: str) -> Iterator[str]:
+def _rows(frame: _Frame) -> Iterator[str]:
     """The empty rows, which stay visible where a submesh is idle, and their names."""
     every = max(1, math.ceil(10 / (frame.row + frame.gap)))
     for submesh in range(frame.num_rows):
@@ -157,7 +162,9 @@ def _rows(frame: _Frame, name: str) -> Iterator[str]:
         yield svg.rectangle(_GUTTER, y, _WIDTH - _GUTTER - _RIGHT, frame.row, "idle")
         if submesh % every == 0:
             middle = y + frame.row / 2 + 3.5
-            yield svg.text(_GUTTER - 8, middle, f"{name} {submesh}", "faint", anchor="end")
+            yield svg.text(
+                _GUTTER - 8, middle, f"{frame.row_name} {submesh}", "faint", anchor="end"
+            )
 
 
 def _boxes(frame: _Frame, boxes: Sequence[Event]) -> Iterator[str]:
@@ -204,6 +211,8 @@ def _box(frame: _Frame, box: Event) -> Iterator[str]:
     title = f"stage {box.stage} {box.label}: {seconds(box.end_s - box.start_s)}"
     yield svg.rectangle(start, y, width - air, frame.row, box.kind, title=title)
     names = (box.label, box.label[1:])  # `F12`, or only the microbatch: the colour says the rest
+    if frame.row_name != "stage":
+        names = (str(box.instruction), *names)
     name = next((name for name in names if width >= 6 * len(name) + 2), "")
     if name and frame.row >= 12:
         yield svg.text(start + width / 2, y + frame.row / 2 + 3, name, "on")

@@ -21,7 +21,10 @@ from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
+from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.stage_programs import StagePrograms
+from launcher.runtime.stage_state import StageState
+from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 LOWEST, HIGHEST = 0.9, 1.05  # measured over predicted: what is promised
 _MIB = 2**20
@@ -59,8 +62,12 @@ def audit_memory(
     progress: Callable[[str], None],
 ) -> list[MemoryAudit]:  # fmt: skip
     """Compile all stages' programs, and walk the plan's instructions."""
+    built = build_programs(realized, model, optimizer, grid)
+    if is_one_loop(realized.program) and not LooseMetrics(realized.planner.model).inputs:
+        progress("measuring the step")
+        return [_audit_loop(realized, built[0])]
     found = {}
-    for index, programs in enumerate(build_programs(realized, model, optimizer, grid)):
+    for index, programs in enumerate(built):
         progress(f"measuring stage {index + 1} of {len(realized.stages)}")
         compiled = _footprints(programs, _needed(realized, index))
         found[index] = measured_buffers(realized, index, programs, compiled)
@@ -71,6 +78,17 @@ def audit_memory(
         at, parts = peak(launches, {index: found[index] for index in stages})
         audits += [MemoryAudit(index, predicted[index], str(at), parts) for index in stages]
     return sorted(audits, key=lambda audit: audit.stage)
+
+
+def _audit_loop(realized: RealizedPlan, programs: StagePrograms) -> MemoryAudit:
+    """The peak of a step that is one program."""
+    model, count = realized.planner.model, realized.plan.num_microbatches
+    hollow = StageState(0, programs, {}, {}, optimizer_state=None, loss_scale=None)
+    loop = WholeStep(hollow, LooseMetrics(model), count, model.traced, seed=0)
+    running = footprint(loop.compile())
+    held = measured_buffers(realized, 0, programs, {}).lasting
+    parts = {**held, "results": running.result_bytes, "temporary": running.temporary_bytes}
+    return MemoryAudit(0, realized.plan.predicted.peak_bytes_per_device[0], "step", parts)
 
 
 def _needed(realized: RealizedPlan, index: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""The examples of docs/plan-file.md, docs/clusters.md and docs/auto-shard.md are what they say."""
+"""The examples of docs/plan-file.md, schedules.md, clusters.md and auto-shard.md are what they say."""
 
 import pathlib
 import re
@@ -17,6 +17,13 @@ def test_the_smallest_plan_is_one():
     plan = from_json(example("plan-file.md", "json"))
     plan.check(5, load_cluster("cpu8"))
     assert [stage.num_devices for stage in plan.stages] == [4, 4]
+
+
+def test_the_example_of_schedules_prints_the_grid_below_it(capsys):
+    exec(example("schedules.md", "python"), {})
+    printed = capsys.readouterr().out
+    assert f"```\n{printed.strip()}" in (DOCS / "schedules.md").read_text()
+    assert printed.count("\n") > 1
 
 
 def test_the_cluster_of_ones_own_is_one(tmp_path):

@@ -129,7 +129,7 @@ def test_a_short_step_has_a_box_for_every_instruction(timeline):
 def test_a_submesh_has_one_row_for_all_its_stages(timeline):
     virtual = make_timeline(4, 4, "interleaved", 2)
     picture = timeline_svg(virtual)
-    assert {"submesh 0", "submesh 1"} <= set(texts(picture))
+    assert {"submesh 0", "submesh 1", "0F0", "2F0"} <= set(texts(picture))
     assert not {"submesh 2", "stage 0"} & set(texts(picture))
     assert len(boxes(picture, "forward")) == 4 * 4 + 1
     places = {

@@ -192,7 +192,7 @@ def test_a_program_that_runs_out_in_the_middle_of_a_step(program, stage, said):
 
 def test_a_step_of_one_program_that_runs_out():
     executor = executor_of(pp=1)
-    executor._steps.take(run_out)
+    executor.steps.take(run_out)
     with pytest.raises(TrainingError, match="on stage 0 of 1, in its step, which is one program"):
         step(executor)
 

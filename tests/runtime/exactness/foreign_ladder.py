@@ -10,14 +10,15 @@ class Ladder(nnx.Module):
     """Say a word for each word, going down some rungs and up again, as a U-Net does.
 
     What each rung had on the way down is added on the way up. A boolean and an integer that are made on
-    the first rung are read behind the last. The embedding is the head too. `frozen` is read and not
+    the first rung are read behind the last. The table of words is the head too. `frozen` is read and not
     trained, and `spare` is not read.
     """
 
     vocab_size = 11
 
     def __init__(self, rngs: nnx.Rngs, width: int = 8, rungs: int = 3):
-        self.embed = nnx.Embed(self.vocab_size, width, rngs=rngs)
+        # Not an nnx.Embed, which computes in float32 whatever its weights are.
+        self.words = nnx.Param(rngs.params.normal((self.vocab_size, width)) / width**0.5)
         self.down = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(rungs)])
         self.norm = nnx.BatchNorm(width, rngs=rngs)
         self.up = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(rungs)])
@@ -26,7 +27,7 @@ class Ladder(nnx.Module):
         self.spare = nnx.Param(rngs.params.normal((3, 5)))
 
     def loss(self, batch):
-        x = self.embed(batch["words"])
+        x = self.words[...][batch["words"]]
         is_positive, strongest = x > 0.0, jnp.argmax(x, axis=-1)
         held = []
         for down in self.down:
@@ -37,7 +38,7 @@ class Ladder(nnx.Module):
             x = nnx.tanh(up(x)) + held.pop()
         x = jnp.where(is_positive, x, 0.5 * x)
         x = x * jnp.broadcast_to(jax.lax.stop_gradient(self.frozen[...]), x.shape)
-        logits = self.embed.attend(x)
+        logits = x @ self.words[...].T
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["says"])
         is_odd = (strongest % 2).astype(losses.dtype)
         right = jnp.mean((jnp.argmax(logits, axis=-1) == batch["says"]).astype(losses.dtype))
