@@ -32,6 +32,7 @@ from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
 from launcher.runtime.compilation_cache import use_cache
+from launcher.runtime.compile_all import Compilation
 from launcher.runtime.evaluation_run import Evaluation
 from launcher.runtime.executor import Executor
 from launcher.runtime.initial import initial_values
@@ -123,7 +124,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             setup.dataset,
             train_settings(config, planned),
             meter,
-            make_sinks(setup, planned, meter, config.train.steps),
+            make_sinks(setup, planned, meter, config.train.steps, local.compilation),
             learning_rate=optimizer.schedule,
             explain_memory=explain_memory(planned, grid),
             at_end=make_end(setup, planned, local.arrays),
@@ -345,10 +346,12 @@ def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
     return f"the figures of cluster={cluster.name} are nominal" if cluster.nominal else None
 
 
-def make_sinks(setup: Setup, planned: Planned, meter: Meter, steps: int) -> list[Sink]:
+def make_sinks(
+    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation | None = None
+) -> list[Sink]:
     """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
     config, run_dir = setup.config, setup.run_dir
-    metrics = plan_metrics(planned.plan.predicted, planned.plan.search)
+    metrics = plan_metrics(planned.plan.predicted, planned.plan.search, compiled)
     sinks: list[Sink] = [
         JsonlSink(run_dir),
         SummarySink(run_dir, metrics),
@@ -368,7 +371,7 @@ def make_sinks(setup: Setup, planned: Planned, meter: Meter, steps: int) -> list
     return sinks
 
 
-def plan_metrics(predicted: Prediction, search) -> PlanMetrics:
+def plan_metrics(predicted: Prediction, search, compiled: Compilation | None) -> PlanMetrics:
     """The plan's numbers as they stand beside the measured ones."""
     return PlanMetrics(
         step_s=predicted.step_s,
@@ -377,4 +380,6 @@ def plan_metrics(predicted: Prediction, search) -> PlanMetrics:
         communicated_bytes=predicted.communicated_bytes,
         tflops_per_device=predicted.tflops_per_device,
         solver_s=search.wall_s if search else 0.0,
+        num_programs=compiled.num_programs if compiled else None,
+        compile_s=compiled.wall_s if compiled else None,
     )

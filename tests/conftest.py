@@ -56,18 +56,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Print the errors that exactness tests noted, as a table of model, plan, dtype."""
+    """Print the errors that exactness tests noted, as a table of dtype, model and plan."""
     rows = [
         value
         for outcome in ("passed", "failed")
         for report in terminalreporter.stats.get(outcome, [])
         for name, value in report.user_properties
-        if name == "largest error"
+        if name == "largest errors"
     ]
-    if rows:
-        terminalreporter.section("largest errors against one device")
-        for family, plan, dtype, error in sorted(rows, key=lambda row: (row[2], row[0], row[1])):
-            terminalreporter.write_line(f"{dtype}  {family:<8}{plan:<32}{error:.1e}")
+    if not rows:
+        return
+    terminalreporter.section("largest errors against one device")
+    columns = ("gradients", "loss", "parameters", "state")
+    terminalreporter.write_line(" " * 46 + "".join(f"{column:>12}" for column in columns))
+    for family, plan, dtype, errors in sorted(rows, key=lambda row: (row[2], row[0], row[1])):
+        found = [f"{errors[column]:.1e}" if column in errors else "" for column in columns]
+        cells = "".join(f"{text:>12}" for text in found)
+        terminalreporter.write_line(f"{dtype}  {family:<8}{plan:<32}{cells}")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import jax
 from launcher.autopar.apart import call_apart
 from launcher.autopar.graph import Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
-from launcher.autopar.layers import Layer, LayerClass
+from launcher.autopar.layers import LayerClass
 from launcher.autopar.rules import Strategy
 from launcher.autopar.shards import Ledger, ShardedValues, pack, unpack
 from launcher.autopar.spec import Spec

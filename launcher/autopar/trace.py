@@ -49,6 +49,12 @@ class TracedModel:
     literal_metrics: dict[str, object]
     microbatch_size: int
 
+    @property
+    def param_avals(self) -> dict[str, jax.core.ShapedArray]:
+        """Path of a parameter -> its shape and dtype; a leaf of the batch may have the same path."""
+        avals = self.graph.avals
+        return {i.path: avals[v] for v, i in self.inputs.items() if i.role is Role.PARAM}
+
 
 def trace_model(model: Model, microbatch_size: int) -> TracedModel:
     """Trace the training loss of one microbatch of so many samples."""

@@ -56,7 +56,9 @@ def _one(steps: int):
 
 
 def _data(steps: int):
-    yield _beside("data parallel 4, 8 microbatches / lax.scan in a jit", steps, num_devices=4, count=8)
+    yield _beside(
+        "data parallel 4, 8 microbatches / lax.scan in a jit", steps, num_devices=4, count=8
+    )
 
 
 def _beside(title: str, steps: int, *, num_devices: int, count: int) -> tuple[str, float, str]:
@@ -84,7 +86,9 @@ def _waiting(steps: int):
     for schedule, virtual_stages in waiting.SCHEDULES:
         pipeline = waiting.WaitingPipeline(schedule, virtual_stages)
         taken_s = statistics.median(pipeline.step_s() for _ in range(max(3, steps // 3)))
-        name = f"{schedule}, 4 submeshes, 8 microbatches / its timeline ({pipeline.timeline_s:.2f} s)"
+        name = (
+            f"{schedule}, 4 submeshes, 8 microbatches / its timeline ({pipeline.timeline_s:.2f} s)"
+        )
         yield name, taken_s / pipeline.timeline_s, " x"
 
 

@@ -50,6 +50,8 @@ def _machine() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = [platform.processor()]
-    features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    features = sorted(
+        {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    )
     digest = hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
     return f"{platform.machine()}-{digest}"

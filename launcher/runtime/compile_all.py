@@ -45,7 +45,9 @@ def compile_all(
             return compile_()
 
     with ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compile") as pool:
-        waiting = {pool.submit(compile_in_thread, compile_): name for name, compile_ in programs.items()}
+        waiting = {
+            pool.submit(compile_in_thread, compile_): name for name, compile_ in programs.items()
+        }
         try:
             for done in as_completed(waiting):
                 executables[waiting[done]] = done.result()
@@ -53,7 +55,8 @@ def compile_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return Compilation(executables, time.perf_counter() - start_s, _CACHE_HITS.count - hits_before)
+    num_cached = min(len(programs), _CACHE_HITS.count - hits_before)
+    return Compilation(executables, time.perf_counter() - start_s, num_cached)
 
 
 class _CacheHits:

@@ -166,6 +166,9 @@ class PlanMetrics:
     tflops_per_device: float | None
     # What the search took, all of it; 0 for a plan that was read from a file.
     solver_s: float | None
+    # What had to be compiled before the first step, and how long that took.
+    num_programs: int | None = None
+    compile_s: float | None = None
 
     def as_row(self) -> Row:
         """Give the predictions by the names they are logged under."""
@@ -178,6 +181,8 @@ class PlanMetrics:
             "predicted_communicated_bytes": finite(self.communicated_bytes),
             "predicted_tflops_per_device": finite(self.tflops_per_device),
             "solver_s": finite(self.solver_s),
+            "num_programs": self.num_programs,
+            "compile_s": finite(self.compile_s),
         }
 
 

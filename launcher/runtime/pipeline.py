@@ -207,7 +207,6 @@ class Pipeline:
             moved = hand_over(self.links.cotangents[stage.index, peer], returns)
             self._receive_cotangents(self.stages[peer], microbatch, moved)
 
-
     def _synchronize(self, stage: StageState, instruction: Instruction):
         """gradients, squared norm = synchronize(accumulators, tied gradients)"""
         del instruction

@@ -101,9 +101,13 @@ class WholeStep:
         """A leaf of the batch, with a leading dim of microbatches."""
         aval = self._programs.avals.batch[name]
         shape = (self._num_microbatches, *aval.shape)
-        return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=stacked_sharding(self._programs, name))
+        return jax.ShapeDtypeStruct(
+            shape, aval.dtype, sharding=stacked_sharding(self._programs, name)
+        )
 
-    def _step(self, params: Arrays, state: Arrays, optimizer_state, loss_scale, batch: Arrays, keys):
+    def _step(
+        self, params: Arrays, state: Arrays, optimizer_state, loss_scale, batch: Arrays, keys
+    ):
         """On one device's shards."""
         body = partial(self._microbatch, params, loss_scale)
         carry = self._programs.local_zeros(), state

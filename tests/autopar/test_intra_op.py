@@ -142,7 +142,7 @@ class Walk:
 def collectives(planner, sharding, phase):
     walk = Walk(planner, sharding)
     walk.price()
-    return walk.steps[phase]
+    return [step for part, steps in walk.steps.items() if part.startswith(phase) for step in steps]
 
 
 MESHES = [(4, 1), (1, 4), (2, 2), (2, 4)]

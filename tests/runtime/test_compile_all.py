@@ -46,12 +46,14 @@ def test_threads_compile_with_the_precision_of_the_caller():
 
 
 def test_the_cache_is_found_again(tmp_path):
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: jax.config.values[name] for name in options}
+    options = ("cache_min_compile_time_secs", "cache_min_entry_size_bytes")
+    changed = ("jax_compilation_cache_dir", *(f"jax_persistent_{name}" for name in options))
+    before = {name: jax.config.values[name] for name in changed}
     try:
         assert compilation_cache.use_cache(str(tmp_path)) == tmp_path
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        like = jax.ShapeDtypeStruct((7,), jnp.float32)
         program = {"cube": lambda: jax.jit(lambda x: x**3 + 0.125).lower(like).compile()}
         assert compile_all(program, lambda text: None).num_cached == 0
         jax.clear_caches()

@@ -159,6 +159,8 @@ def test_plan_metrics_name_the_worst_stage_and_all_of_them():
         communicated_bytes=1e6,
         tflops_per_device=5.0,
         solver_s=1.5,
+        num_programs=9,
+        compile_s=4.5,
     )
     assert plan.as_row() == {
         "predicted_step_s": 0.4,
@@ -168,6 +170,8 @@ def test_plan_metrics_name_the_worst_stage_and_all_of_them():
         "predicted_communicated_bytes": 1e6,
         "predicted_tflops_per_device": 5.0,
         "solver_s": 1.5,
+        "num_programs": 9,
+        "compile_s": 4.5,
     }
 
 

@@ -10,6 +10,7 @@ Wide-ResNet takes SGD with momentum.
 """
 
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -157,14 +158,12 @@ def _train(model, count: int) -> Iterator[Moment]:
 # Plans
 
 
-def stage(
-    layers: int, hosts: tuple, devices: tuple, *, data: int = 1, recompute: str | None = None,
-    zero: int | None = None,
-) -> dict:  # fmt: skip
-    """A stage of a plan file, but for where its layers begin; what is None is left out."""
-    mesh = {"data": data, "tensor": len(hosts) * len(devices) // data}
-    given = {"hosts": hosts, "devices": devices, "mesh": mesh, "recompute": recompute, "zero": zero}
-    return {"layers": layers} | {key: value for key, value in given.items() if value is not None}
+def _stage(given: dict, first: int) -> dict:
+    """A stage of a plan file; `given` has the number of its layers, and of its mesh the data axis alone."""
+    num_devices, data = len(given["hosts"]) * len(given["devices"]), given.get("data", 1)
+    rest = {key: value for key, value in given.items() if key not in ("layers", "data")}
+    layers, mesh = [first, first + given["layers"]], {"data": data, "tensor": num_devices // data}
+    return {"layers": layers, "mesh": mesh} | rest
 
 
 def plan_file(
@@ -172,10 +171,8 @@ def plan_file(
     virtual_stages: int | None = None,
 ) -> str:  # fmt: skip
     """The text of a plan as a person writes it: nothing but what it must say."""
-    end, placed = 0, []
-    for given in stages:
-        first, end = end, end + given["layers"]
-        placed.append(given | {"layers": [first, end]})
+    ends = itertools.accumulate(given["layers"] for given in stages)
+    placed = [_stage(given, end - given["layers"]) for given, end in zip(stages, ends, strict=True)]
     found = {
         "version": 1,
         "model": {"name": model.name, "size": model.size},
@@ -275,13 +272,24 @@ def train(executor: LocalExecutor, steps: int, bound: float) -> dict[str, float]
     }
 
 
+def check_evaluation(executor: LocalExecutor) -> None:
+    """After one step, the evaluation loss of a batch is the plain model's."""
+    model, count = executor.model, executor.plan.num_microbatches
+    (moment,) = reference(model, count).after(1)
+    executor.step(executor.place(draw_batch(model, 0), 0))
+    batch = draw_batch(model, 1)
+    parts = [{name: np.split(leaf, count)[k] for name, leaf in batch.items()} for k in range(count)]
+    losses = [float(model.eval_loss(moment.params, moment.state, part)[0]) for part in parts]
+    assert float(executor.evaluate(batch)) == pytest.approx(np.mean(losses), rel=1e-9)
+
+
 @pytest.fixture(scope="session")
 def exact() -> SimpleNamespace:
     """Give the parts; test files cannot import them from one another."""
     return SimpleNamespace(
         BATCH=BATCH, SEED=SEED, model_of=model_of, draw_batch=draw_batch, cluster=cluster,
-        reference=reference, stage=stage, plan_file=plan_file, executor_for=executor_for,
-        assert_within=assert_within, first_gradients=first_gradients, train=train,
+        reference=reference, plan_file=plan_file, executor_for=executor_for,
+        assert_within=assert_within, first_gradients=first_gradients, train=train, check_evaluation=check_evaluation,
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ class Ladder(nnx.Module):
     """Say a word for each word, going down some rungs and up again, as a U-Net does.
 
     What each rung had on the way down is added on the way up. A boolean and an integer that are made on
-    the first rung are read behind the last. The table of words is the head too. `frozen` is read and not
-    trained, and `spare` is not read.
+    the first rung are read behind the last. The table of words is the head too, and has the name of an
+    entry of the batch. `frozen` is read and not trained, and `spare` is not read.
     """
 
     vocab_size = 11
