@@ -9,8 +9,8 @@ Left out: what an allocator loses to fragmentation, copies on their way between 
 batches that wait for their step.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from launcher.autopar.instructions import Instruction, Op
@@ -44,6 +44,7 @@ _ENDS = {
     Op.BACKWARD_INPUT: ("cotangents", "let go of"),
     Op.SYNCHRONIZE: ("accumulators", "tied gradients"),
     Op.UPDATE: ("gradients",),
+    Op.RECEIVE_TIED_PARAMETER: ("new tied parameters",),  # it takes the place of the old copy
 }
 _ARRIVES_AS = {
     Op.RECEIVE_ACTIVATION: "imports",
@@ -85,63 +86,78 @@ class StageBuffers:
     programs: Mapping[str, Footprint]
 
 
-def peak(launches: Sequence[Launch], stages: Mapping[int, StageBuffers]) -> tuple[Launch, Parts]:
+def peak(launches: Iterable[Launch], stages: Mapping[int, StageBuffers]) -> tuple[Launch, Parts]:
     """When a submesh holds most, and of what that consists.
 
     Args:
         launches: of the submesh, in order.
         stages: those that lie on it.
     """
-    return max(held(launches, stages), key=lambda moment: sum(moment[1].values()))
+    most, found = -1.0, None
+    for launch, total, parts in _walk(launches, stages):
+        if total > most:
+            most, found = total, (launch, {name: size for name, size in parts.items() if size})
+    assert found is not None, "a submesh launches something"
+    return found
 
 
 def held(
-    launches: Sequence[Launch], stages: Mapping[int, StageBuffers]
-) -> Iterator[tuple[Launch, Parts]]:
-    """What a submesh holds while each launch runs."""
-    live: dict[tuple, float] = {}  # (what, stage, microbatch or None, ...) -> bytes
+    launches: Iterable[Launch], stages: Mapping[int, StageBuffers]
+) -> Iterator[tuple[Launch, float]]:
+    """What a submesh holds while each launch runs, in bytes per device."""
+    for launch, total, _ in _walk(launches, stages):
+        yield launch, total
+
+
+def _walk(launches: Iterable[Launch], stages: Mapping[int, StageBuffers]):
+    """Yield each launch, what is held while it runs, and of what that consists (until the next one)."""
+    live = _Live()
     for index, stage in stages.items():
-        live |= {(name, index, None): size for name, size in stage.lasting.items()}
-        live["accumulators", index, None] = stage.passing["accumulators"]
+        for name, size in (*stage.lasting.items(), ("accumulators", stage.passing["accumulators"])):
+            live.add(name, index, None, size)
     for launch in launches:
         first, stage = launch.first, stages[launch.first.stage]
+        if first.is_receive:
+            size = stage.received.get((first.op, first.peer), 0.0)
+            live.add(_ARRIVES_AS.get(first.op, "norms"), first.stage, first.microbatch, size)
         name = FUSED if launch.is_fused else PROGRAM_OF.get(first.op)
-        live |= _arriving(first, stage)
-        yield launch, _by_name(live, stage.programs.get(name))
+        running = stage.programs.get(name, _NOTHING)
+        live.parts["results"] = running.result_bytes
+        live.parts["temporary"] = running.temporary_bytes
+        yield launch, live.total + running.result_bytes + running.temporary_bytes, live.parts
         for instruction in launch.instructions:
             _finish(live, instruction, stage, is_fused=launch.is_fused)
 
 
-def _arriving(instruction: Instruction, stage: StageBuffers) -> dict[tuple, float]:
-    """What a message brings is there as soon as it is received."""
-    size = stage.received.get((instruction.op, instruction.peer), 0)
-    if not size:
-        return {}
-    name = _ARRIVES_AS[instruction.op]
-    return {(name, instruction.stage, instruction.microbatch, instruction.peer): size}
+_NOTHING = Footprint(0.0, 0.0)
 
 
-def _finish(
-    live: dict[tuple, float], instruction: Instruction, stage: StageBuffers, *, is_fused: bool
-) -> None:
+class _Live:
+    """The buffers that are there, by what they are, their stage and their microbatch, and their sums."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.parts: dict[str, float] = defaultdict(float)
+        self._sizes: dict[tuple[str, int, int | None], float] = defaultdict(float)
+
+    def add(self, name: str, stage: int, microbatch: int | None, size: float) -> None:
+        self._sizes[name, stage, microbatch] += size
+        self.parts[name] += size
+        self.total += size
+
+    def end(self, name: str, stage: int, microbatch: int | None) -> None:
+        size = self._sizes.pop((name, stage, microbatch), 0.0)
+        self.parts[name] -= size
+        self.total -= size
+
+
+def _finish(live: _Live, instruction: Instruction, stage: StageBuffers, *, is_fused: bool) -> None:
     """Leave what an instruction makes, and end what it ends."""
-    stage_index, k = instruction.stage, instruction.microbatch
+    where = (instruction.stage, instruction.microbatch)
     for name in _ENDS.get(instruction.op, ()):
         if name == "let go of":
-            live["kept", stage_index, k] -= stage.passing.get(name, 0)
-        for key in [key for key in live if key[:3] == (name, stage_index, k)]:
-            del live[key]
-    live.pop(("new tied parameters", stage_index, None, instruction.peer), None)
+            live.add("kept", *where, -stage.passing.get(name, 0.0))
+        live.end(name, *where)
     for name in _LEAVES.get(instruction.op, ()):
         if not (is_fused and name == "kept"):
-            live[name, stage_index, k] = stage.passing.get(name, 0)
-
-
-def _by_name(live: Mapping[tuple, float], running: Footprint | None) -> Parts:
-    found: Counter = Counter()
-    for (name, *_), size in live.items():
-        found[name] += size
-    if running is not None:
-        found["results"] = running.result_bytes
-        found["temporary"] = running.temporary_bytes
-    return {name: size for name, size in found.items() if size}
+            live.add(name, *where, stage.passing.get(name, 0.0))

@@ -5,7 +5,7 @@ stage of 1F1B, both are one program: what the forward pass keeps never leaves it
 checked program, so that the memory model and the trace know it too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.autopar.instructions import Instruction, Op
@@ -44,16 +44,28 @@ def fused_stages(program: Program, wiring: Wiring) -> frozenset[int]:
 
 def launches(program: Program, wiring: Wiring) -> tuple[Launch, ...]:
     """The launches of a step, in an order for a single thread that drives all submeshes."""
-    fused = fused_stages(program, wiring)
     submesh = {entry.stage: i for i, entries in enumerate(program.lists) for entry in entries}
-    order = []
-    for entry in dispatch_order(program):
+    return tuple(_launched(dispatch_order(program), submesh, fused_stages(program, wiring)))
+
+
+def submesh_launches(program: Program, wiring: Wiring) -> tuple[tuple[Launch, ...], ...]:
+    """The launches of each submesh, in its order."""
+    fused = fused_stages(program, wiring)
+    return tuple(
+        tuple(_launched(entries, {entry.stage: index for entry in entries}, fused))
+        for index, entries in enumerate(program.lists)
+    )
+
+
+def _launched(
+    entries: Iterable[Instruction], submesh: Mapping[int, int], fused: frozenset[int]
+) -> Iterator[Launch]:
+    for entry in entries:
         if entry.stage in fused and entry.op is Op.FORWARD:
             backward = Instruction(op=Op.BACKWARD, stage=entry.stage, microbatch=entry.microbatch)
-            order.append(Launch(submesh[entry.stage], (entry, backward)))
+            yield Launch(submesh[entry.stage], (entry, backward))
         elif entry.stage not in fused or entry.op is not Op.BACKWARD:
-            order.append(Launch(submesh[entry.stage], (entry,)))
-    return tuple(order)
+            yield Launch(submesh[entry.stage], (entry,))
 
 
 def _alternates(computes: Sequence[Instruction], stage: int) -> bool:

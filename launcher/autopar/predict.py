@@ -13,10 +13,11 @@ from launcher.autopar.buffers import peak
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import StageSharding
+from launcher.autopar.launches import submesh_launches
 from launcher.autopar.messages import messages_of, price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
-from launcher.autopar.predicted_buffers import launches_by_submesh, predicted_buffers
+from launcher.autopar.predicted_buffers import predicted_buffers
 from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.timeline import Timeline
@@ -94,7 +95,7 @@ def _peaks(realized: RealizedPlan) -> tuple[float, ...]:
     """Per stage, the most bytes that a device of its submesh needs."""
     buffers = {index: predicted_buffers(realized, index) for index in range(len(realized.stages))}
     found: dict[int, float] = {}
-    for launches in launches_by_submesh(realized):
+    for launches in submesh_launches(realized.program, realized.wiring):
         stages = {launch.first.stage for launch in launches}
         _, parts = peak(launches, {index: buffers[index] for index in stages})
         found |= dict.fromkeys(stages, sum(parts.values()))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 
 from launcher.autopar.buffers import FUSED, Footprint, StageBuffers
 from launcher.autopar.instructions import Op
-from launcher.autopar.launches import Launch, launches
 from launcher.autopar.memory import backward_workspace, class_memories
 from launcher.autopar.param_costs import gradient_spec, optimizer_spec
 from launcher.autopar.realize import RealizedPlan, RealizedStage
@@ -19,14 +18,6 @@ from launcher.autopar.work import aval_bytes
 
 Sizes = Callable[[Mapping, Mapping], float]
 """(name -> spec, name -> aval) -> bytes per device."""
-
-
-def launches_by_submesh(realized: RealizedPlan) -> list[list[Launch]]:
-    """What each submesh launches, in order."""
-    found: dict[int, list[Launch]] = defaultdict(list)
-    for launch in launches(realized.program, realized.wiring):
-        found[launch.submesh].append(launch)
-    return list(found.values())
 
 
 def predicted_buffers(realized: RealizedPlan, index: int) -> StageBuffers:

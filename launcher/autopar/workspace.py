@@ -33,14 +33,99 @@ Buffer = tuple[Value, Spec, Order]
 """A value under a spec, its dims as they are (None), reordered, or () for as many as a product takes."""
 
 _CHEAP = frozenset(
-    ["abs", "add", "add_any", "and", "bitcast_convert_type", "broadcast_in_dim", "ceil", "clamp", "convert_element_type", "copy", "dynamic_slice", "eq", "expand_dims", "floor", "ge", "gt", "imag", "iota", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "real", "reshape", "rev", "round", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "slice", "square", "squeeze", "stop_gradient", "sub", "transpose", "xor"]
+    [
+        "abs",
+        "add",
+        "add_any",
+        "and",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "dynamic_slice",
+        "eq",
+        "expand_dims",
+        "floor",
+        "ge",
+        "gt",
+        "imag",
+        "iota",
+        "is_finite",
+        "le",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "real",
+        "reshape",
+        "rev",
+        "round",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "slice",
+        "square",
+        "squeeze",
+        "stop_gradient",
+        "sub",
+        "transpose",
+        "xor",
+    ]
 )
 _DEAR = frozenset(
-    ["acos", "asin", "atan", "atan2", "cbrt", "concatenate", "cos", "cosh", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "gather", "integer_pow", "log", "log1p", "logistic", "pad", "pow", "rem", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh"]
+    [
+        "acos",
+        "asin",
+        "atan",
+        "atan2",
+        "cbrt",
+        "concatenate",
+        "cos",
+        "cosh",
+        "div",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "gather",
+        "integer_pow",
+        "log",
+        "log1p",
+        "logistic",
+        "pad",
+        "pow",
+        "rem",
+        "rsqrt",
+        "sin",
+        "sinh",
+        "sqrt",
+        "tan",
+        "tanh",
+    ]
 )
 _VIEWS = frozenset(["expand_dims", "reshape", "squeeze", "stop_gradient"])
 _MOVES = frozenset(
-    ["broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "iota", "pad", "rev", "slice", "transpose"]
+    [
+        "broadcast_in_dim",
+        "concatenate",
+        "dynamic_slice",
+        "gather",
+        "iota",
+        "pad",
+        "rev",
+        "slice",
+        "transpose",
+    ]
 )
 _GATHERS = frozenset((Kind.ALL_GATHER.value, Kind.SLICE.value))
 _IN_PLACE = (_CHEAP | _DEAR | {Kind.ALL_REDUCE.value, Kind.MASK.value}) - _MOVES - _VIEWS

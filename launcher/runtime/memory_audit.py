@@ -15,8 +15,8 @@ import numpy as np
 
 from launcher.autopar.buffers import Footprint, peak
 from launcher.autopar.instructions import Op
-from launcher.autopar.launches import fused_stages
-from launcher.autopar.predicted_buffers import launches_by_submesh, stage_buffers
+from launcher.autopar.launches import fused_stages, submesh_launches
+from launcher.autopar.predicted_buffers import stage_buffers
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -73,7 +73,7 @@ def audit_memory(
         found[index] = measured_buffers(realized, index, programs, compiled)
     predicted = realized.plan.predicted.peak_bytes_per_device
     audits = []
-    for launches in launches_by_submesh(realized):
+    for launches in submesh_launches(realized.program, realized.wiring):
         stages = sorted({launch.first.stage for launch in launches})
         at, parts = peak(launches, {index: found[index] for index in stages})
         audits += [MemoryAudit(index, predicted[index], str(at), parts) for index in stages]

@@ -123,6 +123,8 @@ class WholeStep:
     def _microbatch(self, params: Arrays, loss_scale, carry, inputs):
         """Forward and backward; the scan's body."""
         (sums, state), (batch, key) = carry, inputs
+        # Or XLA gathers all parameters before the loop, and holds them throughout.
+        params, sums = lax.optimization_barrier((params, sums))
         programs = self._programs
         dtype = programs.avals.values[self._loss].dtype
         scaling = programs.optimizer.loss_scaling

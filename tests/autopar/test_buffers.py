@@ -33,7 +33,7 @@ def launches(text: str) -> list[Launch]:
 
 
 def totals(text: str) -> list[float]:
-    return [sum(parts.values()) for _, parts in held(launches(text), {1: BUFFERS})]
+    return [total for _, total in held(launches(text), {1: BUFFERS})]
 
 
 def test_what_is_held_is_what_was_made_and_not_yet_freed():
@@ -78,7 +78,7 @@ def test_a_split_backward_lets_go_of_what_its_second_half_does_not_read():
         programs={},
     )
     moments = held(launches("1F0 1I0 1W0 1FREE_K0 1N"), {1: split})
-    assert [sum(parts.values()) for _, parts in moments] == [0, 100, 50, 50, 0]
+    assert [total for _, total in moments] == [0, 100, 50, 50, 0]
 
 
 @pytest.mark.parametrize("first", ["1U", "1S 1U"])

@@ -287,9 +287,10 @@ def check_evaluation(executor: LocalExecutor) -> None:
 def exact() -> SimpleNamespace:
     """Give the parts; test files cannot import them from one another."""
     return SimpleNamespace(
-        BATCH=BATCH, SEED=SEED, model_of=model_of, draw_batch=draw_batch, cluster=cluster,
-        reference=reference, plan_file=plan_file, executor_for=executor_for,
-        assert_within=assert_within, first_gradients=first_gradients, train=train, check_evaluation=check_evaluation,
+        BATCH=BATCH, SEED=SEED, CLIP_NORM=CLIP_NORM,
+        model_of=model_of, draw_batch=draw_batch, cluster=cluster, reference=reference,
+        plan_file=plan_file, executor_for=executor_for, assert_within=assert_within,
+        first_gradients=first_gradients, train=train, check_evaluation=check_evaluation,
     )  # fmt: skip
 
 
