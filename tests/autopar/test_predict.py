@@ -192,7 +192,7 @@ def test_peaks_count_the_microbatches_in_flight(tiny_gpt, cpu8, schedule, in_fli
         wiring = planner.wiring(*stage.stage.layers)
         memories = class_memories(planner, stage.sharding, wiring)
         assert peak == pytest.approx(
-            stage_memory(memories, wiring, "none").peak_bytes(count), rel=0.01
+            stage_memory(memories, wiring, "none").peak_bytes(count), rel=0.02
         )
 
 

@@ -28,17 +28,26 @@ from launcher import models
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import adopt_plan, find_plan
 from launcher.autopar.plan_file import from_json
+from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.space import PlanOptions
 from launcher.config import CustomConfig, GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import LossScaling, Optimizer
 from launcher.runtime.local_executor import LocalExecutor
 
 BATCH, SEED, CLIP_NORM = 16, 3, 0.1
+CLUSTER = 2, 4  # hosts, and devices of each
 _TRUNK = {"size": "tiny", "layers": 3, "hidden": 16, "heads": 2, "seq_len": 8, "vocab_size": 32}
 _CONFIGS = {
     "gpt": lambda **more: GptConfig(**_TRUNK | {"dropout": 0.1} | more),
     "moe": lambda **more: MoeConfig(
-        **_TRUNK | {"dropout": 0.1, "expert_group_size": 8, "second_expert": "random"} | more
+        **_TRUNK
+        | {
+            "dropout": 0.1,
+            "expert_group_size": 8,
+            "second_expert": "random",
+            "aux_loss_weight": 1.0,
+        }
+        | more
     ),
     "wrn": lambda **more: WrnConfig(
         **{"size": "tiny", "depth": 11, "base_channels": 4, "num_classes": 8} | more
@@ -190,32 +199,34 @@ def plan_file(
     return json.dumps(found)
 
 
-def executor_for(
-    model, given: dict, *, loss_scaling: LossScaling | None = None, transform=None
-) -> LocalExecutor:
-    """The executor of a plan: of `stages` as in a file, or of what the planner makes of its options."""
+def realized_for(model, given: dict, transform=None) -> RealizedPlan:
+    """A plan: of `stages` as in a file, or what the planner makes of its options."""
     given = dict(given)
-    machine = cluster(*given.pop("cluster", (2, 4)))
+    machine = cluster(*given.pop("cluster", CLUSTER))
     transform = transform or _TRANSFORMS.get(model.name, _ADAMW)
     if "stages" in given:
         plan = from_json(plan_file(model, machine, **given))
         options = PlanOptions(mode="from_file", global_batch=BATCH, optimizer=transform)
-        planned = adopt_plan(plan, model, machine, options)
-    else:
-        count = given.pop("microbatches")
-        options = PlanOptions(
-            global_batch=BATCH, num_microbatches=count, optimizer=transform, **given
-        )
-        planned = find_plan(model, machine, options, lambda text: None)
+        return adopt_plan(plan, model, machine, options).realized
+    count = given.pop("microbatches")
+    options = PlanOptions(global_batch=BATCH, num_microbatches=count, optimizer=transform, **given)
+    return find_plan(model, machine, options, lambda text: None).realized
+
+
+def executor_for(
+    model, given: dict, *, loss_scaling: LossScaling | None = None, transform=None
+) -> LocalExecutor:
+    """An executor that trains the model as a plan says."""
+    realized = realized_for(model, given, transform)
     optimizer = Optimizer(
-        transform=transform,
+        transform=transform or _TRANSFORMS.get(model.name, _ADAMW),
         clip_norm=CLIP_NORM,
         schedule=lambda step: 0.1,
         loss_scaling=loss_scaling or LossScaling(),
     )
-    grid = np.array(jax.devices()[: machine.num_devices], dtype=object)
-    grid = grid.reshape(machine.num_hosts, machine.devices_per_host)
-    return LocalExecutor(planned.realized, model, optimizer, grid, seed=SEED)
+    hosts, devices = given.get("cluster", CLUSTER)
+    grid = np.array(jax.devices()[: hosts * devices], dtype=object).reshape(hosts, devices)
+    return LocalExecutor(realized, model, optimizer, grid, seed=SEED)
 
 
 # Comparing
@@ -289,7 +300,7 @@ def exact() -> SimpleNamespace:
     return SimpleNamespace(
         BATCH=BATCH, SEED=SEED, CLIP_NORM=CLIP_NORM,
         model_of=model_of, draw_batch=draw_batch, cluster=cluster, reference=reference,
-        plan_file=plan_file, executor_for=executor_for, assert_within=assert_within,
+        plan_file=plan_file, executor_for=executor_for, realized_for=realized_for, assert_within=assert_within,
         first_gradients=first_gradients, train=train, check_evaluation=check_evaluation,
     )  # fmt: skip
 

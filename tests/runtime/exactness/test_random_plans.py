@@ -127,7 +127,7 @@ def test_random_plans_are_plans_of_all_kinds(exact):
             assert math.prod(length for _, length in stage.mesh) == stage.num_devices
     assert set(seen["schedule"]) == set(SCHEDULES)
     assert set(seen["microbatches"]) == {1, 2, 4, 8, 16}
-    assert set(seen["stages"]) == set(range(1, MOST_LAYERS + 1))
+    assert set(seen["stages"]) == {1, 2, 3, 4, 6}
     assert set(seen["zero"]) == {0, 1, 2, 3}
     assert set(seen["recompute"]) == {"none", "layer", "full"}
     assert len(seen["mesh"]) > 8
