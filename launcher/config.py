@@ -270,7 +270,7 @@ class TrainConfig:
 class PlanConfig:
     """What to do with a plan besides carrying it out."""
 
-    audit: bool  # compile every stage, and compare its collectives with the priced ones
+    audit: bool  # compile every stage; compare its collectives and memory with the priced ones
 
 
 @dataclass(kw_only=True)

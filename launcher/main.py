@@ -49,8 +49,6 @@ from launcher.runtime.weights import WeightsFile, open_weights
 
 log = logging.getLogger(__name__)
 
-Arrays = Callable[[], Mapping[str, jax.Array]]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
@@ -200,7 +198,9 @@ def find_sampler(
     return make_sampler(settings, model, dataset, cluster.device.memory_bytes if is_real else None)
 
 
-def make_end(setup: Setup, planned: Planned, arrays: Arrays) -> RunEnd:
+def make_end(
+    setup: Setup, planned: Planned, arrays: Callable[[], Mapping[str, jax.Array]]
+) -> RunEnd:
     """What is written after the last step."""
     return RunEnd(
         run_dir=setup.run_dir,

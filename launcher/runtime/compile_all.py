@@ -71,4 +71,5 @@ class _CacheHits:
         self.count += event == "/jax/compilation_cache/cache_hits"
 
 
+# One for the process: jax has no public way to take a listener off again.
 _CACHE_HITS = _CacheHits()

@@ -44,8 +44,11 @@ class Cotangents:
         if loss_scale is not None and self._loss in self._values:
             self._seed = self._scaled(loss_scale)
 
-    def of(self, received: Mapping[Value, Sequence[jax.Array]]) -> Arrays:
-        """The cotangents of a microbatch."""
+    def of(self, received: Mapping[Value, Mapping[int, jax.Array]]) -> Arrays:
+        """The cotangents of a microbatch, from what each stage has sent of a value.
+
+        They are summed in the order of the stages, whichever came first: sums depend on it.
+        """
         return {value: self._of_value(value, received) for value in self._values}
 
     def _of_value(self, value: Value, received) -> jax.Array:
@@ -53,7 +56,7 @@ class Cotangents:
             return self._seed
         if value in self._zeros:
             return self._zeros[value]
-        parts = received[value]
+        parts = [received[value][stage] for stage in sorted(received[value])]
         return parts[0] if len(parts) == 1 else self._sums[value](parts)
 
 

@@ -21,7 +21,7 @@ from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.initial import Values, place_values
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
-from launcher.runtime.memory_error import is_memory_error
+from launcher.runtime.memory_error import explained
 from launcher.runtime.metrics import Meter, TrainSummary
 from launcher.runtime.sinks import Sink
 from launcher.runtime.train_loop import TrainSettings, evaluation_loss
@@ -71,6 +71,7 @@ def run(
         with (
             Interrupt() as interrupt,
             BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
+            explained(explain_memory),
         ):
             loss = evaluation_loss(evaluation, queue, settings, interrupt)
             journal.record_evaluation(done - 1, loss)
@@ -78,8 +79,6 @@ def run(
     except BaseException as error:
         is_stopped = isinstance(error, KeyboardInterrupt)
         journal.finish_despite(error, "interrupted" if is_stopped else "failed")
-        if is_memory_error(error):
-            raise explain_memory(error) from error
         raise
     summary = journal.finish("interrupted" if interrupt.requested else "done")
     if interrupt.requested:

@@ -30,7 +30,7 @@ class Evaluator:
         stages = realize_evaluation(self.realized, self.model, microbatch_size)
         return [
             StagePrograms(
-                stage.emitter, list(trained.mesh.devices.flat), trained.optimizer,
+                stage.emitter, trained.devices, trained.optimizer,
                 owned=trained.owned, tied={}, num_norms=0, settings=stage.settings,
             )
             for stage, trained in zip(stages, self.training, strict=True)

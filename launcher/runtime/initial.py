@@ -75,7 +75,7 @@ def place_values(plan: Plan, programs: Sequence[StagePrograms], values: Values) 
     residents = [Resident({}, {}) for _ in programs]
     for source, array in values:
         for index, (stage, resident) in enumerate(zip(programs, residents, strict=True)):
-            with memory_errors(plan, Doing.placing(index), list(stage.mesh.devices.flat)):
+            with memory_errors(plan, Doing.placing(index), stage.devices):
                 _place_value(stage, resident, source, array)
     return residents
 

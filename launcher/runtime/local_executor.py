@@ -37,9 +37,9 @@ from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 log = logging.getLogger(__name__)
 
-_FUSED = {"zeros", "forward_backward", "synchronize", "update"}
-_WHOLE = {"zeros", "forward", "backward", "synchronize", "update"}
-_SPLIT = {"zeros", "forward", "backward_input", "backward_weight", "synchronize", "update"}
+_FUSED = ("zeros", "forward_backward", "synchronize", "update")
+_WHOLE = ("zeros", "forward", "backward", "synchronize", "update")
+_SPLIT = ("zeros", "forward", "backward_input", "backward_weight", "synchronize", "update")
 
 
 class LocalExecutor(Executor):
@@ -73,7 +73,7 @@ class LocalExecutor(Executor):
         held = place_values(self.plan, self._programs, values)
         for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
             owned = {path: own.params[path] for path in sorted(built.owned)}
-            with memory_errors(self.plan, Doing.placing(index), list(built.mesh.devices.flat)):
+            with memory_errors(self.plan, Doing.placing(index), built.devices):
                 optimizer_state = built.init_optimizer(owned)
             yield StageState(
                 index=index,
@@ -115,8 +115,7 @@ class LocalExecutor(Executor):
                 yield _key(index, name), partial(self._compile, index, compile_)
 
     def _compile(self, stage: int, compile_: Callable[[], jax.stages.Compiled]):
-        devices = list(self._programs[stage].mesh.devices.flat)
-        with memory_errors(self.plan, Doing.compiling(stage), devices):
+        with memory_errors(self.plan, Doing.compiling(stage), self._programs[stage].devices):
             return compile_()
 
     # Training
@@ -126,8 +125,7 @@ class LocalExecutor(Executor):
 
     def step(self, placed) -> StepResult:
         # A pipeline says by itself which instruction it was.
-        devices = list(self._programs[0].mesh.devices.flat)
-        with memory_errors(self.plan, Doing.whole_step(), devices):
+        with memory_errors(self.plan, Doing.whole_step(), self._programs[0].devices):
             return self.steps.step(placed)
 
     def traced_step(self, placed) -> tuple[StepResult, Recording]:
@@ -140,7 +138,7 @@ class LocalExecutor(Executor):
         jax.block_until_ready([(stage.params, stage.state) for stage in self.stages])
 
     def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss and the synchronised gradients of a batch, without the update; for checks."""
+        """The loss and the synchronised gradients of a batch, for checks; all state stays as it was."""
         return self.pipeline.gradients(batch, step)
 
     def evaluate(self, batch: Batch) -> jax.Array:
@@ -165,11 +163,12 @@ class LocalExecutor(Executor):
         return {p: np.asarray(a) for stage in self.stages for p, a in stage.state.items()}
 
     def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
-        peaks = [peak_bytes(stage.programs.mesh.devices.flat) for stage in self.stages]
+        peaks = [peak_bytes(stage.programs.devices) for stage in self.stages]
         return None if None in peaks else tuple(peaks)
 
     def close(self) -> None:
-        self.stages = []
+        for stage in self.stages:
+            stage.release()
 
 
 def _key(stage: int, name: str) -> str:

@@ -7,8 +7,9 @@ which instruction it was.
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 
@@ -51,6 +52,11 @@ class Doing:
         return cls(stage, "compiling its programs", of_parameters=False)
 
     @classmethod
+    def beginning(cls, stage: int) -> "Doing":
+        """Before the first instruction of a step."""
+        return cls(stage, "making the accumulators of its gradients", of_parameters=True)
+
+    @classmethod
     def whole_step(cls) -> "Doing":
         """The only stage runs a step as one program."""
         return cls(0, "in its step, which is one program", of_parameters=False)
@@ -87,14 +93,21 @@ def memory_error(
 
 
 @contextlib.contextmanager
-def memory_errors(plan: Plan, doing: Doing, devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Turn XLA's error into ours, outside of a step."""
+def explained(explain: Callable[[BaseException], TrainingError]) -> Iterator[None]:
+    """Turn XLA's error into what `explain` makes of it."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_memory_error(error):
             raise
-        raise memory_error(error, plan, doing, devices) from error
+        raise explain(error) from error
+
+
+def memory_errors(
+    plan: Plan, doing: Doing, devices: Sequence[jax.Device]
+) -> contextlib.AbstractContextManager[None]:
+    """Turn XLA's error into ours, where it is known what a stage is about."""
+    return explained(partial(memory_error, plan=plan, doing=doing, devices=devices))
 
 
 def _asked_for(error: BaseException) -> list[str]:

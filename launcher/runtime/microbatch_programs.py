@@ -52,7 +52,7 @@ class MicrobatchPrograms:
     def __init__(self, signature: StageSignature, *, split: bool, gathers: bool):
         self.signature, self.emitter = signature, signature.emitter
         self._recomputes = gathers or signature.layout.recompute != "none"
-        self.emitter.calls_layers = signature.mesh.devices.flat[0].platform == "cpu"
+        self.emitter.calls_layers = signature.devices[0].platform == "cpu"
         self.is_split = split
         self._names = _Names(signature)
         self.groups = self._grouped()

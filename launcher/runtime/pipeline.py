@@ -22,7 +22,7 @@ from launcher.runtime.links import NORM, Links, hand_over, hand_over_copies
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.mailbox import Mailbox
 from launcher.runtime.means import LOSS, Means
-from launcher.runtime.memory_error import Doing, is_memory_error, memory_error
+from launcher.runtime.memory_error import Doing, is_memory_error, memory_error, memory_errors
 from launcher.runtime.placement import PlacedBatch, Placer
 from launcher.runtime.stage_state import StageState, Stash
 from launcher.runtime.transport import Channel
@@ -85,7 +85,7 @@ class Pipeline:
         return self.finish()
 
     def _out_of_memory(self, error: jax.errors.JaxRuntimeError, launch: Launch) -> TrainingError:
-        devices = list(self.stages[launch.first.stage].programs.mesh.devices.flat)
+        devices = self.stages[launch.first.stage].programs.devices
         return memory_error(error, self.realized.plan, Doing.step(launch.first), devices)
 
     def begin(self, placed: PlacedBatch) -> None:
@@ -93,7 +93,9 @@ class Pipeline:
         self._placed = placed
         self._reported: dict[str, list] = defaultdict(list)
         for stage in self.stages:
-            stage.accumulators = stage.compiled.zeros()
+            doing = Doing.beginning(stage.index)
+            with memory_errors(self.realized.plan, doing, stage.programs.devices):
+                stage.accumulators = stage.compiled.zeros()
             stage.state_before = stage.state
             stage.beginnings.begin(stage.loss_scale)
         for scalars in placed.loose:
@@ -119,7 +121,7 @@ class Pipeline:
         self._mailbox.give_up()
 
     def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The loss and the synchronised gradients of a batch, without the update; for checks."""
+        """The loss and the synchronised gradients of a batch, for checks; all state stays as it was."""
         self.begin(self.place(batch, step))
         for launch, action in self.actions:
             if launch.first.op not in _AFTER_GRADIENTS:
@@ -127,6 +129,8 @@ class Pipeline:
         found = {}
         for stage in self.stages:
             found |= {path: stage.gradients[path] for path in stage.programs.owned}
+            stage.state, stage.state_before = stage.state_before, {}
+            stage.gradients, stage.norms = {}, {}
         return self._means.of(self._reported)[LOSS], found
 
     # Compute
@@ -205,7 +209,7 @@ class Pipeline:
         stage.returns[microbatch] = returns
         for peer in self._neighbours.returned_here[stage.index]:
             moved = hand_over(self.links.cotangents[stage.index, peer], returns)
-            self._receive_cotangents(self.stages[peer], microbatch, moved)
+            self._add_cotangents(self.stages[peer], microbatch, stage.index, moved)
 
     def _synchronize(self, stage: StageState, instruction: Instruction):
         """gradients, squared norm = synchronize(accumulators, tied gradients)"""
@@ -281,17 +285,17 @@ class Pipeline:
 
     def _receive_cotangent(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.cotangents, instruction)
-        self._receive_cotangents(stage, instruction.microbatch, received)
+        self._add_cotangents(stage, instruction.microbatch, instruction.peer, received)
         return received
 
     def _receive(self, channels: Mapping[Edge, Channel], instruction: Instruction) -> Arrays:
         channel = channels[instruction.peer, instruction.stage]
         return channel.receive(self._mailbox.take(instruction))
 
-    def _receive_cotangents(self, stage: StageState, microbatch: int, moved: Arrays) -> None:
+    def _add_cotangents(self, stage: StageState, microbatch: int, peer: int, moved: Arrays) -> None:
         received = stage.cotangents.setdefault(microbatch, {})
         for value, array in moved.items():
-            received.setdefault(value, []).append(array)
+            received.setdefault(value, {})[peer] = array
 
     def _send_tied_gradient(self, stage: StageState, instruction: Instruction):
         channel = self.links.tied_gradients[stage.index, instruction.peer]

@@ -5,17 +5,16 @@ and random keys where its stages want them. Keys are cut apart by one program pe
 copies would take longer than the step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from launcher.runtime.executor import Batch
 from launcher.runtime.loose_metrics import LooseMetrics, Scalars
 from launcher.runtime.stage_programs import StagePrograms
-
-Batch = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,8 @@ class Sampler:
             window = np.zeros((1, length), np.int32)
             seen = ids[-length:]
             window[0, : len(seen)] = seen
-            key = np.array([self.settings.seed, number], np.uint32)
+            # A seed may have more than the 32 bits that a key takes of it.
+            key = np.array([self.settings.seed, number]).astype(np.uint32)
             ids.append(int(draw(params, state, window, len(seen) - 1, key)))
         return ids[len(prompt) :]
 

@@ -16,7 +16,7 @@ from functools import cached_property
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.param_costs import gradient_spec, optimizer_spec
@@ -124,7 +124,7 @@ class StagePrograms(StageSignature):
             "backward_input": self.microbatch.compile_backward_input,
             "backward_weight": self.microbatch.compile_backward_weight,
             "forward_backward": self.microbatch.compile_forward_backward,
-            "synchronize": self.compile_synchronize,
+            "synchronize": self._compile_synchronize,
             "update": self.compile_update,
         }
         found = {name: known[name] for name in names}
@@ -150,14 +150,11 @@ class StagePrograms(StageSignature):
 
         return jax.jit(zeros, out_shardings=shardings).lower().compile()
 
-    def gradient_sharding(self, path: str) -> NamedSharding:
-        return self.sharding(self.gradient_spec(path), self.avals.params[path].ndim)
-
     def _accumulators(self, *, owned: bool) -> dict[str, Spec]:
         specs = self.layout.accumulators
         return {path: spec for path, spec in specs.items() if (path in self.owned) == owned}
 
-    def compile_synchronize(self) -> jax.stages.Compiled:
+    def _compile_synchronize(self) -> jax.stages.Compiled:
         """(accumulators, gradients received) -> (gradients, squared norm), of owned parameters."""
         params, accumulators = self.avals.params, self._accumulators(owned=True)
         targets = {path: self.gradient_spec(path) for path in self.owned_paths}
@@ -179,7 +176,7 @@ class StagePrograms(StageSignature):
         ).compile()
 
     def synchronize_shards(self, sums: Arrays, received: Mapping[str, Sequence[jax.Array]]):
-        """What `compile_synchronize` compiles, on one device's shards, inside `jax.shard_map`."""
+        """What `_compile_synchronize` compiles, on one device's shards, inside `jax.shard_map`."""
         accumulators = self._accumulators(owned=True)
         targets = {path: self.gradient_spec(path) for path in self.owned_paths}
         gradients, squares = {}, []
@@ -203,11 +200,9 @@ class StagePrograms(StageSignature):
         aval, ledger = self.avals.params[path], self.emitter.ledger
         return reshard_local(shard, aval, source, target, self.logical, ledger)
 
-    def _compile_reduce_tied(self) -> jax.stages.Compiled | None:
+    def _compile_reduce_tied(self) -> jax.stages.Compiled:
         """Accumulators of parameters that another stage owns -> their sums, to be sent there."""
         accumulators = self._accumulators(owned=False)
-        if not accumulators:
-            return None
         targets = {path: self.layout.params[path] for path in accumulators}
 
         def reduce(sums):

@@ -23,6 +23,7 @@ class StageSignature:
 
     def __init__(self, emitter: StageEmitter, devices: Sequence[jax.Device]):
         self.emitter, self.layout, self.logical = emitter, emitter.layout, emitter.mesh
+        self.devices = tuple(devices)
         self.mesh = Mesh(
             np.array(devices, dtype=object).reshape(self.logical.shape), self.logical.axis_names
         )

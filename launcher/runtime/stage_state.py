@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from launcher.autopar.graph import Value
 from launcher.autopar.split_layout import SplitLayout
 from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.stage_programs import Compiled, StagePrograms
@@ -67,10 +68,18 @@ class StageState:
     imports: dict[int, Arrays] = field(default_factory=dict)
     stash: dict[int, Stash] = field(default_factory=dict)
     exports: dict[int, Arrays] = field(default_factory=dict)
-    cotangents: dict[int, dict[int, list[jax.Array]]] = field(default_factory=dict)
+    cotangents: dict[int, dict[Value, dict[int, jax.Array]]] = field(default_factory=dict)
     returns: dict[int, Arrays] = field(default_factory=dict)
 
     @property
     def microbatch_buffers(self) -> Sequence[dict]:
         """The stores that must be empty when a step ends."""
         return self.imports, self.stash, self.exports, self.cotangents, self.returns
+
+    def release(self) -> None:
+        """Let go of all arrays; no step can follow."""
+        self.params, self.state, self.optimizer_state, self.loss_scale = {}, {}, None, None
+        self.state_before, self.accumulators, self.gradients = {}, {}, {}
+        self.tied_gradients, self.norms, self.norm = {}, {}, None
+        for buffers in self.microbatch_buffers:
+            buffers.clear()

@@ -120,12 +120,12 @@ class _Play:
             raise
 
     def _play(self, launch: Launch, action: Action) -> Span | Future[Span]:
-        stage = self._pipeline.stages[launch.first.stage]
-        devices = list(stage.programs.mesh.devices.flat)
+        plan, first = self._pipeline.realized.plan, launch.first
+        devices = self._pipeline.stages[first.stage].programs.devices
         start_s = time.perf_counter()
-        with memory_errors(self._pipeline.realized.plan, Doing.step(launch.first), devices):
+        with memory_errors(plan, Doing.step(first), devices):
             results = action()
-            if launch.first.is_send:
+            if first.is_send:
                 return self._watchers.submit(self._end, launch, start_s, results)
             return self._end(launch, start_s, results)
 

@@ -9,10 +9,9 @@ The loop ends in one summary however it ends: all steps done, Ctrl-C (the step a
 first), or an error.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +23,7 @@ from launcher.errors import TrainingError
 from launcher.runtime.batch_queue import BatchQueue
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
-from launcher.runtime.memory_error import is_memory_error
+from launcher.runtime.memory_error import explained
 from launcher.runtime.metrics import Meter, TrainSummary
 from launcher.runtime.sinks import Sink
 
@@ -80,7 +79,7 @@ def run(
         with (
             Interrupt() as interrupt,
             BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
-            _memory_errors(journal, settings, explain_memory),
+            explained(_with_step(journal, settings, explain_memory)),
         ):
             _train(executor, queue, settings, journal, interrupt)
             at_end(journal.num_steps, interrupt.requested)
@@ -151,15 +150,14 @@ def evaluation_loss(
     return math.fsum(losses) / len(losses)
 
 
-@contextlib.contextmanager
-def _memory_errors(
+def _with_step(
     journal: Journal, settings: TrainSettings, explain: Callable[[BaseException], TrainingError]
-) -> Iterator[None]:
-    """Turn what XLA raises when device memory is used up, and only a result shows, into one line."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not is_memory_error(error):
-            raise
-        done = f"after step {journal.num_steps} of {settings.steps}"
-        raise TrainingError(f"{done}: {explain(error)}") from error
+) -> Callable[[BaseException], TrainingError]:
+    """Also say after which step it was: only a result shows that device memory is used up."""
+
+    def told(error: BaseException) -> TrainingError:
+        return TrainingError(
+            f"after step {journal.num_steps} of {settings.steps}: {explain(error)}"
+        )
+
+    return told

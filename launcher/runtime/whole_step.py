@@ -109,22 +109,25 @@ class WholeStep:
         self, params: Arrays, state: Arrays, optimizer_state, loss_scale, batch: Arrays, keys
     ):
         """On one device's shards."""
-        body = partial(self._microbatch, params, loss_scale)
         carry = self._programs.local_zeros(), state
         if self._num_microbatches == 1:
             only = {name: leaf[0] for name, leaf in batch.items()}
-            (sums, after), reported = body(carry, (only, keys[0]))
+            (sums, after), reported = self._microbatch(params, loss_scale, carry, (only, keys[0]))
         else:
-            (sums, after), reported = lax.scan(body, carry, (batch, keys))
+            repeated = partial(self._loop_body, params, loss_scale)
+            (sums, after), reported = lax.scan(repeated, carry, (batch, keys))
             reported = {name: leaf.mean(axis=0) for name, leaf in reported.items()}
         made = self._update(params, optimizer_state, loss_scale, sums, state, after)
         return made._replace(params=params | made.params, state=after | made.state), reported
 
-    def _microbatch(self, params: Arrays, loss_scale, carry, inputs):
-        """Forward and backward; the scan's body."""
-        (sums, state), (batch, key) = carry, inputs
+    def _loop_body(self, params: Arrays, loss_scale, carry, inputs):
         # Or XLA gathers all parameters before the loop, and holds them throughout.
-        params, sums = lax.optimization_barrier((params, sums))
+        params, carry = lax.optimization_barrier((params, carry))
+        return self._microbatch(params, loss_scale, carry, inputs)
+
+    def _microbatch(self, params: Arrays, loss_scale, carry, inputs):
+        """Forward and backward."""
+        (sums, state), (batch, key) = carry, inputs
         programs = self._programs
         dtype = programs.avals.values[self._loss].dtype
         scaling = programs.optimizer.loss_scaling

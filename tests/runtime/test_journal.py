@@ -16,7 +16,9 @@ from launcher.runtime.sinks import JsonlSink
 
 def test_rows_and_summary(fake):
     sink = fake.Sink()
-    summary = fake.train(fake.Executor([3.0, 1.0, 2.0], peak_bytes=(77, 66)), fake.settings(3), sink)
+    summary = fake.train(
+        fake.Executor([3.0, 1.0, 2.0], peak_bytes=(77, 66)), fake.settings(3), sink
+    )
     assert [row["step"] for row in sink.rows] == [1, 2, 3]
     assert [row["loss"] for row in sink.rows] == [3.0, 1.0, 2.0]
     assert sink.rows[1] == {

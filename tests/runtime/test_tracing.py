@@ -214,8 +214,7 @@ class FakePipeline:
             (launch, functools.partial(self._act, launch)) for launch in launches(program, wiring)
         ]
         self.realized = SimpleNamespace(plan=None)
-        mesh = SimpleNamespace(devices=np.array([]))
-        stage = SimpleNamespace(programs=SimpleNamespace(mesh=mesh))
+        stage = SimpleNamespace(programs=SimpleNamespace(devices=()))
         self.stages = [stage] * program.num_stages
 
     def give_up(self):
