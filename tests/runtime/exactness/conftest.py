@@ -231,7 +231,7 @@ def errors(found: dict, wanted: dict, floor: float = 0.0) -> dict[str, float]:
     for path, array in wanted.items():
         difference = np.abs(np.asarray(found[path], array.dtype) - array).max()
         scale = max(np.abs(array).max(), floor * biggest)
-        result[path] = difference / scale if scale else difference
+        result[path] = float(difference / scale if scale else difference)
     return result
 
 
@@ -240,7 +240,7 @@ def assert_within(bound: float, found: dict, wanted: dict, what: str, floor: flo
     by_path = errors(found, wanted, floor)
     wrong = {path: error for path, error in by_path.items() if not error <= bound}  # NaN too
     assert not wrong, f"{what} of {wrong}"
-    return float(max(by_path.values(), default=0.0))
+    return max(by_path.values(), default=0.0)
 
 
 def first_gradients(executor: LocalExecutor, bound: float, floor: float = 0.0) -> tuple:

@@ -117,7 +117,6 @@ FAMILIES = ("gpt", "moe", "wrn", "custom")
 PLAIN = [
     ("gpt", "interleaved, changing meshes"),
     ("moe", "zb_h1, 2x1 2x2, layer, full"),
-    ("wrn", "1f1b over two hosts"),
     ("wrn", "interleaved"),
 ]
 PLAIN += [("custom", plan) for plan in PLANS if plan not in [taken for _, taken in PLAIN]]
