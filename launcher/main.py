@@ -68,6 +68,7 @@ class Setup:
 
 def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
+    use_cache(config.runtime.compilation_cache)
     setup = make_setup(config, run_dir, Console())
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     planned = make_plan(config, model, cluster, optimizer, setup.console)
@@ -77,7 +78,6 @@ def run(config: Config, run_dir: Path) -> int:
     if config.mode == "plan":
         return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
-    use_cache(config.runtime.compilation_cache)
     if config.mode == "eval":
         evaluate(setup, planned, grid)
     else:

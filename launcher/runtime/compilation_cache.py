@@ -13,6 +13,8 @@ import platform
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from launcher.errors import ConfigError
+
 _LEAST_S = 0.1  # what compiles faster is not worth a file
 
 
@@ -22,6 +24,9 @@ def use_cache(setting: str) -> pathlib.Path | None:
     Args:
         setting: "auto", "off", or a folder. A folder that jax was given by the environment
             (`JAX_COMPILATION_CACHE_DIR`) stays where the setting is "auto".
+
+    Raises:
+        ConfigError: the folder that was given cannot be written.
     """
     if setting == "off":
         jax.config.update("jax_enable_compilation_cache", False)
@@ -29,6 +34,7 @@ def use_cache(setting: str) -> pathlib.Path | None:
     given = jax.config.jax_compilation_cache_dir
     if setting != "auto":
         folder = pathlib.Path(setting).expanduser()
+        _check_writable(folder, setting)
     elif given:
         folder = pathlib.Path(given)
     else:
@@ -37,6 +43,19 @@ def use_cache(setting: str) -> pathlib.Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
     return folder
+
+
+def _check_writable(folder: pathlib.Path, setting: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_writable = os.access(folder, os.W_OK)
+    except OSError:
+        is_writable = False
+    if not setting or not is_writable:
+        raise ConfigError(
+            f"{str(folder)!r} is no folder that can be written "
+            f"(runtime.compilation_cache={setting}): give another, auto, or off"
+        )
 
 
 def _default_folder() -> pathlib.Path:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from launcher.errors import ConfigError
 from launcher.runtime import compilation_cache
 from launcher.runtime.compile_all import compile_all
 
@@ -82,3 +83,12 @@ def test_off_is_off():
         assert not jax.config.jax_enable_compilation_cache
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
+
+
+@pytest.mark.parametrize("setting", ["", "file/cache"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ConfigError, match="is no folder that can be written") as raised:
+        compilation_cache.use_cache(setting)
+    assert f"(runtime.compilation_cache={setting})" in str(raised.value)

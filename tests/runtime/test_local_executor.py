@@ -13,6 +13,7 @@ from flax import nnx
 
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
+from launcher.autopar.messages import messages_of
 from launcher.autopar.space import PlanOptions
 from launcher.models.layers import PRECISIONS
 from launcher.models.model import make_model
@@ -95,3 +96,18 @@ def test_cotangents_are_summed_in_the_order_of_the_stages():
     cotangents = Cotangents(realized, 0, programs)
     parts = {stage: jnp.float32(x) for stage, x in ((3, 1.0), (1, 1e8), (2, -1e8))}
     assert float(cotangents.of({7: parts})[7]) == 1.0  # (1 + 1e8) - 1e8 would be 0
+
+
+@pytest.mark.parametrize("executor", [2], indirect=True, ids=["pipeline"])
+def test_the_bytes_that_move_are_those_of_the_plan(executor):
+    steps = 3
+    for step in range(steps):
+        executor.step(executor.place(batch(), step))
+    sent = executor.pipeline.links.transport.bytes_sent()
+    norms = sent.pop("norm")
+    planned = messages_of(executor.realized).bytes_per_step(executor.plan.num_microbatches)
+    assert planned > 0
+    assert sum(sent.values()) == steps * planned
+    assert norms == steps * 2 * np.dtype(np.float32).itemsize  # each of two devices to the other
+    # One activation forward and one cotangent back, a microbatch of two rows at a time.
+    assert sent["activation"] == sent["cotangent"] == steps * 4 * WIDTH * 4
