@@ -84,6 +84,11 @@ def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions)
             f"take the plan's, or plan again"
         )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
+    if plan.model.dtype not in (None, model.dtype):
+        log.warning(
+            "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s "
+            "to do as planned", plan.model.dtype, model.dtype, plan.model.dtype,
+        )  # fmt: skip
     _check_batch(plan)
     realized = realize(plan, model, cluster, optimizer=OptimizerFootprint(options.optimizer))
     outlook = foresee(realized, cluster)

@@ -132,7 +132,8 @@ def _layers_of(plan: Plan, model: Model) -> LayeredModel:
     layered = layered_model(model, plan.microbatch_size)
     if covered == len(layered.layers):
         return layered
-    return layered_model(model, plan.microbatch_size, covered, key="num_layers")
+    key = f"stages[{len(plan.stages) - 1}].layers[1]"
+    return layered_model(model, plan.microbatch_size, covered, key=key)
 
 
 def _realize_stage(

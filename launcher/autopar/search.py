@@ -139,7 +139,9 @@ def _candidate(
     layered = layered_model(model, microbatch_size)
     check_experts(options, cluster, layered)
     if space.num_stages is not None and space.num_stages > len(layered.layers):
-        layered = layered_model(model, microbatch_size, space.num_stages)
+        many = (options.virtual_stages or 1) > 1
+        key = "parallel.pp x parallel.virtual_stages" if many else "parallel.pp"
+        layered = layered_model(model, microbatch_size, space.num_stages, key=key)
     planner = IntraOpPlanner(layered)
     cuts = _cuts(len(layered.layers), space.num_stages)
     costs = StageCosts(

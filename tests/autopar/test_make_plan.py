@@ -285,14 +285,21 @@ def test_a_plan_may_cut_the_model_into_another_number_of_layers(gpt, cpu8):
 def test_more_layers_than_the_model_can_be_cut_into(gpt, cpu8):
     stages = (_TWO[0], replace(_TWO[1], layers=(3, 300)))
     with pytest.raises(
-        ConfigError, match=r"^num_layers=300 is more layers than the (\d+)"
+        ConfigError, match=r"^stages\[1\]\.layers\[1\]=300 is more layers than the (\d+)"
     ) as error:
         adopt_plan(bare(stages), gpt, cpu8, options("auto"))
-    most = int(str(error.value).rpartition("num_layers=")[2].split()[0])
+    most = int(str(error.value).rpartition("layers[1]=")[2].split()[0])
     traced = trace_model(gpt, BATCH // MICROBATCHES)
     assert len(cluster(traced, most).layers) == most
     with pytest.raises(ConfigError, match=rf"parallel.pp={most + 1} .* parallel.pp={most} or less"):
         cluster(traced, most + 1, key="parallel.pp")
+
+
+@pytest.mark.parametrize(("dtype", "is_told"), [("bf16", True), ("fp32", False), (None, False)])
+def test_a_plan_for_another_dtype_is_warned_of(gpt, cpu8, dtype, is_told, caplog):
+    plan = bare(_TWO)
+    adopt_plan(replace(plan, model=replace(plan.model, dtype=dtype)), gpt, cpu8, options("auto"))
+    assert ("set model.dtype=bf16" in caplog.text) == is_told
 
 
 @pytest.mark.slow
