@@ -182,7 +182,7 @@ class Journal:
         raise TrainingError(
             f"the {what} at step {self.num_steps} of {self._planned_steps} ({before}"
             f"{other}, learning rate {_text(learning_rate)}): "
-            f"lower optimizer.learning_rate, clip with optimizer.clip_norm=1.0, "
+            f"lower optimizer.learning_rate, clip harder with optimizer.clip_norm, "
             f"or compute in model.dtype=fp32"
         )
 
