@@ -72,25 +72,25 @@ def _bytes(carried) -> int:
 def messages_of(realized: RealizedPlan) -> Messages:
     """Plan the crossings of all messages of a plan, but the norms: see `scalar_crossing`."""
     stages, avals = realized.stages, realized.planner.model.traced.graph.avals
-    activations, cotangents = {}, {}
-    for (source, target), values in realized.sent.items():
-        activations[source, target] = {
+
+    def carried(values, source: int, made: Mapping, target: int, read: Mapping) -> Carried:
+        return {
             value: _cross(
                 avals[value],
-                _held(stages[source], stages[source].layout.exports[value]),
-                _held(stages[target], stages[target].layout.imports[value]),
+                _held(stages[source], made[value]),
+                _held(stages[target], read[value]),
             )
             for value in values
         }
-    for (source, target), values in realized.returned.items():
-        cotangents[target, source] = {
-            value: _cross(
-                avals[value],
-                _held(stages[target], stages[target].layout.returns[value]),
-                _held(stages[source], stages[source].layout.cotangents[value]),
-            )
-            for value in values
-        }
+
+    activations = {
+        (i, k): carried(values, i, stages[i].layout.exports, k, stages[k].layout.imports)
+        for (i, k), values in realized.sent.items()
+    }
+    cotangents = {
+        (k, i): carried(values, k, stages[k].layout.returns, i, stages[i].layout.cotangents)
+        for (i, k), values in realized.returned.items()
+    }
     gradients, parameters = _tied(realized)
     return Messages(activations, cotangents, gradients, parameters)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.autopar.solver.contest import read_problem
+from launcher.bench.settings import check_keys
 from launcher.errors import ConfigError
 
 DATA_VARIABLE = "LAUNCHER_IOPDDL_DIR"
@@ -49,9 +50,7 @@ class Result:
 
 def run(settings: Mapping[str, str]) -> int:
     """Solve the problems and print a row for each; status 1 if one has no allowed choice in time."""
-    unknown = sorted(set(settings) - set(_KEYS))
-    if unknown:
-        raise ConfigError(f"contest has no key {unknown[0]!r}: it has {', '.join(_KEYS)}")
+    check_keys("contest", settings, _KEYS)
     fraction = _fraction(settings.get("fraction", "1"))
     wanted = settings["instances"].split(",") if "instances" in settings else None
     failed = 0

@@ -19,8 +19,8 @@ from launcher import models
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.space import PlanOptions
+from launcher.bench.settings import check_keys, chosen
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
-from launcher.errors import ConfigError
 from launcher.models.optimizer import Optimizer
 from launcher.runtime import devices
 from launcher.runtime.memory_audit import HIGHEST, LOWEST, MemoryAudit, audit_memory
@@ -54,13 +54,8 @@ PLANS: Mapping[str, Mapping] = {
 
 def run(settings: Mapping[str, str]) -> int:
     """Print a row per stage."""
-    unknown = sorted(set(settings) - {"models"})
-    if unknown:
-        raise ConfigError(f"memory has no key {unknown[0]!r}: it has models")
-    wanted = settings.get("models", ",".join(MODELS)).split(",")
-    wrong = [name for name in wanted if name not in MODELS]
-    if wrong:
-        raise ConfigError(f"models={wrong[0]!r}: choose from {', '.join(MODELS)}")
+    check_keys("memory", settings, ["models"])
+    wanted = chosen(settings, "models", MODELS)
     devices.emulate(4)
     sys.stdout.write(
         f"{'model':<10}{'plan':<15}{'stage':>5}{'predicted':>15}{'measured':>15}{'ratio':>8}  at\n"

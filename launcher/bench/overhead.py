@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from launcher.bench import plain_steps, waiting
-from launcher.errors import ConfigError
+from launcher.bench.settings import check_keys, chosen, whole_number
 from launcher.runtime import devices
 
 _BARS = {"one": 1.03, "data": 1.05, "waiting": 1.05, "host": 30.0}
@@ -28,22 +28,14 @@ _DEVICES = 4
 
 def run(settings: Mapping[str, str]) -> int:
     """Print a row per measurement; status 1 if one misses its bar."""
-    unknown = sorted(set(settings) - {"parts", "steps"})
-    if unknown:
-        raise ConfigError(f"overhead has no key {unknown[0]!r}: it has parts, steps")
-    parts = settings.get("parts", ",".join(_BARS)).split(",")
-    wrong = [part for part in parts if part not in _BARS]
-    if wrong:
-        raise ConfigError(f"parts={wrong[0]!r}: choose from {', '.join(_BARS)}")
-    steps = settings.get("steps", "15")
-    if not steps.isdigit() or int(steps) < 1:
-        raise ConfigError(f"steps={steps!r} is not a number of steps: write for example steps=15")
+    check_keys("overhead", settings, ["parts", "steps"])
+    parts, steps = chosen(settings, "parts", _BARS), whole_number(settings, "steps", 15)
     # Waiting occupies a thread per device, however few cores there are.
     os.environ.setdefault("NPROC", str(8 * _DEVICES))
     devices.emulate(_DEVICES)
     missed = 0
     for part in parts:
-        for title, measured, unit in _PARTS[part](int(steps)):
+        for title, measured, unit in _PARTS[part](steps):
             missed += measured > _BARS[part]
             sys.stdout.write(f"{title:64}  {measured:7.3f}{unit}  (bar {_BARS[part]:g})\n")
             sys.stdout.flush()

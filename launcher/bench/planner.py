@@ -20,8 +20,8 @@ import optax
 from launcher import autopar, models
 from launcher.autopar.solver.problem import ProblemSize
 from launcher.autopar.solver.solve import simplify
+from launcher.bench.settings import check_keys, chosen
 from launcher.config import GptConfig
-from launcher.errors import ConfigError
 
 _MESH = autopar.LogicalMesh(shape=(2, 4), alpha=(1e-5, 1e-6), beta=(1e-10, 1e-11))
 _BAR_S = {"layer": 1.0, "gpt": 20.0, "thousand": 60.0}
@@ -38,13 +38,8 @@ class Case:
 
 def run(settings: Mapping[str, str]) -> int:
     """Print a row per case, then the sizes of its problem; status 1 if one misses its bar."""
-    unknown = sorted(set(settings) - {"cases"})
-    if unknown:
-        raise ConfigError(f"planner has no key {unknown[0]!r}: it has cases")
-    wanted = settings.get("cases", ",".join(_CASES)).split(",")
-    wrong = [name for name in wanted if name not in _CASES]
-    if wrong:
-        raise ConfigError(f"cases={wrong[0]!r}: choose from {', '.join(_CASES)}")
+    check_keys("planner", settings, ["cases"])
+    wanted = chosen(settings, "cases", _CASES)
     missed = 0
     for name in wanted:
         case = _CASES[name]()

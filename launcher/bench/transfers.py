@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from launcher.autopar.crossing import Crossing, Located, plan_crossing
 from launcher.autopar.spec import REPLICATED, Spec, num_shards, to_partition_spec
-from launcher.errors import ConfigError
+from launcher.bench.settings import check_keys, whole_number
 from launcher.runtime.devices import discover
 from launcher.runtime.transport import InProcess
 
@@ -65,20 +65,16 @@ class Figures:
 
 def run(settings: Mapping[str, str]) -> int:
     """Print a row per case; status 0."""
-    unknown = sorted(set(settings) - {"size_mib"})
-    if unknown:
-        raise ConfigError(f"transfers has no key {unknown[0]!r}: it has size_mib")
-    text = settings.get("size_mib", "16")
-    if not text.isdigit() or not int(text):
-        raise ConfigError(f"size_mib={text!r} is no positive whole number: write for example 16")
+    check_keys("transfers", settings, ["size_mib"])
+    size_mib = whole_number(settings, "size_mib", 16)
     source, target = _submeshes()
     kind = source.devices.flat[0].device_kind
     sys.stdout.write(
-        f"{source.size} + {target.size} devices ({kind}), {int(text)} MiB; device_put in brackets\n"
+        f"{source.size} + {target.size} devices ({kind}), {size_mib} MiB; device_put in brackets\n"
         f"{'':<34}{'host us/send':>16}{'GB/s':>16}{'copies':>14}{'waits':>12}\n"
     )
     for case in _CASES:
-        ours, plain = _measure(case, source, target, int(text) * 2**20)
+        ours, plain = _measure(case, source, target, size_mib * 2**20)
         sys.stdout.write(
             f"{case.title:<34}"
             f"{f'{ours.host_us:.0f} ({plain.host_us:.0f})':>16}"

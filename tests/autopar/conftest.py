@@ -14,6 +14,7 @@ from launcher import models
 from launcher.autopar.cluster import Cluster, Device, load_cluster
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
+from launcher.autopar.simulator import Durations
 from launcher.config import GptConfig
 from launcher.models.model import Model
 
@@ -129,3 +130,24 @@ def draw() -> Callable:
         )
 
     return drawn
+
+
+def balanced_durations(num_stages, forward_s, backward_s, split_s=None):
+    """Durations of equal stages with free communication; `split_s` are those of I and W."""
+    halves = {}
+    if split_s is not None:
+        halves = {"backward_input_s": (split_s[0],) * num_stages}
+        halves |= {"backward_weight_s": (split_s[1],) * num_stages}
+    return Durations(
+        forward_s=(forward_s,) * num_stages,
+        backward_s=(backward_s,) * num_stages,
+        synchronize_s=(0,) * num_stages,
+        update_s=(0,) * num_stages,
+        **halves,
+    )
+
+
+@pytest.fixture(scope="session")
+def balanced():
+    """Give `balanced_durations`; test files cannot import it."""
+    return balanced_durations

@@ -17,27 +17,12 @@ from launcher.autopar.schedules import (
     ZbH1,
     schedule_by_name,
 )
-from launcher.autopar.simulator import Durations, lower_bound_s, simulate
+from launcher.autopar.simulator import lower_bound_s, simulate
 
 NAMES = ("gpipe", "1f1b")
 GROUPED = [(p, v, p * groups) for p in (1, 2, 3, 4, 8) for v in (2, 3, 4) for groups in (1, 2, 5)]
 SPLITS = [(1, 1, 1), (3, 3, 3), (1, 2, 1), (2, 3, 2), (3, 2, 1), (2, 2, 1), (5, 4, 4), (9, 7, 2)]
 SHAPES = [(1, 1), (1, 4), (2, 1), (2, 3), (3, 8), (4, 2), (4, 8), (8, 8), (8, 40), (5, 13)]
-
-
-def balanced(num_stages, forward_s, backward_s, split_s=None):
-    """Durations of equal stages with free communication; `split_s` are those of I and W."""
-    halves = {}
-    if split_s is not None:
-        halves = {"backward_input_s": (split_s[0],) * num_stages}
-        halves |= {"backward_weight_s": (split_s[1],) * num_stages}
-    return Durations(
-        forward_s=(forward_s,) * num_stages,
-        backward_s=(backward_s,) * num_stages,
-        synchronize_s=(0,) * num_stages,
-        update_s=(0,) * num_stages,
-        **halves,
-    )
 
 
 def build(name, num_stages, num_microbatches, wiring=None):
@@ -50,7 +35,7 @@ def build(name, num_stages, num_microbatches, wiring=None):
 @pytest.mark.parametrize(("forward_s", "backward_s"), [(1, 1), (1, 2), (3, 7), (5, 2)])
 @pytest.mark.parametrize("rendezvous", [False, True])
 def test_balanced_stages_take_the_closed_form(
-    name, num_stages, num_microbatches, forward_s, backward_s, rendezvous
+    name, num_stages, num_microbatches, forward_s, backward_s, rendezvous, balanced
 ):
     durations = balanced(num_stages, forward_s, backward_s)
     program = build(name, num_stages, num_microbatches)
@@ -64,7 +49,7 @@ def test_balanced_stages_take_the_closed_form(
 
 @pytest.mark.parametrize(("p", "v", "m"), GROUPED)
 @pytest.mark.parametrize(("forward_s", "backward_s"), [(1, 1), (1, 2), (3, 7), (5, 2)])
-def test_interleaved_stages_take_the_closed_form(p, v, m, forward_s, backward_s):
+def test_interleaved_stages_take_the_closed_form(p, v, m, forward_s, backward_s, balanced):
     """The durations of a stage are a v-th of a submesh's: the bubble is a v-th of 1F1B's."""
     durations, wiring = (
         balanced(p * v, forward_s, backward_s),
@@ -81,7 +66,7 @@ def test_interleaved_stages_take_the_closed_form(p, v, m, forward_s, backward_s)
 
 @pytest.mark.parametrize(("p", "m"), SHAPES)
 @pytest.mark.parametrize(("forward_s", "input_s", "weight_s"), SPLITS)
-def test_zb_h1_takes_the_closed_form(p, m, forward_s, input_s, weight_s):
+def test_zb_h1_takes_the_closed_form(p, m, forward_s, input_s, weight_s, balanced):
     durations = balanced(p, forward_s, input_s + weight_s, (input_s, weight_s))
     program = add_communication(ZbH1().build(p, m), Wiring.chain(p))
     timeline = simulate(program, durations)
@@ -98,7 +83,9 @@ def test_zb_h1_takes_the_closed_form(p, m, forward_s, input_s, weight_s):
 
 
 @pytest.mark.parametrize(("forward_s", "input_s", "weight_s"), [(4, 2, 3), (2, 4, 3)])
-def test_zb_h1_with_dear_weight_gradients_is_slower_than_its_formula(forward_s, input_s, weight_s):
+def test_zb_h1_with_dear_weight_gradients_is_slower_than_its_formula(
+    forward_s, input_s, weight_s, balanced
+):
     """It holds while w <= f and w <= i: longer ones hold up what other stages wait for."""
     durations = balanced(4, forward_s, 99, (input_s, weight_s))
     program = add_communication(ZbH1().build(4, 8), Wiring.chain(4))
@@ -106,7 +93,7 @@ def test_zb_h1_with_dear_weight_gradients_is_slower_than_its_formula(forward_s, 
     assert simulate(program, durations).step_s > least_s
 
 
-def test_the_table_of_closed_forms(golden):
+def test_the_table_of_closed_forms(golden, balanced):
     """Balanced stages, free communication, forward 1; backward 2, or input 1 and weight 1."""
     lines = [
         f"{'schedule':<14}{'p':>3}{'v':>3}{'m':>4}{'formula':>9}{'simulated':>11}{'bubble':>8}"
@@ -134,7 +121,7 @@ def test_the_table_of_closed_forms(golden):
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), SHAPES)
-def test_stash_peaks_are_those_of_the_formulas(num_stages, num_microbatches):
+def test_stash_peaks_are_those_of_the_formulas(num_stages, num_microbatches, balanced):
     durations = balanced(num_stages, 1, 2)
     gpipe = simulate(build("gpipe", num_stages, num_microbatches), durations)
     assert gpipe.stash_peak == (num_microbatches,) * num_stages
@@ -153,7 +140,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("schedule", LARGE)
-def test_a_large_program_is_built_and_simulated_in_time(schedule):
+def test_a_large_program_is_built_and_simulated_in_time(schedule, balanced):
     num_stages, step_s = LARGE[schedule]
     v = schedule.virtual_stages
     wiring = Wiring.chain(num_stages, tied=((0, num_stages - 1),), with_norm=True, virtual_stages=v)

@@ -20,21 +20,6 @@ from launcher.autopar.timeline import EventKind
 from launcher.errors import ScheduleError
 
 
-def balanced(num_stages, forward_s, backward_s, split_s=None):
-    """Durations of equal stages with free communication; `split_s` are those of I and W."""
-    halves = {}
-    if split_s is not None:
-        halves = {"backward_input_s": (split_s[0],) * num_stages}
-        halves |= {"backward_weight_s": (split_s[1],) * num_stages}
-    return Durations(
-        forward_s=(forward_s,) * num_stages,
-        backward_s=(backward_s,) * num_stages,
-        synchronize_s=(0,) * num_stages,
-        update_s=(0,) * num_stages,
-        **halves,
-    )
-
-
 def random_durations(rng, wiring, num_stages):
     """Integers, so that sums are exact."""
     draw = [tuple(rng.randint(1, 20) for _ in range(num_stages)) for _ in range(6)]
@@ -334,13 +319,13 @@ def test_events_are_sorted_and_no_submesh_does_two_things_at_once():
         assert kinds == set(EventKind) - {EventKind.WEIGHT}
 
 
-def test_a_step_of_no_duration_has_no_bubble():
+def test_a_step_of_no_duration_has_no_bubble(balanced):
     timeline = simulate(build("1f1b", 2, 2), balanced(2, 0, 0))
     assert (timeline.step_s, timeline.bubble_fraction) == (0, 0)
 
 
 @pytest.mark.parametrize("rendezvous", [False, True])
-def test_a_hanging_program_raises(rendezvous):
+def test_a_hanging_program_raises(rendezvous, balanced):
     program = parse_program("0RECV_B0<1,0F0,0SEND_F0>1,0B0\n1RECV_F0<0,1F0,1B0,1SEND_B0>0\n")
     with pytest.raises(
         ScheduleError, match="2 of 2 submeshes wait for ever, the first at 0RECV_B0<1"
@@ -348,7 +333,7 @@ def test_a_hanging_program_raises(rendezvous):
         simulate(program, balanced(2, 1, 1), rendezvous=rendezvous)
 
 
-def test_a_send_to_a_finished_stage_hangs_where_sends_block():
+def test_a_send_to_a_finished_stage_hangs_where_sends_block(balanced):
     program = parse_program("0F0,0SEND_F0>1\n1F0\n")
     with pytest.raises(
         ScheduleError, match="1 of 2 submeshes wait for ever, the first at 0SEND_F0>1"
@@ -356,7 +341,7 @@ def test_a_send_to_a_finished_stage_hangs_where_sends_block():
         simulate(program, balanced(2, 1, 1), rendezvous=True)
 
 
-def test_missing_durations_raise():
+def test_missing_durations_raise(balanced):
     with pytest.raises(ScheduleError, match=r"3 durations forward_s for 2 stages"):
         simulate(build("gpipe", 2, 2), balanced(3, 1, 1))
     durations = Durations(

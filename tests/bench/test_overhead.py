@@ -11,7 +11,10 @@ from launcher.bench.__main__ import main
     [
         (["overhead", "part=one"], "overhead has no key 'part': it has parts, steps"),
         (["overhead", "parts=two"], "parts='two': choose from one, data, waiting, host"),
-        (["overhead", "steps=0"], "steps='0' is not a number of steps"),
+        (
+            ["overhead", "steps=0"],
+            "steps='0' is no positive whole number: write for example steps=15",
+        ),
     ],
 )
 def test_what_the_command_line_does_not_take(arguments, message, capsys):
