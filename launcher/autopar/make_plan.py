@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import StageChoice
 from launcher.autopar.mesh import DATA
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
@@ -15,16 +14,17 @@ from launcher.autopar.placement import Placement
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.search import Candidate, Search, search
+from launcher.autopar.search import Candidate, search
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.stage_layout import training_layout
+from launcher.autopar.stage_table import StageChoice
 from launcher.autopar.wording import count
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
 log = logging.getLogger(__name__)
 
-_JUDGED = 3  # candidates that the simulator judges
+_JUDGED = 3  # candidates that the simulator judges in full, or more until one fits
 PLAN_VERSION = 1
 
 
@@ -49,9 +49,11 @@ def find_plan(
     found = search(model, cluster, options, progress)
     footprint = OptimizerFootprint(options.optimizer)
     judged = []
-    for candidate in found.candidates[:_JUDGED]:
-        progress(f"simulating {candidate.num_microbatches} microbatches")
-        plan = _as_plan(candidate, found, model, cluster, options)
+    for candidate in found.candidates:
+        if len(judged) >= _JUDGED and any(_fits(outlook, cluster) for _, outlook in judged):
+            break
+        progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
+        plan = _as_plan(candidate, model, cluster, options)
         realized = realize(plan, model, cluster, candidate.planner, footprint)
         judged.append((realized, foresee(realized, cluster)))
     judged.sort(key=lambda pair: (not _fits(pair[1], cluster), pair[1].prediction.step_s))
@@ -64,7 +66,8 @@ def find_plan(
             wall_s=found.wall_s,
             ilp_solved=found.ilp_solved,
             candidates=found.priced,
-            optimality_gap=max(c.largest_gap_fraction for c in found.candidates),
+            optimality_gap=max(0.0, 1.0 - found.bound_s / outlook.prediction.step_s),
+            space=f"{found.space.describe()}; {', '.join(map(str, found.tried))} microbatches",
         ),
         runners_up=tuple(_runner_up(pair, outlook) for pair in judged[1:]),
     )
@@ -112,13 +115,11 @@ def _check_memory(outlook: Outlook, cluster: Cluster, options: PlanOptions) -> N
         )
 
 
-def _as_plan(
-    candidate: Candidate, found: Search, model: Model, cluster: Cluster, options: PlanOptions
-) -> Plan:
+def _as_plan(candidate: Candidate, model: Model, cluster: Cluster, options: PlanOptions) -> Plan:
     stages = tuple(
         _stage(candidate, choice, place)
         for choice, place in zip(
-            candidate.result.stages, candidate.arrangement.placement, strict=True
+            candidate.arrangement.stages, candidate.arrangement.placement, strict=True
         )
     )
     return Plan(
@@ -127,8 +128,8 @@ def _as_plan(
         cluster=cluster.ref(),
         global_batch=options.global_batch,
         num_microbatches=candidate.num_microbatches,
-        schedule=found.space.schedule,
-        virtual_stages=found.space.virtual_stages,
+        schedule=candidate.schedule,
+        virtual_stages=candidate.virtual_stages,
         num_layers=len(candidate.planner.model.layers),
         stages=stages,
     )
@@ -213,7 +214,7 @@ def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
     return RunnerUp(
         description=f"{count(len(plan.stages), 'stage')} ({shapes}{more})"
         f"{f' on {plan.num_submeshes} submeshes' if plan.virtual_stages > 1 else ''}, "
-        f"{count(plan.num_microbatches, 'microbatch')}",
+        f"{count(plan.num_microbatches, 'microbatch')}, {plan.schedule}",
         step_s=outlook.prediction.step_s,
         why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",
     )

@@ -98,14 +98,16 @@ class SearchStats:
     """What finding a plan took.
 
     Attributes:
-        optimality_gap: The plan is at most this fraction worse than the best of its search space;
+        optimality_gap: No plan of the space takes a step that is shorter by more than this fraction;
             None where that is not known.
+        space: What a plan could be, in words.
     """
 
     wall_s: float
     ilp_solved: int
     candidates: int
     optimality_gap: float | None = None
+    space: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -226,12 +226,13 @@ def _prediction(node: Node) -> Prediction:
 
 
 def _search(node: Node) -> SearchStats:
-    found = node.fields(("wall_s", "ilp_solved", "candidates"), ("optimality_gap",))
+    found = node.fields(("wall_s", "ilp_solved", "candidates"), ("optimality_gap", "space"))
     return SearchStats(
         wall_s=found["wall_s"].number(),
         ilp_solved=found["ilp_solved"].integer(0),
         candidates=found["candidates"].integer(0),
         optimality_gap=_optional(found["optimality_gap"], Node.number, None),
+        space=_optional(found["space"], Node.text, None),
     )
 
 
