@@ -14,7 +14,7 @@ from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.launches import submesh_launches
-from launcher.autopar.messages import messages_of, price_messages
+from launcher.autopar.messages import price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.predicted_buffers import predicted_buffers
@@ -76,7 +76,7 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
 def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
-    across = price_messages(messages_of(realized), realized, cluster)
+    across = price_messages(realized.messages, realized.stages, cluster)
     return Durations(
         forward_s=tuple(s.forward_s for s in shardings),
         backward_s=tuple(s.backward_s for s in shardings),
@@ -112,7 +112,7 @@ def _communicated_bytes(realized: RealizedPlan) -> float:
             plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
         )
         total += per_device * len(stage.stage.hosts) * len(stage.stage.devices)
-    return total + messages_of(realized).bytes_per_step(plan.num_microbatches)
+    return total + realized.messages.bytes_per_step(plan.num_microbatches)
 
 
 def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:

@@ -17,31 +17,22 @@ from launcher.autopar.communication import add_communication
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Value
-from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
+from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
+from launcher.autopar.messages import Edge, Messages, exchanged, plan_messages
 from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.picks import pins_of_stage
 from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.program import Program, Wiring
+from launcher.autopar.realized_stage import RealizedStage
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.schedules import schedule_by_name
-from launcher.autopar.stage_layout import StageLayout, training_layout
+from launcher.autopar.stage_layout import training_layout
 from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import trace_model
 from launcher.errors import ConfigError, PlanError
 from launcher.models.model import Model
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RealizedStage:
-    """One stage, ready to be compiled."""
-
-    stage: Stage
-    settings: StageSettings
-    sharding: StageSharding
-    layout: StageLayout
-    emitter: StageEmitter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +41,7 @@ class RealizedPlan:
 
     `owner` says which stage updates a parameter; `users` are the others that read it, and of them
     `contributors` have gradients for it. `sent` lists the values that one stage sends to another,
-    `returned` those whose gradients come back.
+    `returned` those whose gradients come back; `messages` says how they go.
     """
 
     plan: Plan
@@ -59,8 +50,9 @@ class RealizedPlan:
     owner: Mapping[str, int]
     users: Mapping[str, tuple[int, ...]]
     contributors: Mapping[str, tuple[int, ...]]
-    sent: Mapping[tuple[int, int], tuple[Value, ...]]
-    returned: Mapping[tuple[int, int], tuple[Value, ...]]
+    sent: Mapping[Edge, tuple[Value, ...]]
+    returned: Mapping[Edge, tuple[Value, ...]]
+    messages: Messages
     wiring: Wiring
     program: Program
 
@@ -108,7 +100,11 @@ def realize(
     )
     _check_state(stages)
     owner, users, contributors = _owners(planner, stages)
-    sent, returned = _messages(stages)
+    sent, returned = exchanged(stages)
+    messages = plan_messages(
+        stages, planner.model.traced, sent=sent, returned=returned, owner=owner, users=users,
+        contributors=contributors,
+    )  # fmt: skip
     tied = sorted({(owner[path], user) for path, others in users.items() for user in others})
     wiring = Wiring(
         edges=tuple(sorted(sent)),
@@ -122,7 +118,7 @@ def realize(
     program = add_communication(lists, wiring)
     checker.check(program, wiring)
     return RealizedPlan(
-        plan, planner, stages, owner, users, contributors, sent, returned, wiring, program
+        plan, planner, stages, owner, users, contributors, sent, returned, messages, wiring, program
     )
 
 
@@ -201,18 +197,3 @@ def _owners(planner: IntraOpPlanner, stages: tuple[RealizedStage, ...]):
         for path, found in users.items()
     }
     return owner, users, contributors
-
-
-def _messages(stages: tuple[RealizedStage, ...]):
-    producer = {value: i for i, stage in enumerate(stages) for value in stage.layout.exports}
-    sent: dict[tuple[int, int], list[Value]] = defaultdict(list)
-    returned: dict[tuple[int, int], list[Value]] = defaultdict(list)
-    for index, stage in enumerate(stages):
-        for value in stage.layout.imports:
-            sent[producer[value], index].append(value)
-            if value in stage.layout.returns:
-                returned[producer[value], index].append(value)
-    return (
-        {edge: tuple(values) for edge, values in sent.items()},
-        {edge: tuple(values) for edge, values in returned.items()},
-    )

@@ -13,7 +13,6 @@ from flax import nnx
 
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.messages import messages_of
 from launcher.autopar.space import PlanOptions
 from launcher.models.layers import PRECISIONS
 from launcher.models.model import make_model
@@ -105,7 +104,7 @@ def test_the_bytes_that_move_are_those_of_the_plan(executor):
         executor.step(executor.place(batch(), step))
     sent = executor.pipeline.links.transport.bytes_sent()
     norms = sent.pop("norm")
-    planned = messages_of(executor.realized).bytes_per_step(executor.plan.num_microbatches)
+    planned = executor.realized.messages.bytes_per_step(executor.plan.num_microbatches)
     assert planned > 0
     assert sum(sent.values()) == steps * planned
     assert norms == steps * 2 * np.dtype(np.float32).itemsize  # each of two devices to the other
