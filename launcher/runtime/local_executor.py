@@ -10,8 +10,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
-from launcher.autopar.instructions import Op
-from launcher.autopar.launches import fused_stages
+from launcher.autopar.needed_programs import needed_programs
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -37,10 +36,6 @@ from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 log = logging.getLogger(__name__)
 
-_FUSED = ("zeros", "forward_backward", "synchronize", "update")
-_WHOLE = ("zeros", "forward", "backward", "synchronize", "update")
-_SPLIT = ("zeros", "forward", "backward_input", "backward_weight", "synchronize", "update")
-
 
 class LocalExecutor(Executor):
     """Holds the stages' state; `compilation` says what was compiled, and in what time."""
@@ -61,7 +56,7 @@ class LocalExecutor(Executor):
         self._loose = LooseMetrics(realized.planner.model)
         self._evaluator = Evaluator(realized, model, self._programs)
         self._progress = progress
-        loops = is_one_loop(realized.program) and not self._loose.inputs
+        loops = is_one_loop(realized.program, self._loose)
         values = initial_values(model, seed) if weights is None else weights
         self.stages = list(self._hold(values, optimizer))
         self.steps = self._compile_loop() if loops else self.pipeline
@@ -106,12 +101,9 @@ class LocalExecutor(Executor):
 
     def _compilations(self) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
         """Each program that the plan's instructions need, by stage and name."""
-        fused = fused_stages(self.realized.program, self.realized.wiring)
-        entries = [entry for entries in self.realized.program.lists for entry in entries]
-        split = {entry.stage for entry in entries if entry.op is Op.BACKWARD_WEIGHT}
+        needed = needed_programs(self.realized.program, self.realized.wiring)
         for index, programs in enumerate(self._programs):
-            names = _FUSED if index in fused else _SPLIT if index in split else _WHOLE
-            for name, compile_ in programs.compilations(names).items():
+            for name, compile_ in programs.compilations(("zeros", *needed[index])).items():
                 yield _key(index, name), partial(self._compile, index, compile_)
 
     def _compile(self, stage: int, compile_: Callable[[], jax.stages.Compiled]):
