@@ -112,6 +112,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         local = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
             weights=setup.weights and setup.weights.values(model),
+            evaluates=config.train.eval_batches > 0,
         )  # fmt: skip
     log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
@@ -153,7 +154,9 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             "model.weights is not given: these are the initial weights of seed=%d", config.seed
         )
     values = weights.values(model) if weights else initial_values(model, config.seed)
-    evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values)
+    with phase(setup.console, "compiling") as progress:
+        evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values, progress)
+    log.info("%s", evaluation.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("evaluating on %s", setup.dataset.name)
     step = weights.step if weights else 0
@@ -162,7 +165,7 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         setup.dataset,
         dataclasses.replace(train_settings(config, planned), steps=step, first_step=step),
         meter,
-        make_sinks(setup, planned, meter, step),
+        make_sinks(setup, planned, meter, step, evaluation.compilation),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
     )
@@ -347,7 +350,7 @@ def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
 
 
 def make_sinks(
-    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation | None = None
+    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation
 ) -> list[Sink]:
     """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
     config, run_dir = setup.config, setup.run_dir
@@ -371,7 +374,7 @@ def make_sinks(
     return sinks
 
 
-def plan_metrics(predicted: Prediction, search, compiled: Compilation | None) -> PlanMetrics:
+def plan_metrics(predicted: Prediction, search, compiled: Compilation) -> PlanMetrics:
     """The plan's numbers as they stand beside the measured ones."""
     return PlanMetrics(
         step_s=predicted.step_s,
@@ -380,6 +383,6 @@ def plan_metrics(predicted: Prediction, search, compiled: Compilation | None) ->
         communicated_bytes=predicted.communicated_bytes,
         tflops_per_device=predicted.tflops_per_device,
         solver_s=search.wall_s if search else 0.0,
-        num_programs=compiled.num_programs if compiled else None,
-        compile_s=compiled.wall_s if compiled else None,
+        num_programs=compiled.num_programs,
+        compile_s=compiled.wall_s,
     )

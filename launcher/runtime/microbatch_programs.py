@@ -113,7 +113,7 @@ class MicrobatchPrograms:
     def compile_backward_weight(self) -> jax.stages.Compiled:
         """(params, batch, key, imports, remaining, kept for weights, accumulators) -> accumulators
 
-        Of the batch and the imports it takes those that `split` abstract.
+        Of the batch and the imports it takes those that `split` names.
         """
         abstract, still = self._abstract, self.split
         *_, remaining = self._kept

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from plans import plan_of, stage_of
 
-from launcher.autopar.cluster import ClusterRef
 from launcher.autopar.clustering import cluster
 from launcher.autopar.make_plan import _check_memory, _fits, adopt_plan, find_plan, make_plan
-from launcher.autopar.plan import ModelRef, Plan, Stage
+from launcher.autopar.plan import ModelRef
 from launcher.autopar.plan_file import from_json, to_json
 from launcher.autopar.predict import predict
 from launcher.autopar.realize import realize
@@ -191,23 +191,11 @@ def test_virtual_stages_by_hand_are_completed_and_run_on_the_same_devices(gpt, c
 
 
 def bare(stages, num_layers=None):
-    return Plan(
-        model=ModelRef(name="gpt", size="tiny"),
-        cluster=ClusterRef(name="cpu8", hosts=2, devices_per_host=4),
-        global_batch=BATCH,
-        num_microbatches=MICROBATCHES,
-        schedule="1f1b",
-        num_layers=num_layers,
-        stages=stages,
-    )
+    batch = {"global_batch": BATCH, "num_microbatches": MICROBATCHES}
+    return plan_of(*stages, num_layers=num_layers, **batch)
 
 
-def stage(first, last, *, host, mesh, **fields):
-    axes = (("data", mesh[0]), ("tensor", mesh[1]))
-    return Stage(layers=(first, last), hosts=(host,), devices=(0, 1, 2, 3), mesh=axes, **fields)
-
-
-_TWO = (stage(0, 3, host=0, mesh=(2, 2)), stage(3, 4, host=1, mesh=(4, 1), zero=2))
+_TWO = (stage_of((0, 3), mesh=(2, 2)), stage_of((3, 4), host=1, mesh=(4, 1), zero=2))
 
 
 def test_a_bare_plan_is_completed_by_the_solver(gpt, cpu8):
@@ -226,7 +214,7 @@ def test_a_bare_plan_is_completed_by_the_solver(gpt, cpu8):
 def test_placed_parameters_stay_where_the_plan_puts_them(gpt, cpu8):
     path = "blocks/3/mlp/up/kernel"
     dims = (None, ("tensor",))
-    stages = (_TWO[0], stage(3, 4, host=1, mesh=(1, 4), params={path: dims}))
+    stages = (_TWO[0], stage_of((3, 4), host=1, mesh=(1, 4), params={path: dims}))
     found = adopt_plan(bare(stages), gpt, cpu8, options("auto")).plan
     assert found.stages[1].params[path] == (None, "tensor")
 
