@@ -176,14 +176,12 @@ def _check_virtual_stages(parallel: ParallelConfig) -> None:
     """The interleaved schedule has several stages on each of several submeshes, the others one."""
     v, pp, count = parallel.virtual_stages, parallel.pp, parallel.num_microbatches
     schedule = f"parallel.schedule={parallel.schedule or 'null'}"
+    is_one_submesh = parallel.name in ("single", "data", "zero")
     if parallel.schedule != "interleaved":
         if v not in (None, 1):
-            raise ConfigError(
-                f"parallel.virtual_stages={v} contradicts {schedule}, which has one stage on a "
-                f"submesh: leave it out, or take parallel.schedule=interleaved"
-            )
+            raise ConfigError(_no_virtual_stages(parallel, is_one_submesh=is_one_submesh))
         return
-    if parallel.name in ("single", "data", "zero"):
+    if is_one_submesh:
         raise ConfigError(
             f"{schedule} contradicts parallel={parallel.name}, which has one submesh: leave it out, or "
             f"take parallel=manual parallel.pp=2 {schedule}"
@@ -204,6 +202,23 @@ def _check_virtual_stages(parallel: ParallelConfig) -> None:
             f"groups them: give a multiple, such as "
             f"parallel.num_microbatches={_near_multiple(int(count), pp)}"
         )
+
+
+def _no_virtual_stages(parallel: ParallelConfig, *, is_one_submesh: bool) -> str:
+    """Say that there is one stage on a submesh, and what would have several."""
+    given = f"parallel.virtual_stages={parallel.virtual_stages}"
+    cure = "parallel.schedule=interleaved"
+    if parallel.name == "manual" and parallel.pp in (None, 1):
+        cure += " with parallel.pp=2 or more"
+    if is_one_submesh:
+        return (
+            f"{given} contradicts parallel={parallel.name}, which has one submesh with one stage: leave "
+            f"it out, or take parallel=manual parallel.pp=2 {cure}"
+        )
+    return (
+        f"{given} contradicts parallel.schedule={parallel.schedule or 'null'}, which has one stage on a "
+        f"submesh: leave it out, or take {cure}"
+    )
 
 
 def _contradiction(name: str, field: str, value: object) -> str:

@@ -42,7 +42,7 @@ from launcher.runtime.metrics import Meter, PlanMetrics
 from launcher.runtime.progress import phase, progress_sink
 from launcher.runtime.run_end import RunEnd
 from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
-from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
+from launcher.runtime.sinks import JsonlSink, Sink, SummarySink, check_metrics
 from launcher.runtime.wandb_sink import WandbRun, WandbSink
 from launcher.runtime.watched_executor import Watch, WatchedExecutor
 from launcher.runtime.weights import WeightsFile, open_weights
@@ -90,6 +90,8 @@ def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
     cluster = find_cluster(config)
     model = build_model(config, cluster)
     computes = config.mode != "plan"
+    if computes:
+        check_metrics(run_dir)
     path = config.model.weights
     dataset = data.build(config.data, model, config.seed) if computes else None
     return Setup(

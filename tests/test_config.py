@@ -205,6 +205,15 @@ MISTAKES = [
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (
+        ["parallel=data", "parallel.virtual_stages=2"],
+        "contradicts parallel=data, which has one submesh with one stage: leave it out, or take "
+        "parallel=manual parallel.pp=2 parallel.schedule=interleaved",
+    ),
+    (
+        ["parallel=manual", "parallel.virtual_stages=2"],
+        "leave it out, or take parallel.schedule=interleaved with parallel.pp=2 or more",
+    ),
+    (
         ["parallel.schedule=zb_h1", "parallel.virtual_stages=3"],
         "parallel.virtual_stages=3 contradicts parallel.schedule=zb_h1, which has one stage on a",
     ),

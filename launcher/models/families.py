@@ -27,6 +27,7 @@ from launcher.models.sizes import (
 from launcher.models.wide_resnet import WideResNet
 
 AUTO = "auto"
+_OF_ALL_FAMILIES = {field.name for field in dataclasses.fields(ModelConfig)}
 
 # Mixed precision with Adam: weights and gradients in 2 bytes each, master weights and two moments
 # in 4.
@@ -127,6 +128,11 @@ def _identity(config: ModelConfig, size: TransformerSize | MoeSize | WrnSize) ->
         "dtype": config.dtype,
         "default_global_batch": default_global_batch(config.name, config.size),
         "fingerprint": fingerprint(config.name, dataclasses.asdict(size)),
+        "overrides": {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if field.name not in _OF_ALL_FAMILIES and getattr(config, field.name) != field.default
+        },
     }
 
 

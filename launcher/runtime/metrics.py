@@ -46,11 +46,12 @@ class StepTimer:
     def lap(self, completed_s: float, *, is_typical: bool = True) -> float:
         """Note when a step was complete, by the same clock, and give the seconds it took.
 
-        One that is not typical (it was traced) is left out of the median.
+        One that is not typical (it was traced) says nothing of how long steps take.
         """
         lap_s, self._last_s = completed_s - self._last_s, completed_s
-        self._newest_s = lap_s
         self._num_laps += 1
+        if is_typical:
+            self._newest_s = lap_s
         if is_typical and self._num_laps > WARM_UP_STEPS:
             self._steady_s.append(lap_s)
         return lap_s
@@ -67,7 +68,7 @@ class StepTimer:
 
     @property
     def median_s(self) -> float | None:
-        """The median step without the warm-up; of a run too short for that, its last step."""
+        """The median step without the warm-up; of a run too short for that, its last typical step."""
         return statistics.median(self._steady_s) if self._steady_s else self._newest_s
 
 
