@@ -20,6 +20,7 @@ from launcher.models.model import make_model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.pipeline import Pipeline
 
 WIDTH = 8
 
@@ -99,6 +100,24 @@ def test_cotangents_are_summed_in_the_order_of_the_stages():
     cotangents = Cotangents(realized, 0, programs)
     parts = {stage: jnp.float32(x) for stage, x in ((3, 1.0), (1, 1e8), (2, -1e8))}
     assert float(cotangents.of({7: parts})[7]) == 1.0  # (1 + 1e8) - 1e8 would be 0
+
+
+def test_what_is_lent_by_several_owners_is_summed_up_once():
+    reduced = []
+
+    def reduce_tied(sums):
+        reduced.append(sorted(sums))
+        return {path: f"sum of {path}" for path in sums}
+
+    stage = SimpleNamespace(
+        accumulators={"a": 1, "b": 2, "own": 3}, lent_gradients={},
+        programs=SimpleNamespace(owned={"own"}), compiled=SimpleNamespace(reduce_tied=reduce_tied),
+    )  # fmt: skip
+    pipeline = SimpleNamespace(realized=SimpleNamespace(owner={"a": 0, "b": 1, "own": 2}))
+    for owner, path in ((0, "a"), (1, "b")):
+        assert Pipeline._lent_gradients(pipeline, stage, owner) == {path: f"sum of {path}"}
+    assert reduced == [["a", "b"]]
+    assert (stage.accumulators, stage.lent_gradients) == ({"own": 3}, {})
 
 
 @pytest.mark.parametrize("executor", [2], indirect=True, ids=["pipeline"])
