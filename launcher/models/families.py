@@ -27,7 +27,6 @@ from launcher.models.sizes import (
 from launcher.models.wide_resnet import WideResNet
 
 AUTO = "auto"
-_OF_ALL_FAMILIES = {field.name for field in dataclasses.fields(ModelConfig)}
 
 # Mixed precision with Adam: weights and gradients in 2 bytes each, master weights and two moments
 # in 4.
@@ -128,11 +127,18 @@ def _identity(config: ModelConfig, size: TransformerSize | MoeSize | WrnSize) ->
         "dtype": config.dtype,
         "default_global_batch": default_global_batch(config.name, config.size),
         "fingerprint": fingerprint(config.name, dataclasses.asdict(size)),
-        "overrides": {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in _OF_ALL_FAMILIES and getattr(config, field.name) != field.default
-        },
+        "overrides": _overrides(config),
+    }
+
+
+def _overrides(config: ModelConfig) -> dict[str, Any]:
+    """The fields of its family that a config sets."""
+    of_all_families = {field.name for field in dataclasses.fields(ModelConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in of_all_families and value != defaults[name]
     }
 
 
