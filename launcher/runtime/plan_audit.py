@@ -17,6 +17,7 @@ from launcher.autopar.needed_programs import PER_MICROBATCH, needed_programs
 from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.sharded_graph import collectives
 from launcher.autopar.shards import Ledger
+from launcher.autopar.wording import count
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
@@ -77,10 +78,11 @@ def _audit_loop(
 ) -> ProgramAudit:
     """The step as one program, with its loop over microbatches."""
     loop = hollow_loop(realized, programs, loose)
-    count = realized.plan.num_microbatches
-    name = f"step (a loop over {count} microbatches, whose collectives stand here once)"
     result = _audit(programs, loop.compile, does={"synchronize", "update"})
-    return ProgramAudit((0,), name if count > 1 else "step", 1, result)
+    num_microbatches, name = realized.plan.num_microbatches, "step"
+    if num_microbatches > 1:
+        name += f" (a loop over {num_microbatches} microbatches, whose collectives stand here once)"
+    return ProgramAudit((0,), name, 1, result)
 
 
 def _likeness(realized: RealizedPlan, index: int) -> Hashable:
@@ -127,7 +129,7 @@ def report(audits: list[ProgramAudit]) -> str:
     differing = [a for a in audits if not a.audit.agrees]
     total = sum(priced for a in audits for _, priced, _ in a.audit.rows)
     end = (
-        f"audit: {total} collectives priced in {len(audits)} programs, and the same compiled"
+        f"audit: {total} collectives priced in {count(len(audits), 'program')}, and the same compiled"
         if not differing
         else f"audit: {len(differing)} of {len(audits)} programs differ from what was priced"
     )

@@ -82,6 +82,13 @@ def test_what_is_compiled_is_what_was_priced_in_the_other_cases(family, hosts, p
     check(family, hosts, plan)
 
 
+def test_a_step_that_is_one_program_is_audited_as_one():
+    (step,) = audits_of("wrn", 1, "tensor")
+    assert str(step).startswith("stage 0, step (a loop over 2 microbatches, whose")
+    assert "once a step" in str(step)
+    assert plan_audit.report([step]).endswith("priced in 1 program, and the same compiled")
+
+
 def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
     """All that data parallelism communicates of the parameters is in the programs that run once."""
     audits = audits_of("gpt", 2, "stages of data, zero-2")
