@@ -148,6 +148,19 @@ def test_only_memory_errors_are_turned_into_ours():
         raise exhausted()
 
 
+def test_an_evaluation_names_its_stage(monkeypatch):
+    executor = executor_of(pp=2)
+    batch = {n: np.zeros(s.shape, s.dtype) for n, s in executor.model.example_batch(8).items()}
+    assert np.isfinite(float(executor.evaluate(batch)))
+
+    def fail(*arguments):
+        raise exhausted()
+
+    monkeypatch.setitem(executor._evaluator._executables, "evaluation:1", fail)
+    with pytest.raises(TrainingError, match="on stage 1 of 2, in an evaluation .*try parallel"):
+        executor.evaluate(batch)
+
+
 def executor_of(**forced) -> LocalExecutor:
     model = models.build(GptConfig(size="tiny", dtype="fp32", layers=2))
     machine = replace(load_cluster("cpu8"), num_hosts=1, devices_per_host=forced["pp"])
