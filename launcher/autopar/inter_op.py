@@ -235,8 +235,8 @@ def _infeasible(pieces: Pieces, least_bytes, memory_bytes, num_microbatches: int
     """The error for a search without a plan; `least_bytes` are those of the least demanding one."""
     if math.isinf(least_bytes):
         return InfeasiblePlanError(
-            f"some of the {pieces.cuts[-1]} layers have no sharding on any submesh that leaves enough devices "
-            f"to the others (parallel.num_microbatches={num_microbatches}); set another number"
+            f"some of the {pieces.cuts[-1]} layers have no sharding on any submesh that leaves enough "
+            f"devices to the others (parallel.num_microbatches={num_microbatches}); set another number"
         )
     return InfeasiblePlanError(
         f"the least demanding plan needs {least_bytes / 2**30:.2f} GiB on a device that has "

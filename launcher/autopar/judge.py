@@ -1,8 +1,9 @@
 """How long a plan takes, before it is written down: the simulator on the stages that the search has chosen.
 
-The same simulator as for a finished plan, on the schedule's own program, with two simplifications: what crosses a
-cut goes to the next stage, wherever it is read, and only as many microbatches are played as it takes until all
-others add the same time. So hundreds of candidates can be judged where a finished plan takes seconds.
+The same simulator as for a finished plan, on the schedule's own program, with two simplifications: what
+crosses a cut goes to the next stage, wherever it is read, and only as many microbatches are played as it
+takes until all others add the same time. So hundreds of candidates can be judged where a finished plan takes
+seconds.
 """
 
 from collections.abc import Callable, Sequence

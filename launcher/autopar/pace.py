@@ -1,7 +1,7 @@
 """What stages add to the step time of each schedule: the search's view, before the simulator judges.
 
-With F, I and W the seconds of a forward, of the gradients of activations and of those of parameters, and c those
-of what comes and goes through the cut before a stage:
+With F, I and W the seconds of a forward, of the gradients of activations and of those of parameters, and c
+those of what comes and goes through the cut before a stage:
 
     schedule       steady, for each microbatch         path, once
     1F1B           F + I + W + c                       F + I + W + c
@@ -9,9 +9,9 @@ of what comes and goes through the cut before a stage:
     interleaved    F + I + W, or c / 2 if more         F + I + W + c
     ZB-H1          F + I + W, or F + I + c if more     F + I - W + c
 
-1F1B has as few microbatches in flight as stages follow, so that a round trip through them hides nothing of what
-it sends; in ZB-H1 that is hidden behind W; the other two run further ahead. On balanced stages with free transfers
-all are the closed forms of docs/schedules.md, but for a constant of ZB-H1.
+1F1B has as few microbatches in flight as stages follow, so that a round trip through them hides nothing of
+what it sends; in ZB-H1 that is hidden behind W; the other two run further ahead. On balanced stages with free
+transfers all are the closed forms of docs/schedules.md, but for a constant of ZB-H1.
 """
 
 import numpy as np

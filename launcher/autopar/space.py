@@ -19,7 +19,6 @@ from launcher.autopar.restrictions import Experts
 from launcher.autopar.schedules import LEAST_VIRTUAL_STAGES
 from launcher.autopar.stage_costs import Choices
 
-
 _VIRTUAL_STAGES = (2, 3, 4)
 
 

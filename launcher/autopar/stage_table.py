@@ -1,10 +1,11 @@
-"""The table that the inter-operator search works on: every way to run every range of layers on every submesh.
+"""The table that the inter-operator search works on: all ways to run all ranges of layers on all submeshes.
 
-Layers are cut into pieces, between neighbouring cuts; a stage is consecutive pieces on a submesh. A sweep over
-the table is the DP of Alpa (OSDI 2022, section 5.2): stages from the last to the first, with s, the number of
-stages that follow, telling how many microbatches a stage has in flight:
+Layers are cut into pieces, between neighbouring cuts; a stage is consecutive pieces on a submesh. A sweep
+over the table is the DP of Alpa (OSDI 2022, section 5.2): stages from the last to the first, with s, the
+number of stages from k on, telling how many microbatches a stage has in flight:
 
-    F(s, k, d) = least over j, submesh, option of  value(k..j, submesh, option) combined with F(s - 1, j, d - devices)
+    F(s, k, d) = least over j, submesh, option of
+                 value(k..j, submesh, option)  combined with  F(s - 1, j, d - devices)
 
 What is combined, and how, is the caller's: `inter_op` adds up seconds, `plan_bounds` bounds them from below.
 Left out: which hosts and devices a submesh is made of (`placement`).

@@ -1,4 +1,4 @@
-"""No plan beats its bound: all plans of small random spaces, played by the simulator, under every schedule."""
+"""No plan beats its bound: all plans of small random spaces, played by the simulator."""
 
 import itertools
 import random
