@@ -58,7 +58,7 @@ def test_auto_leaves_everything_open_that_is_not_forced(cpu8):
     forced = make_space(
         options("auto", dp=2, tp=2, pp=2, zero=3, recompute="full", schedule="gpipe"), cpu8
     )
-    assert (forced.choices.data, forced.choices.tensor, forced.num_stages) == (2, 2, 2)
+    assert (forced.choices.data, forced.choices.tensor, forced.num_submeshes) == (2, 2, 2)
     assert (forced.choices.zero, forced.choices.recompute) == ((3,), ("full",))
     assert forced.schedules == (("gpipe", 1),)
 
