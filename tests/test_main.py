@@ -120,7 +120,8 @@ def spoiled(text, how):
             tree["stages"][0]["params"] = {"embedding/token": [None]}
             return json.dumps(tree)
         case "layers":
-            return json.dumps(tree).replace("[0, 4]", "[0, 4000]")
+            tree["stages"][0]["layers"] = [0, 4000]
+            return json.dumps(tree)
 
 
 BAD_FILES = {
