@@ -118,13 +118,13 @@ def _cells(plan: PricedPlan, chosen: PricedPlan) -> tuple[str, ...]:
 
 
 def _short(plan: Plan) -> str:
-    """A plan in a few words: `3 stages, 512 microbatches, 2 meshes`."""
+    """A plan in a few words: `3 stages of 1x2, 2x2; 512 microbatches, 1f1b`."""
     meshes = dict.fromkeys("x".join(str(n) for _, n in stage.mesh) for stage in plan.stages)
     shown = list(meshes)[:3]
     more = "" if len(meshes) == len(shown) else ", ..."
     return (
         f"{count(len(plan.stages), 'stage')} of {', '.join(shown)}{more}; "
-        f"{count(plan.num_microbatches, 'microbatch')}"
+        f"{count(plan.num_microbatches, 'microbatch')}, {plan.schedule}"
     )
 
 
