@@ -145,7 +145,7 @@ MISTAKES = [
     (["hydra.rn.dir=x"], "did you mean hydra.run.dir?"),
     (["trian.foo=1"], "there is no key trian.foo: did you mean train?"),
     (["size=tiny"], "did you mean model.size?"),
-    (["train.foo=1"], "train has steps, global_batch, eval_every, eval_batches"),
+    (["train.foo=1"], "train has steps, global_batch, tokens, eval_every, eval_batches"),
     (["zzz=1"], "zzz=1: there is no key zzz: see all keys with --cfg job"),
     (["hydra.run.dirr=x"], "did you mean hydra.run.dir?"),
     (["model=gptt"], "model=gptt is unknown: did you mean model=gpt? There are custom, gpt"),
@@ -235,6 +235,9 @@ MISTAKES = [
         "parallel.schedule=interleaved groups them: give a multiple, such as "
         "parallel.num_microbatches=8",
     ),
+    (["train.tokens=0"], "train.tokens=0.0 is less than 1"),
+    (["train.tokens=inf"], "train.tokens=inf is not a finite number"),
+    (["train.tokens=many"], "train.tokens=many is of the wrong type: give a number or null"),
     # A value that cannot be.
     (["mode=tune"], "mode=tune is unknown: take mode=train or plan"),
     (["model.dtype=fp8"], "model.dtype=fp8 is unknown: take model.dtype=auto or fp32"),

@@ -1,12 +1,14 @@
 """From search results to a `Plan`: the best candidate after simulation, with the others as runners-up."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.mesh import DATA
+from launcher.autopar.open_stages import fill_in
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.picks import specs_as_dims, strategies_of
@@ -18,7 +20,7 @@ from launcher.autopar.search import Candidate, search
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.stage_layout import training_layout
 from launcher.autopar.stage_table import StageChoice
-from launcher.autopar.wording import count
+from launcher.autopar.wording import count, seconds, size
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _JUDGED = 3  # candidates that the simulator judges in full, or more until one fits
 PLAN_VERSION = 1
+_HALF_PRECISIONS = {"fp16", "bf16"}  # a model has the same ops in both
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,27 +79,51 @@ def find_plan(
 
 def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
     """Take a plan as it is, completing what it leaves out and pricing it anew."""
+    check_plan(plan, model, cluster)
     if options.global_batch != plan.global_batch:
         raise PlanError(
             f"the plan is for a global batch of {plan.global_batch} samples "
             f"(train.global_batch={options.global_batch}): leave it out, or plan again"
         )
+    plan = _for_dtype(plan, model.dtype)
+    footprint = OptimizerFootprint(options.optimizer)
+    plan = fill_in(plan, model, cluster, footprint)
+    _check_batch(plan)
+    realized = realize(plan, model, cluster, optimizer=footprint)
+    outlook = foresee(realized, cluster)
+    completed = replace(_completed(realized, model, cluster), predicted=outlook.prediction)
+    plan = _without_other_figures(completed, plan)
+    if not _fits(outlook, cluster):
+        log.warning(
+            "the plan needs %s on a device that has %s to fill (cluster.device.memory_gib less "
+            "reserved_gib)", size(max(plan.predicted.peak_bytes_per_device)),
+            size(cluster.device.usable_bytes),
+        )  # fmt: skip
+    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def check_plan(plan: Plan, model: Model, cluster: Cluster) -> None:
+    """Raise `PlanError` for a plan of another model, or one that cannot be on this cluster."""
     if plan.model.name != model.name:
         raise PlanError(
             f"the plan is for model={plan.model.name}, and the model to train is model={model.name}: "
             f"take the plan's, or plan again"
         )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
-    if plan.model.dtype not in (None, model.dtype):
-        log.warning(
-            "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s "
-            "to do as planned", plan.model.dtype, model.dtype, plan.model.dtype,
-        )  # fmt: skip
-    _check_batch(plan)
-    realized = realize(plan, model, cluster, optimizer=OptimizerFootprint(options.optimizer))
-    outlook = foresee(realized, cluster)
-    plan = replace(_completed(realized, model), predicted=outlook.prediction)
-    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def _for_dtype(plan: Plan, dtype: str) -> Plan:
+    """Warn of a plan for another dtype; the casts of a wider one are ops that it has no strategies for."""
+    planned = plan.model.dtype
+    if planned in (None, dtype):
+        return plan
+    log.warning(
+        "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s to do "
+        "as planned", planned, dtype, planned,
+    )  # fmt: skip
+    if {planned, dtype} <= _HALF_PRECISIONS:
+        return plan
+    return replace(plan, stages=tuple(replace(stage, strategies={}) for stage in plan.stages))
 
 
 def _fits(outlook: Outlook, cluster: Cluster) -> bool:
@@ -173,7 +200,7 @@ def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     )
 
 
-def _completed(realized: RealizedPlan, model: Model) -> Plan:
+def _completed(realized: RealizedPlan, model: Model, cluster: Cluster) -> Plan:
     """A plan with everything written down that realizing it decided."""
     stages = tuple(
         _with_shardings(stage.stage, realized.planner, stage.sharding) for stage in realized.stages
@@ -181,9 +208,22 @@ def _completed(realized: RealizedPlan, model: Model) -> Plan:
     return replace(
         realized.plan,
         model=_model_ref(model),
+        cluster=cluster.ref(),
         stages=stages,
         num_layers=len(realized.planner.model.layers),
     )
+
+
+def _without_other_figures(plan: Plan, given: Plan) -> Plan:
+    """Say what a plan promised elsewhere, and drop what it says of other plans there."""
+    promised, predicted = given.predicted, plan.predicted
+    if promised is None or math.isclose(promised.step_s, predicted.step_s, rel_tol=1e-6):
+        return plan
+    log.info(
+        "the plan file promises %s a step on %s, and here, on %s, it is %s",
+        seconds(promised.step_s), given.cluster.name, plan.cluster.name, seconds(predicted.step_s),
+    )  # fmt: skip
+    return replace(plan, search=None, runners_up=())
 
 
 def _check_batch(plan: Plan) -> None:

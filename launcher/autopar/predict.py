@@ -15,6 +15,7 @@ from launcher.autopar.compute import ComputeModel
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.launches import submesh_launches
 from launcher.autopar.messages import price_messages
+from launcher.autopar.open_stages import fill_in
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.predicted_buffers import predicted_buffers
@@ -44,6 +45,7 @@ def predict(
 ) -> Prediction:
     """Price a plan on a cluster, also one that was made by hand or for another cluster."""
     footprint = OptimizerFootprint(optimizer or optax.adamw(1e-3))
+    plan = fill_in(plan, model, cluster, footprint)
     return foresee(realize(plan, model, cluster, optimizer=footprint), cluster).prediction
 
 

@@ -17,7 +17,7 @@ from launcher.autopar.communication import add_communication
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Value
-from launcher.autopar.intra_op import IntraOpPlanner
+from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.messages import Edge, Messages, exchanged, plan_messages
@@ -94,7 +94,7 @@ def realize(
         planner: the one that made the plan, if it is at hand: it has done half of the work.
         optimizer: decides what updates cost, and what state they keep.
     """
-    planner = planner or IntraOpPlanner(_layers_of(plan, model))
+    planner = planner or IntraOpPlanner(layers_of(plan, model))
     stages = tuple(
         _realize_stage(stage, plan, planner, cluster, optimizer) for stage in plan.stages
     )
@@ -122,7 +122,7 @@ def realize(
     )
 
 
-def _layers_of(plan: Plan, model: Model) -> LayeredModel:
+def layers_of(plan: Plan, model: Model) -> LayeredModel:
     """The model in as many layers as the plan's stages cover."""
     covered = plan.stages[-1].layers[1]
     layered = layered_model(model, plan.microbatch_size)
@@ -136,22 +136,30 @@ def _realize_stage(
     stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
     optimizer: OptimizerFootprint,
 ) -> RealizedStage:  # fmt: skip
+    first, last = stage.layers
+    sharding = solve_stage(stage, plan.num_microbatches, planner, cluster, optimizer)
+    described = training_layout(planner, sharding, first, last, stage.recompute)
+    emitter = StageEmitter(planner, sharding, described)
+    return RealizedStage(stage, sharding.settings, sharding, described, emitter)
+
+
+def solve_stage(
+    stage: Stage, num_microbatches: int, planner: IntraOpPlanner, cluster: Cluster,
+    optimizer: OptimizerFootprint,
+) -> StageSharding:  # fmt: skip
+    """Shard the ops of a stage, those that it leaves open."""
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
         compute=ComputeModel(cluster.device),
         restrictions=restrictions(mesh),
-        num_microbatches=plan.num_microbatches,
+        num_microbatches=num_microbatches,
         zero=stage.zero,
         recompute=stage.recompute != "none",
         optimizer=optimizer,
     )
-    first, last = stage.layers
     settings, pins = _pins(planner, stage, settings)
-    sharding = planner.solve(first, last, settings, pins=pins)
-    described = training_layout(planner, sharding, first, last, stage.recompute)
-    emitter = StageEmitter(planner, sharding, described)
-    return RealizedStage(stage, settings, sharding, described, emitter)
+    return planner.solve(*stage.layers, settings, pins=pins)
 
 
 def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.autopar.budget import Budget
+
 Value = float | int | str | None | Sequence[float | None]
 Row = dict[str, Value]
 Status = Literal["done", "interrupted", "failed"]
@@ -170,6 +172,8 @@ class PlanMetrics:
     # What had to be compiled before the first step, and how long that took.
     num_programs: int | None = None
     compile_s: float | None = None
+    # What `train.tokens` would take; None if they are not asked for.
+    budget: Budget | None = None
 
     def as_row(self) -> Row:
         """Give the predictions by the names they are logged under."""
@@ -184,6 +188,7 @@ class PlanMetrics:
             "solver_s": finite(self.solver_s),
             "num_programs": self.num_programs,
             "compile_s": finite(self.compile_s),
+            **(self.budget.as_row() if self.budget else {}),
         }
 
 
