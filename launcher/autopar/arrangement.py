@@ -93,7 +93,7 @@ class Arranger:
         if result.stages is not None and not self._fits(result.stages):
             most = min(len(self.cuts) - 1, self.space.num_devices)
             tries = (partial(self._plan, n) for n in range(1, most + 1))
-            result = replace(self._best_of(tries), bound_s=result.bound_s)
+            result = self._best_of(tries)
         if result.stages is None:
             return Arranged(None, result.bound_s, num_candidates)
         return self._refined(result, table, num_candidates)
@@ -152,7 +152,10 @@ class Arranger:
             "transfer_s": self.transfer_s,
             "pace": pace_of(self.schedule),
             "bound_s": partial(
-                least_step_s, schedule=self.schedule, num_microbatches=self.num_microbatches
+                least_step_s,
+                schedule=self.schedule,
+                num_microbatches=self.num_microbatches,
+                memory_bytes=self.cluster.device.usable_bytes,
             ),
             "worth_s": self.worth_s,
             "cures": self.cures,
@@ -260,7 +263,8 @@ class Arranger:
                 failures.append(error)
         if not found:
             raise failures[-1]
-        return min(found, key=lambda result: result.total_s)
+        best = min(found, key=lambda result: result.total_s)
+        return replace(best, bound_s=min(result.bound_s for result in found))
 
     def _fits(self, stages: Sequence[StageChoice]) -> bool:
         """Whether what the stages of each submesh hold at most fits together."""

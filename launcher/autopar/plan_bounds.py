@@ -13,8 +13,8 @@ stages and cuts that the first microbatch passes on its way to i, and the last o
     interleaved     1 / p (sum of all m t, and of (p - 1 - j) (t + c) of the stages j < p): the mean over
                     p submeshes of their work and of what goes before it
 
-and u of the first stage (for ZB-H1 with a W) after a way back. For each line the DP of `stage_table` finds the
-least over all plans of its greatest value; the greatest line of the best number of stages p counts.
+and u of the first stage (for ZB-H1 with a W) after a way back. For each line the DP of `stage_table` finds
+the least over all plans of its greatest value; the greatest line of the best number of stages p counts.
 
 Left out: that lines add up, what stages that follow i still do, gradients and norms sent between stages.
 """
@@ -33,6 +33,8 @@ from launcher.autopar.schedules import (
     ZbH1,
 )
 from launcher.autopar.stage_table import Pieces, microbatch_time_s, sweep, sweep_longest
+
+_PRICES = range(-4, 5)  # on memory that stages share, as powers of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +63,19 @@ class Line:
 
 
 def least_step_s(
-    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int
-) -> float:
+    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int,
+    memory_bytes: float = math.inf,
+) -> float:  # fmt: skip
     """No plan made of the rows takes less under the schedule; infinite where there is none.
 
     Args:
         rows: those that fit into memory, as `stage_table.that_fit` returns them.
+        memory_bytes: of one device.
     """
     if not len(rows):
         return math.inf
+    if schedule.virtual_stages > 1 and pieces.num_stages is not None:
+        return _sharing_memory_s(pieces, rows, schedule, num_microbatches, memory_bytes)
     lines = lines_of(pieces, rows, schedule, num_microbatches)
     return float(np.max([line.by_stages() for line in lines], axis=0).min())
 
@@ -116,3 +122,28 @@ def _mean_of_submeshes(
         path_s = path_s[:, None] + microbatch_time_s(rows)[:, None] * before
     table = sweep(pieces, rows, path_s, np.add)
     return Line(nothing, path_s, table, lambda num_stages: 1 / max(num_stages // v, 1))
+
+
+def _sharing_memory_s(
+    pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int,
+    memory_bytes: float,
+) -> float:  # fmt: skip
+    """The line of the interleaved schedule where the stages of p submeshes share p times the memory.
+
+    With a price on bytes, what all stages cost, less the price of all that p submeshes have, is a bound at
+    every price (Lagrange's relaxation); the best of some prices is taken.
+    """
+    line = _mean_of_submeshes(pieces, rows, schedule, num_microbatches)
+    (least_s,) = line.by_stages()[pieces.num_stages :]
+    p, factor = pieces.num_stages // schedule.virtual_stages, line.factor(pieces.num_stages)
+    if math.isinf(least_s) or math.isinf(memory_bytes):
+        return float(least_s)
+
+    def bound_s(price_s: float) -> float:
+        paid_s = line.path_s + price_s * rows["need_bytes"]
+        total_s = sweep(pieces, rows, paid_s, np.add)[pieces.num_stages, 0, -1]
+        return float(total_s - price_s * p * memory_bytes) * factor
+
+    # In units of a price at which a full device costs as much as its work.
+    unit = least_s / factor / (p * memory_bytes)
+    return max(least_s, *(bound_s(unit * 2.0**k) for k in _PRICES))

@@ -3,7 +3,8 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that gets better. A forced choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single
+as that gets better, with the strategies that were found at the first; those of the best plans are then solved
+for their own number. A forced choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single
 modes are searches in which everything but the strategies is forced (`space`).
 
 A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
@@ -32,7 +33,7 @@ from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.realize import layered_model
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
-from launcher.autopar.stage_costs import Choices, StageCosts
+from launcher.autopar.stage_costs import Choices, Known, StageCosts
 from launcher.autopar.trace import Role
 from launcher.autopar.work import aval_bytes, op_flops
 from launcher.errors import InfeasiblePlanError
@@ -96,6 +97,7 @@ def search(
     attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
     if attempts.found and forced is None:
         attempts.climb(counts)
+        attempts.settle()
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
     tried = attempts.found.values()
@@ -135,6 +137,7 @@ class _Attempts:
         self._progress = progress
         self.found: dict[int, _Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
+        self._known: Known = {}
 
     def best(self) -> tuple[float, int]:
         """The least step time, and the number of microbatches that has it."""
@@ -145,7 +148,9 @@ class _Attempts:
         if num_microbatches not in (*self.found, *self.failures):
             self._progress(f"{num_microbatches} microbatches")
             try:
-                self.found[num_microbatches] = self._try(num_microbatches, self.best()[0])
+                self.found[num_microbatches] = self._try(
+                    num_microbatches, self.best()[0], self._known
+                )
             except InfeasiblePlanError as error:
                 self.failures[num_microbatches] = error
         known = self.found.get(num_microbatches)
@@ -170,10 +175,24 @@ class _Attempts:
             for neighbour in counts[max(place - 1, 0) : place + 2]:
                 self.step_s(neighbour)
 
+    def settle(self) -> None:
+        """Solve anew what the best number of microbatches took over from others."""
+        best_s, num_microbatches = self.best()
+        self._progress(f"{num_microbatches} microbatches")
+        used = {
+            (choice.option.tag.mesh, choice.option.tag.weight)
+            for candidate in self.found[num_microbatches].candidates
+            for choice in candidate.arrangement.stages
+        }
+        others = {key: picks for key, picks in self._known.items() if key not in used}
+        again = self._try(num_microbatches, math.inf, others)
+        if again.step_s <= best_s:
+            self.found[num_microbatches] = again
+
 
 def _try(
     model: Model, cluster: Cluster, options: PlanOptions, space: Space, num_microbatches: int,
-    worth_s: float,
+    worth_s: float, known: Known,
 ) -> _Tried:  # fmt: skip
     """Search all schedules for what takes less than `worth_s`."""
     microbatch_size = options.global_batch // num_microbatches
@@ -183,7 +202,7 @@ def _try(
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
         choices=_worthwhile(space.choices, layered, optimizer, cluster), optimizer=optimizer,
-        microbatch_size=microbatch_size,
+        microbatch_size=microbatch_size, known=known,
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host

@@ -5,7 +5,10 @@ then priced on top of its solution. For given strategies the cost of a range is 
 class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges. Of the
 options of a range those are kept that no other one beats in time and memory alike.
 
-Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO-1 and -2, and for
+A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
+where they are priced anew and not solved, until the best number is known.
+
+Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO, and for
 recomputation. ZeRO-1 is not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
@@ -17,7 +20,7 @@ import numpy as np
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
-from launcher.autopar.intra_op import IntraOpPlanner, Seconds, StageSharding
+from launcher.autopar.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
 from launcher.autopar.memory import (
     ClassMemory,
     ParamMemory,
@@ -27,9 +30,11 @@ from launcher.autopar.memory import (
 )
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import OptimizerFootprint
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.stage_table import StageOption
+from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
 from launcher.autopar.work import aval_bytes
 
@@ -57,11 +62,20 @@ class _Solved:
     unread: Sequence[ParamMemory]
 
 
+Known = dict[tuple[LogicalMesh, float], Picks]
+"""Strategies of the whole model, by the mesh and the price on memory that they were solved for."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StagePick:
-    """What a stage option stands for."""
+    """What a stage option stands for.
+
+    Attributes:
+        weight: Of the price on memory, as in `Choices`.
+    """
 
     mesh: LogicalMesh
+    weight: float
     zero: int
     recompute: str
     sharding: StageSharding
@@ -72,12 +86,13 @@ class StageCosts:
 
     Args:
         optimizer: decides how much state a parameter has, and what updating it takes.
+        known: strategies to price instead of solving; those that are solved are added.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
-        microbatch_size: int,
+        microbatch_size: int, known: Known | None = None,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
@@ -87,6 +102,7 @@ class StageCosts:
         self._whole = (0, len(planner.model.layers))
         self._priced: dict[tuple, _Solved] = {}
         self._strategies: dict[tuple, StageSharding] = {}
+        self._known = {} if known is None else known
         self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
         self._wiring = planner.wiring(*self._whole)
         self._groups = tuple(self._wiring.counts)
@@ -120,15 +136,17 @@ class StageCosts:
             for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
                 if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
                     continue  # nothing to shard over
-                yield from self._price_mesh(first, last, self._settings(mesh, zero, weight))
+                yield from self._price_mesh(first, last, mesh, zero, weight)
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
         """Memory prices worth trying; without a tensor axis there is nothing to choose."""
         return self.choices.memory_weights if mesh.shape[1] > 1 else self.choices.memory_weights[:1]
 
-    def _price_mesh(self, first: int, last: int, settings: StageSettings) -> Iterable[StageOption]:
-        wiring = self.planner.wiring(first, last)
-        solved = self._solved(settings)
+    def _price_mesh(
+        self, first: int, last: int, mesh: LogicalMesh, zero: int, weight: float
+    ) -> Iterable[StageOption]:
+        wiring, settings = self.planner.wiring(first, last), self._settings(mesh, zero, weight)
+        solved = self._solved(mesh, zero, weight)
         seconds = Seconds(*(self._counts(first, last) @ solved.seconds).tolist())
         sharding = replace(solved.sharding, seconds=seconds)
         borrowed_s = self._borrowed_s(wiring)
@@ -146,7 +164,7 @@ class StageCosts:
                 once_s=priced.once_s + borrowed_s,
                 fixed_bytes=memory.state_bytes + floor,
                 stash_bytes=memory.stash_bytes,
-                tag=StagePick(settings.mesh, settings.zero, recompute, priced),
+                tag=StagePick(mesh, weight, zero, recompute, priced),
             )
 
     def _counts(self, first: int, last: int) -> np.ndarray:
@@ -176,17 +194,13 @@ class StageCosts:
             memory_s_per_byte=weight * self._ideal_s / self.cluster.device.usable_bytes,
         )
 
-    def _solved(self, settings: StageSettings) -> _Solved:
-        """The whole model on a mesh. ZeRO-1 and -2 take the strategies of no ZeRO."""
-        key = (settings.mesh, settings.zero, settings.memory_s_per_byte)
+    def _solved(self, mesh: LogicalMesh, zero: int, weight: float) -> _Solved:
+        """The whole model on a mesh."""
+        key = (mesh, zero, weight)
         if key not in self._priced:
-            plain = replace(settings, zero=3 if settings.zero == 3 else 0)
-            solved_key = (plain.mesh, plain.zero, plain.memory_s_per_byte)
-            if solved_key not in self._strategies:
-                self._strategies[solved_key] = self.planner.solve(*self._whole, plain)
-            solved = self._strategies[solved_key]
-            self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
-            sharding = self.planner.reprice(*self._whole, settings, solved.picks)
+            settings = self._settings(mesh, zero, weight)
+            sharding = self._strategies_for(settings, weight)
+            self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
             known = sharding.group_seconds
             self._priced[key] = _Solved(
                 sharding=sharding,
@@ -195,6 +209,34 @@ class StageCosts:
                 unread=unread_memory(self.planner, settings),
             )
         return self._priced[key]
+
+    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
+        """ZeRO takes the strategies without it; 3 keeps the weights in shards, and gathers them."""
+        plain = self._plain(replace(settings, zero=0), weight)
+        if settings.zero < 3:
+            return self.planner.reprice(*self._whole, settings, plain.picks)
+        picks = {key: self._home(key, pick, settings) for key, pick in plain.picks.items()}
+        sharding = self.planner.reprice_if_possible(*self._whole, settings, picks)
+        return sharding or self.planner.solve(*self._whole, settings)
+
+    def _plain(self, settings: StageSettings, weight: float) -> StageSharding:
+        key = (settings.mesh, weight)
+        if key not in self._strategies:
+            known, found = self._known.get(key), None
+            if known is not None:
+                found = self.planner.reprice_if_possible(*self._whole, settings, known)
+            self._strategies[key] = found or self.planner.solve(*self._whole, settings)
+            self._known[key] = self._strategies[key].picks
+        return self._strategies[key]
+
+    def _home(self, key, pick, settings: StageSettings):
+        """Where ZeRO-3 keeps what a node of the stage problem stands for."""
+        kind, name, *place = key
+        if kind != "slot" or self.planner.classes[name].slots[place[0]].role is not Role.PARAM:
+            return pick
+        cls = self.planner.classes[name]
+        shape = cls.joint.avals[cls.joint.inputs[place[0]]].shape
+        return optimizer_spec(pick, shape, settings.mesh, 3)
 
 
 def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:

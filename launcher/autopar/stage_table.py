@@ -183,7 +183,9 @@ def make_rows(
     }
     kinds = [(name, float if name.endswith("_s") else int) for name in (*columns, *_PACE)]
     # In "fits"[:, s - 1]: whether it can be the first of s stages.
-    rows = np.zeros(len(choices), [*kinds, ("fits", bool, (pieces.max_stages,))])
+    # "need_bytes" is filled in by `that_fit`.
+    by_stages = [("fits", bool, (pieces.max_stages,)), ("need_bytes", float, (pieces.max_stages,))]
+    rows = np.zeros(len(choices), [*kinds, *by_stages])
     for name, values in columns.items():
         rows[name] = values
     rows["steady_s"], rows["path_s"] = pace.steady_s(rows), pace.path_s(rows)
@@ -210,7 +212,7 @@ def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> n
     fits = rows["fits"] & (need_bytes <= memory_bytes)
     is_used = fits.any(axis=1)
     fitting = rows[is_used]
-    fitting["fits"] = fits[is_used]
+    fitting["fits"], fitting["need_bytes"] = fits[is_used], need_bytes[is_used]
     return fitting
 
 
