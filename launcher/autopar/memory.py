@@ -155,10 +155,11 @@ def backward_workspace(
             return max(memory.workspace.backward_bytes for memory, _ in counted)
         case "layer":
             return max(memory.workspace.again_bytes for memory, _ in counted)
-    # All of the forward pass is there again before the first layer goes back.
+    # All of the forward pass is there again before the first layer goes back, and ends layer by layer;
+    # which one that is decides how much the others keep, so here it is the worst.
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    going_back = max(memory.workspace.backward_bytes for memory, _ in counted)
-    return residuals + _passed_on_bytes(memories, wiring, "layer") + going_back
+    going_back = max(m.workspace.both_bytes - m.residual_bytes for m, _ in counted)
+    return residuals + _passed_on_bytes(memories, wiring, "none") + going_back
 
 
 def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):

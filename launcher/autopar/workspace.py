@@ -158,6 +158,7 @@ class Tape:
         self._copies = Copies(avals, mesh)
         self._made: set[Buffer] = set()
         self._flat: set[Value] = set()  # made as matrices, whatever their dims
+        self._viewed: dict[Buffer, Buffer] = {}  # what a view is of, which is no view itself
 
     def put(self, value: Value, spec: Spec) -> None:
         """A value that is there before the first line."""
@@ -200,6 +201,9 @@ class Tape:
         if makes and self._made.issuperset(makes):
             return  # a cheap op that the backward pass repeats: XLA merges the two
         self._made.update(makes)
+        if name in _VIEWS and reads:
+            source = self._viewed.get(reads[0], reads[0])
+            self._viewed |= dict.fromkeys(makes, source)
         self.lines.append(Line(name, tuple(dict.fromkeys(reads)), tuple(makes)))
 
     def _as_needed(self, op: Op, index: int, buffer: Buffer) -> Buffer:
@@ -209,8 +213,9 @@ class Tape:
             return buffer
         value, spec, _ = buffer
         copy = (value, spec, order)
-        if copy not in self._made:
-            self._write("transpose" if order else "reshape", [buffer], [copy])
+        if copy not in self._made:  # a copy of a view is another view
+            source = self._viewed.get(buffer, buffer)
+            self._write("transpose" if order else "reshape", [source], [copy])
         return copy
 
 
@@ -244,13 +249,23 @@ def _needed_order(op: Op, index: int) -> Order:
     return () if rank > 2 else None
 
 
-def temporary_bytes(tape: Tape, made: Iterable[Buffer] = ()) -> float:
-    """The most that the lines hold of what they make, but for `made`: results with buffers elsewhere."""
-    elsewhere = set(made)
-    lines = list(_first_come(_with_buffers(tape, elsewhere)))
+def temporary_bytes(
+    tape: Tape, made: Iterable[Buffer] = (), *, there: Iterable[Buffer] = (),
+    lasting: Iterable[Buffer] = (),
+) -> float:  # fmt: skip
+    """The most that the lines hold.
+
+    Args:
+        made: results with buffers elsewhere, which do not count.
+        there: what the program holds before the first line, until it is read for the last time.
+        lasting: what is made and held until the end.
+    """
+    elsewhere, lasting = set(made), set(lasting)
+    lines = list(_first_come(_with_buffers(tape, elsewhere | lasting)))
     last = {buffer: at for at, line in enumerate(lines) for buffer in line.reads}
-    live: dict[Buffer, float] = {}
-    now = most = 0.0
+    last |= dict.fromkeys(lasting, len(lines))
+    live = {buffer: tape.bytes(buffer) for buffer in there if buffer in last}
+    now = most = sum(live.values())
     for at, line in enumerate(lines):
         dying = {b for b in line.reads if b in live and last[b] == at}
         for buffer in line.makes:
@@ -271,41 +286,72 @@ def temporary_bytes(tape: Tape, made: Iterable[Buffer] = ()) -> float:
 
 def _with_buffers(tape: Tape, results: set[Buffer]) -> list[Line]:
     """The lines that make buffers; what is computed inside a line passes what it reads on to it."""
-    readers: dict[Buffer, list[Line]] = defaultdict(list)
-    makers = {buffer: line for line in tape.lines for buffer in line.makes}
-    for line in tape.lines:
-        for buffer in line.reads:
-            readers[buffer].append(line)
+    computed_inside = _Fusion(tape, results).inside
     inside: dict[Buffer, tuple[Buffer, ...]] = {}
     found = []
-    for line in tape.lines:
+    for at, line in enumerate(tape.lines):
         reads = tuple(dict.fromkeys(b for r in line.reads for b in inside.get(r, (r,))))
-        if all(_has_none(line, b, readers, makers, results) for b in line.makes):
+        if at in computed_inside:
             inside |= dict.fromkeys(line.makes, reads)
         else:
             found.append(Line(line.name, reads, line.makes))
     return found
 
 
-def _has_none(
-    line: Line, buffer: Buffer, all_readers: Mapping[Buffer, Sequence[Line]],
-    makers: Mapping[Buffer, Line], results: set[Buffer],
-) -> bool:  # fmt: skip
-    """Whether what a line makes is computed where it is read."""
-    if buffer in results:
-        return False
-    readers = all_readers[buffer]
-    if line.name in _VIEWS:
-        # XLA computes a cheap value once for each shape in which it is read.
-        maker = makers.get(line.reads[0]) if line.reads else None
-        is_repeated = buffer[2] == () and maker is not None and maker.name in _CHEAP
-        return not is_repeated
-    if not all(reader.computes_operands for reader in readers):
-        return False
-    if line.name == "broadcast_in_dim" and _is_reduced(line, makers):
-        # What is computed together with a matrix product computes no broadcasts of reductions.
-        return not any(_joins_product(reader, makers) for reader in readers)
-    return line.name in _CHEAP or (line.name in _DEAR and len(readers) == 1)
+class _Fusion:
+    """Which lines are computed where they are read, and in which lines that is; decided from the end.
+
+    Attributes:
+        inside: the lines that make no buffer.
+    """
+
+    def __init__(self, tape: Tape, results: set[Buffer]):
+        self.lines, self.results = tape.lines, results
+        self.makers = {buffer: line for line in tape.lines for buffer in line.makes}
+        self.readers: dict[Buffer, list[int]] = defaultdict(list)
+        for at, line in enumerate(tape.lines):
+            for buffer in line.reads:
+                self.readers[buffer].append(at)
+        self.inside: set[int] = set()
+        self._places: dict[int, frozenset[int]] = {}  # where a line is computed in the end
+        self._takes: dict[int, bool] = {}  # whether a line can compute what it reads on the way
+        for at in reversed(range(len(tape.lines))):
+            self._decide(at)
+
+    def _decide(self, at: int) -> None:
+        line = self.lines[at]
+        readers = {reader for buffer in line.makes for reader in self.readers[buffer]}
+        places = frozenset().union(*(self._places[reader] for reader in readers))
+        is_taken = all(self._takes[reader] for reader in readers)
+        if all(self._has_none(line, buffer, is_taken, len(places)) for buffer in line.makes):
+            self.inside.add(at)
+            self._places[at] = places
+            self._takes[at] = is_taken if line.name in _VIEWS else line.computes_operands
+        else:
+            self._places[at] = frozenset([at])
+            self._takes[at] = line.computes_operands
+
+    def _has_none(self, line: Line, buffer: Buffer, is_taken: bool, num_places: int) -> bool:
+        """Whether what a line makes is computed where it is read."""
+        if buffer in self.results:
+            return False
+        if line.name in _VIEWS:
+            # XLA computes a cheap value once for each shape in which it is read.
+            return is_taken or not self._is_cheap(line)
+        if not is_taken:
+            return False
+        if line.name == "broadcast_in_dim" and _is_reduced(line, self.makers):
+            # What is computed together with a matrix product computes no broadcasts of reductions.
+            readers = (self.lines[reader] for reader in self.readers[buffer])
+            return not any(_joins_product(reader, self.makers) for reader in readers)
+        return line.name in _CHEAP or (line.name in _DEAR and num_places == 1)
+
+    def _is_cheap(self, view: Line) -> bool:
+        """Whether a view is of what a cheap op makes."""
+        maker = self.makers.get(view.reads[0])
+        while maker is not None and maker.name in _VIEWS:
+            maker = self.makers.get(maker.reads[0])
+        return maker is not None and maker.name in _CHEAP
 
 
 def _is_reduced(line: Line, makers: Mapping[Buffer, Line]) -> bool:
