@@ -276,9 +276,7 @@ class StageEmitter:
         """One layer's first half: what it hands on, what leaves the stage, what the second half reads."""
         handed_on, returned = self._first_half_of(index, own, totals)
         left = {
-            (index, start.value, start.spec): pack(
-                own.at_hand(start.value, start.spec), start.spec
-            )
+            (index, start.value, start.spec): pack(own.at_hand(start.value, start.spec), start.spec)
             for start in self.split.starts[index]
             if start.source is Source.FIRST_HALF
         }

@@ -21,6 +21,8 @@ class LayerWorkspace:
     """Bytes per device beside what the layer is given and what it leaves.
 
     Attributes:
+        forward_bytes: where the residuals are results, whose buffers hold something else before.
+        passing_bytes: of a forward pass that leaves no residuals.
         backward_bytes: where the residuals were kept.
         again_bytes: where the forward ops run again: all residuals, and gathered weights, are there at the
             turn, whatever of them XLA then computes inside their readers; it copies others for that.
@@ -29,6 +31,7 @@ class LayerWorkspace:
     """
 
     forward_bytes: float
+    passing_bytes: float
     backward_bytes: float
     again_bytes: float
     both_bytes: float
@@ -40,21 +43,36 @@ def layer_workspace(
     """Write the passes of a layer down, and see what they hold."""
     writer = _Writer(cls, sharding, aliases)
     return LayerWorkspace(
-        writer.forward(), writer.backward(again=False), writer.backward(again=True), writer.both()
+        forward_bytes=writer.forward(keeps=True),
+        passing_bytes=writer.forward(keeps=False),
+        backward_bytes=writer.backward(again=False),
+        again_bytes=writer.backward(again=True),
+        both_bytes=writer.both(),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HalfWorkspaces:
+    """Bytes per device for one layer's halves of a split backward pass, beside what they are given.
+
+    Attributes:
+        input_bytes: of the first, with what it leaves for the second as far as it is there.
+        left_bytes: what that is in the end.
+        weight_bytes: of the second.
+    """
+
+    input_bytes: float
+    left_bytes: float
+    weight_bytes: float
 
 
 def half_workspaces(
     cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place], recompute: str,
     starts: Iterable[Start],
-) -> tuple[float, float]:  # fmt: skip
-    """What the halves of a split backward pass need of one layer, beside what they are given and leave.
-
-    Args:
-        starts: what passes between them.
-    """
+) -> HalfWorkspaces:  # fmt: skip
+    """What the halves of a split backward pass need of one layer; `starts` pass between them."""
     writer, starts = _Writer(cls, sharding, aliases), tuple(starts)
-    return writer.input_half(starts, recompute), writer.weight_half(starts)
+    return HalfWorkspaces(*writer.input_half(starts, recompute), writer.weight_half(starts))
 
 
 class _Writer:
@@ -63,9 +81,12 @@ class _Writer:
         self.mesh = sharding.settings.mesh
         self._index = {op.results: index for index, op in enumerate(cls.joint.ops)}
 
-    def forward(self) -> float:
+    def forward(self, *, keeps: bool) -> float:
         tape, residuals, exports = self._forward()
-        return temporary_bytes(tape, made=[*residuals, *exports])
+        if not keeps:
+            return temporary_bytes(tape, made=exports)
+        results = {*residuals, *exports}
+        return max(0.0, temporary_bytes(tape, lasting=results) - sum(map(tape.bytes, results)))
 
     def both(self) -> float:
         tape, residuals, exports = self._forward()
@@ -80,14 +101,16 @@ class _Writer:
         turn = self._turn(tape) if again else 0.0
         return crossing + max(temporary_bytes(tape, handed_on), turn)
 
-    def input_half(self, starts: Iterable[Start], recompute: str) -> float:
+    def input_half(self, starts: Iterable[Start], recompute: str) -> tuple[float, float]:
         tape, given, handed_on = self._backward(
-            again=recompute == "layer", ops=self.cls.input_ops, slots=self._activations()
-        )
-        left = [tape.get(s.value, s.spec) for s in starts if s.source is Source.FIRST_HALF]
+            again=recompute != "none", ops=self.cls.input_ops, slots=self._activations(),
+            is_there=recompute == "full",
+        )  # fmt: skip
+        left = {tape.get(s.value, s.spec) for s in starts if s.source is Source.FIRST_HALF}
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
-        there = set(self._residuals()).difference(left) if recompute == "full" else ()
-        return crossing + temporary_bytes(tape, [*handed_on, *left], there=there)
+        there = set(self._residuals()) if recompute == "full" else ()
+        needed = temporary_bytes(tape, handed_on, there=there, lasting=left)
+        return crossing + needed, sum(map(tape.bytes, left))
 
     def weight_half(self, starts: Iterable[Start]) -> float:
         tape = Tape(self.cls.joint.avals, self.mesh)
@@ -119,17 +142,21 @@ class _Writer:
         return tape, residuals, exports
 
     def _backward(
-        self, *, again: bool, ops: Iterable[Op] | None = None, slots: Iterable[int] | None = None
-    ) -> tuple[Tape, list[Buffer], list[Buffer]]:
+        self, *, again: bool, ops: Iterable[Op] | None = None, slots: Iterable[int] | None = None,
+        is_there: bool = False,
+    ) -> tuple[Tape, list[Buffer], list[Buffer]]:  # fmt: skip
         """The lines of the backward pass, the gradients that come in, and those that are handed on.
 
         Args:
+            again: whether forward ops run again first; `is_there`: before, so that they are no lines of it.
             ops: its ops, if not all.
             slots: whose gradients it makes, if not all.
         """
         tape, cls = self._tape(FORWARD_COPY), self.cls
         if again:
             tape.run(self._planned(cls.recomputed_ops()))
+            if is_there:
+                tape.lines.clear()
         else:
             for value, spec, _ in self._residuals():
                 tape.put(value, spec)

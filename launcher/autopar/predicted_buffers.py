@@ -114,11 +114,10 @@ def _programs(
     wiring = realized.planner.wiring(*stage.stage.layers)
     memories = class_memories(realized.planner, stage.sharding, wiring)
     walk = _LayerWalk(realized, stage, memories)
-    forward = max(memories[name].workspace.forward_bytes for name in wiring.classes)
     returns, exports = passing["returns"], passing["exports"]
     for_weights = passing.get("kept for weights", 0.0)
     found = {
-        "forward": Footprint(passing["kept"] + exports, forward),
+        "forward": Footprint(passing["kept"] + exports, walk.forward()),
         "backward": Footprint(returns, walk.backward()),
         FUSED: Footprint(returns + exports, walk.forward_backward()),
         "synchronize": Footprint(passing["gradients"], 0.0),
@@ -165,7 +164,7 @@ class _LayerWalk:
         for memory, inputs in zip(self.memories, self.passed_on, strict=True):
             before += sum(inputs.values())
             needs = memory.workspace
-            found = max(found, before + max(needs.forward_bytes, needs.again_bytes))
+            found = max(found, before + max(needs.passing_bytes, needs.again_bytes))
         return found
 
     def _in_turn(self) -> float:
@@ -177,18 +176,27 @@ class _LayerWalk:
             before += memory.residual_bytes
         return found
 
+    def forward(self) -> float:
+        """Of a forward pass. What its results are to hold is free until the last layer makes them."""
+        if self.recompute == "none":
+            return self.memories[-1].workspace.forward_bytes
+        return max(memory.workspace.passing_bytes for memory in self.memories)
+
     def halves(self) -> tuple[float, float]:
         """Of the halves of a split backward pass."""
-        sharding, starts = self.stage.sharding, self.stage.emitter.split.starts
-        first, second, before = 0.0, 0.0, 0.0
-        for (index, layer), memory, inputs in zip(
-            self.layers, self.memories, self.passed_on, strict=True
-        ):
-            of_input, of_weight = half_workspaces(
-                layer.cls, sharding, self.wiring.aliases, self.recompute, starts[index]
-            )
-            first, second = max(first, before + of_input), max(second, of_weight)
-        return first, second
+        aliases, starts = self.wiring.aliases, self.stage.emitter.split.starts
+        needs = [
+            half_workspaces(layer.cls, self.stage.sharding, aliases, self.recompute, starts[index])
+            for index, layer in self.layers
+        ]
+        # Where all of the forward pass is recomputed first, earlier layers still hold what they keep.
+        is_full = self.recompute == "full"
+        before = [memory.residual_bytes if is_full else 0.0 for memory in self.memories]
+        most = left = 0.0
+        for index, layer in reversed(list(enumerate(needs))):
+            most = max(most, sum(before[:index]) + left + layer.input_bytes)
+            left += layer.left_bytes
+        return max(0.0, most - left), max(layer.weight_bytes for layer in needs)
 
 
 def _received(realized: RealizedPlan, index: int, sizes: Sizes, params: Mapping):
