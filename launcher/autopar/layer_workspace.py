@@ -93,13 +93,15 @@ class _Writer:
         grown = temporary_bytes(tape, made=exports, lasting=residuals)
         tape, given, handed_on = self._backward(again=False)
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
-        return max(grown, crossing + temporary_bytes(tape, handed_on, there=residuals))
+        return max(
+            grown, crossing + temporary_bytes(tape, handed_on, there=residuals, is_call=True)
+        )
 
     def backward(self, *, again: bool) -> float:
         tape, given, handed_on = self._backward(again=again)
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
         turn = self._turn(tape) if again else 0.0
-        return crossing + max(temporary_bytes(tape, handed_on), turn)
+        return crossing + max(temporary_bytes(tape, handed_on, is_call=True), turn)
 
     def input_half(self, starts: Iterable[Start], recompute: str) -> tuple[float, float]:
         tape, given, handed_on = self._backward(
@@ -109,7 +111,7 @@ class _Writer:
         left = {tape.get(s.value, s.spec) for s in starts if s.source is Source.FIRST_HALF}
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
         there = set(self._residuals()) if recompute == "full" else ()
-        needed = temporary_bytes(tape, handed_on, there=there, lasting=left)
+        needed = temporary_bytes(tape, handed_on, there=there, lasting=left, is_call=True)
         return crossing + needed, sum(map(tape.bytes, left))
 
     def weight_half(self, starts: Iterable[Start]) -> float:
@@ -121,7 +123,7 @@ class _Writer:
         for slot in self.cls.gradients:
             if self.cls.slots[slot].role is Role.PARAM:
                 self._gradient(tape, slot)
-        return temporary_bytes(tape)
+        return temporary_bytes(tape, is_call=True)
 
     def _activations(self) -> list[int]:
         return [slot for slot in self.cls.gradients if self.cls.slots[slot].role is not Role.PARAM]

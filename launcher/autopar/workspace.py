@@ -251,17 +251,18 @@ def _needed_order(op: Op, index: int) -> Order:
 
 def temporary_bytes(
     tape: Tape, made: Iterable[Buffer] = (), *, there: Iterable[Buffer] = (),
-    lasting: Iterable[Buffer] = (),
+    lasting: Iterable[Buffer] = (), is_call: bool = False,
 ) -> float:  # fmt: skip
     """The most that the lines hold.
 
     Args:
+        is_call: whether the lines are a call of their own in a program (`apart`).
         made: results with buffers elsewhere, which do not count.
         there: what the program holds before the first line, until it is read for the last time.
         lasting: what is made and held until the end.
     """
     elsewhere, lasting = set(made), set(lasting)
-    lines = list(_first_come(_with_buffers(tape, elsewhere | lasting)))
+    lines = list(_first_come(_with_buffers(tape, elsewhere | lasting), is_call=is_call))
     last = {buffer: at for at, line in enumerate(lines) for buffer in line.reads}
     last |= dict.fromkeys(lasting, len(lines))
     live = {buffer: tape.bytes(buffer) for buffer in there if buffer in last}
@@ -369,10 +370,13 @@ def _joins_product(line: Line, makers: Mapping[Buffer, Line]) -> bool:
     return any(b in makers and makers[b].name == "dot_general" for b in line.reads)
 
 
-def _first_come(lines: Sequence[Line]) -> Iterator[Line]:
-    """A queue of lines whose operands are there; inputs are gathered when they are first read."""
+def _first_come(lines: Sequence[Line], *, is_call: bool) -> Iterator[Line]:
+    """A queue of lines whose operands are there.
+
+    Inputs are gathered when they are first read; those of a call when it begins.
+    """
     makers = {buffer: line for line in lines for buffer in line.makes}
-    gathers = {b: line for b, line in makers.items() if line.name in _GATHERS}
+    gathers = {b: line for b, line in makers.items() if line.name in _GATHERS and not is_call}
     gathers = {
         b: g for b, g in gathers.items() if all(r not in makers or r in gathers for r in g.reads)
     }
