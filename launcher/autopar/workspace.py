@@ -167,8 +167,19 @@ class Tape:
     def get(self, value: Value, spec: Spec) -> Buffer:
         """Bring a value to a spec."""
         for step in self._copies.steps(value, spec, self.via.get(value)):
-            self._write(step.kind.value, [(value, step.source, None)], [(value, step.target, None)])
+            source, target = (value, step.source, None), (value, step.target, None)
+            if step.kind is Kind.ALL_GATHER and step.source[step.axis] > 0:
+                stacked = (value, step.target, self._stacked(value, step.source[step.axis]))
+                self._write(step.kind.value, [source], [stacked])
+                self._write("transpose", [stacked], [target])
+            else:
+                self._write(step.kind.value, [source], [target])
         return value, spec, None
+
+    def _stacked(self, value: Value, dim: int) -> tuple[int, ...]:
+        """How shards lie that are gathered one after the other, along a dim that is not the first."""
+        dims = range(len(self.avals[value].shape))
+        return (dim, *(d for d in dims if d != dim))
 
     def run(self, ops: Iterable[tuple[Op, Strategy]]) -> None:
         """Write ops with their strategies."""
