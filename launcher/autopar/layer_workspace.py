@@ -184,7 +184,7 @@ class _Writer:
         if cls.slots[slot].role is Role.PARAM:
             spec = self.picks.get(("accumulator", *self._place(slot)))
             if spec is not None:
-                tape.get(value, spec)
+                tape.accumulate(tape.get(value, spec))
             return []
         return [tape.get(value, self.picks["slot", *self._place(slot)])]
 

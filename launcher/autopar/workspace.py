@@ -196,6 +196,10 @@ class Tape:
             for value, spec, _ in makes:
                 self._copies.put(value, spec)
 
+    def accumulate(self, buffer: Buffer) -> None:
+        """Add a value to one that has a buffer elsewhere, in place."""
+        self._write("add", [buffer], [])
+
     def bytes(self, buffer: Buffer) -> float:
         value, spec, _ = buffer
         return aval_bytes(self.avals[value]) / num_shards(spec, self.mesh.shape)
@@ -335,7 +339,8 @@ class _Fusion:
         readers = {reader for buffer in line.makes for reader in self.readers[buffer]}
         places = frozenset().union(*(self._places[reader] for reader in readers))
         is_taken = all(self._takes[reader] for reader in readers)
-        if all(self._has_none(line, buffer, is_taken, len(places)) for buffer in line.makes):
+        fits = (self._has_none(line, buffer, is_taken, len(places)) for buffer in line.makes)
+        if line.makes and all(fits):
             self.inside.add(at)
             self._places[at] = places
             self._takes[at] = is_taken if line.name in _VIEWS else line.computes_operands
