@@ -57,11 +57,13 @@ class HalfWorkspaces:
 
     Attributes:
         input_bytes: of the first, with what it leaves for the second as far as it is there.
-        left_bytes: what that is in the end.
+        there_bytes: what of that is there when all of the forward pass has run again.
+        left_bytes: what it leaves.
         weight_bytes: of the second.
     """
 
     input_bytes: float
+    there_bytes: float
     left_bytes: float
     weight_bytes: float
 
@@ -103,16 +105,17 @@ class _Writer:
         turn = self._turn(tape) if again else 0.0
         return crossing + max(temporary_bytes(tape, handed_on, is_call=True), turn)
 
-    def input_half(self, starts: Iterable[Start], recompute: str) -> tuple[float, float]:
+    def input_half(self, starts: Iterable[Start], recompute: str) -> tuple[float, float, float]:
         tape, given, handed_on = self._backward(
             again=recompute != "none", ops=self.cls.input_ops, slots=self._activations(),
             is_there=recompute == "full",
         )  # fmt: skip
         left = {tape.get(s.value, s.spec) for s in starts if s.source is Source.FIRST_HALF}
+        made = {buffer for line in tape.lines for buffer in line.makes}
+        there = left.union(self._residuals()) - made if recompute == "full" else set()
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
-        there = set(self._residuals()) if recompute == "full" else ()
         needed = temporary_bytes(tape, handed_on, there=there, lasting=left, is_call=True)
-        return crossing + needed, sum(map(tape.bytes, left))
+        return crossing + needed, sum(map(tape.bytes, there)), sum(map(tape.bytes, left))
 
     def weight_half(self, starts: Iterable[Start]) -> float:
         tape = Tape(self.cls.joint.avals, self.mesh)

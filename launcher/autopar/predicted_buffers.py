@@ -189,12 +189,11 @@ class _LayerWalk:
             half_workspaces(layer.cls, self.stage.sharding, aliases, self.recompute, starts[index])
             for index, layer in self.layers
         ]
-        # Where all of the forward pass is recomputed first, earlier layers still hold what they keep.
-        is_full = self.recompute == "full"
-        before = [memory.residual_bytes if is_full else 0.0 for memory in self.memories]
         most = left = 0.0
-        for index, layer in reversed(list(enumerate(needs))):
-            most = max(most, sum(before[:index]) + left + layer.input_bytes)
+        before = sum(layer.there_bytes for layer in needs)
+        for layer in reversed(needs):
+            before -= layer.there_bytes
+            most = max(most, before + left + layer.input_bytes)
             left += layer.left_bytes
         return max(0.0, most - left), max(layer.weight_bytes for layer in needs)
 
