@@ -29,7 +29,7 @@ from launcher.autopar.split_layout import (
     split_layout,
 )
 from launcher.autopar.stage_inputs import Cotangents, StageInputs
-from launcher.autopar.stage_layout import StageLayout
+from launcher.autopar.stage_layout import StageLayout, read_later
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
 from launcher.autopar.trace import Role
 
@@ -58,7 +58,8 @@ class StageEmitter:
             for cls in {layer.cls for layer in self.model.layers[layout.first : layout.last]}
         }
         self._new_values = ShardedValues
-        self.calls_layers = False  # see `apart`; whoever knows the devices sets it
+        # See `apart`; whoever knows the devices sets them: for backward and for forward passes.
+        self.calls_layers = self.calls_forward = False
 
     # The programs
 
@@ -70,9 +71,8 @@ class StageEmitter:
         inputs = self._inputs(params, state, batch, key_data, imports)
         values = {}
         for index in range(self.layout.first, self.layout.last):
-            values[index] = self._start(index, inputs, values)
-            cls = self.model.layers[index].cls
-            values[index].run(cls.forward_ops, self.strategies[cls.name])
+            run = partial(self._run_forward, index, inputs, values)
+            values[index] = self._run_apart(index, run) if self.calls_forward else run()
         exports = {v: self._output(values, v, spec) for v, spec in self.layout.exports.items()}
         new_state = {
             path: self._output(values, value, self.layout.state[path])
@@ -204,6 +204,24 @@ class StageEmitter:
             else:
                 own.put_later(value, spec, partial(self._given, inputs, index, slot))
         return own
+
+    def _run_forward(self, index: int, inputs: StageInputs, values) -> ShardedValues:
+        own, cls = self._start(index, inputs, values), self.model.layers[index].cls
+        own.run(cls.forward_ops, self.strategies[cls.name])
+        return own
+
+    def _run_apart(self, index: int, run: Callable[[], ShardedValues]) -> ShardedValues:
+        """The same as a call; what is read of it later is its result."""
+        read = read_later(self.model, self.layout, index, self.slot_spec)
+        found = self._values(self.model.layers[index].cls, FORWARD_COPY)
+
+        def shards():
+            own = run()
+            return {name: own.get(*name) for name in read}
+
+        for name, shard in call_apart(shards).items():
+            found.put_later(*name, partial(jax.numpy.asarray, shard))
+        return found
 
     def _given(self, inputs: StageInputs, index: int, slot: int) -> jax.Array:
         """A layer's input that enters the stage."""
