@@ -11,9 +11,10 @@ from launcher.autopar.spec import replicated
 from launcher.autopar.split_layout import Source, Start
 from launcher.autopar.stage_layout import produced_spec
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
+from launcher.autopar.tape import Buffer, Tape
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place
-from launcher.autopar.workspace import Buffer, Tape, temporary_bytes
+from launcher.autopar.workspace import temporary_bytes
 
 
 @dataclass(frozen=True, slots=True)

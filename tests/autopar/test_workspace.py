@@ -8,7 +8,8 @@ from launcher.autopar.graph import trace
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.rules import strategies
 from launcher.autopar.rules.registry import axis_choices, shapes_of
-from launcher.autopar.workspace import Tape, temporary_bytes
+from launcher.autopar.tape import Tape
+from launcher.autopar.workspace import temporary_bytes
 
 MESH = LogicalMesh(shape=(1, 1), alpha=(0.0, 0.0), beta=(0.0, 0.0))
 ROWS, COLUMNS, SHORT = 64, 32, 16
