@@ -26,21 +26,8 @@ def test_the_peak_is_as_predicted(model, plan):
     check(model, plan)
 
 
-# Out of bounds, and why: where all of a stage's forward pass is recomputed, it is not done layer by layer,
-# and XLA holds more of the last layer's forward values than its residuals.
-KNOWN = {("gpt-tiny", "zb-h1, full")}
-
-
-def cases():
-    found = []
-    for case in itertools.product(MODELS, PLANS):
-        marks = pytest.mark.xfail(reason="see KNOWN") if case in KNOWN else ()
-        found.append(pytest.param(*case, marks=marks))
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "plan"), cases())
+@pytest.mark.parametrize(("model", "plan"), itertools.product(MODELS, PLANS))
 def test_every_plan_of_the_benchmark_is_as_predicted(model, plan):
     check(model, plan)
 
