@@ -2,7 +2,8 @@
 
 A matrix product or convolution takes the longer of its operations at the rate that its size reaches and its
 bytes at the memory's rate. Other ops are bound by memory; compilers fuse chains of them, so that most
-intermediate results never leave the chip: only a share of their bytes is counted, and of their kernels.
+intermediate results never leave the chip: only a share of them is counted, written once and read once.
+Broadcasts and counters are always made where they are read, and views move nothing.
 Left out: which products a backend computes well besides by their size (shapes, layouts, tile quantisation).
 """
 
@@ -16,9 +17,12 @@ from launcher.autopar.cluster import Device
 from launcher.autopar.graph import Op
 from launcher.autopar.work import op_flops, operand_bytes, result_bytes
 
-# Share of the results of elementwise ops that reach memory: one in four, the length of a typical fused
-# chain in a transformer block (cast, scale, add, activate).
+# Share of elementwise ops that end a kernel, whose results reach memory: one in four, the length of a
+# typical fused chain in a transformer block (cast, scale, add, activate).
 _UNFUSED_FRACTION = 0.25
+_WRITTEN_AND_READ = 2
+# What never becomes a kernel of its own.
+_VIRTUAL = frozenset({prim.broadcast_in_dim_p, prim.iota_p, prim.reshape_p, prim.squeeze_p})
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -49,10 +53,12 @@ class ComputeModel:
     def op_s(self, op: Op, shards: float | np.ndarray = 1):
         """Seconds of the op on one of the devices that share it evenly; an array for an array of shards."""
         device, flops = self.device, op_flops(op)
+        if op.primitive in _VIRTUAL:
+            return 0.0 * shards
         if flops == 0.0:
             fraction = 1.0 if str(op.primitive).startswith("reduce") else _UNFUSED_FRACTION
-            work_s = result_bytes(op) / device.memory_bytes_per_s / shards
-            return self._slowed(fraction * (work_s + device.op_overhead_s))
+            moved_s = _WRITTEN_AND_READ * result_bytes(op) / device.memory_bytes_per_s / shards
+            return self._slowed(fraction * (moved_s + device.op_overhead_s))
         moved_s = (operand_bytes(op) + result_bytes(op)) / device.memory_bytes_per_s / shards
         dtype = str(op.eqn.invars[0].aval.dtype) if op.eqn.invars else "float32"
         is_convolution = op.primitive is prim.conv_general_dilated_p
