@@ -18,6 +18,42 @@ from launcher.errors import ConfigError
 
 _SC21_LENGTH = 2048
 _GBIT = 1e9 / 8
+# By hidden, layers, tp, pp, dp, microbatch: rows of vTrain's many nodes that its other rows contradict.
+_ARTEFACTS = {
+    (3072, 30, 8, 1, 8, 64): "twice as slow as with microbatches of 32, for the same products",
+    (
+        3072,
+        30,
+        8,
+        1,
+        8,
+        2,
+    ): "58 % slower than with microbatches of 4, which cost 8 % over those of 8",
+    (
+        3072,
+        30,
+        4,
+        1,
+        16,
+        2,
+    ): "31 % slower than with microbatches of 4, which cost 3 % over those of 8",
+    (
+        6144,
+        40,
+        8,
+        1,
+        32,
+        16,
+    ): "9 % slower than with microbatches of 8; elsewhere larger ones are faster",
+    (
+        6144,
+        40,
+        4,
+        2,
+        32,
+        4,
+    ): "slower than with microbatches of 2 (shorter bubble) and of 8 (longer bubble)",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +89,13 @@ class Measurement:
     def task(self) -> tuple[int, ...]:
         """What plans can be compared by: the model, its batch, the number of devices."""
         return (self.hidden, self.layers, self.length, self.global_batch, self.num_devices)
+
+    @property
+    def artefact(self) -> str | None:
+        """Why the row is held to be an artefact of the measurement, if it is."""
+        return _ARTEFACTS.get(
+            (self.hidden, self.layers, self.tp, self.pp, self.dp, self.microbatch)
+        )
 
     def __str__(self) -> str:
         virtual = f" v={self.virtual}" if self.virtual > 1 else ""

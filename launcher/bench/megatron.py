@@ -25,6 +25,7 @@ from launcher.autopar.realize import layered_model, restrictions, stage_mesh
 from launcher.autopar.rules import Strategy
 from launcher.autopar.spec import PARTIAL
 from launcher.autopar.stage_problem import StageSettings
+from launcher.autopar.trace import Role
 from launcher.bench.measured import Measurement
 from launcher.models.gpt import Gpt
 from launcher.models.layers import Precision
@@ -62,7 +63,9 @@ def megatron_plan(row: Measurement, cluster: Cluster) -> tuple[Plan, Model, Intr
     layered = layered_model(model, row.dp * row.microbatch)
     planner = _planner(layered)
     num_stages = row.pp * row.virtual
-    bounds = [k * row.layers // num_stages for k in range(num_stages)] + [len(layered.layers)]
+    firsts = _first_layers(layered)
+    starts = (firsts[k * row.layers // num_stages] for k in range(num_stages))
+    bounds = [*starts, len(layered.layers)]
     stages = tuple(
         Stage(
             layers=(first, last),
@@ -89,6 +92,23 @@ def megatron_plan(row: Measurement, cluster: Cluster) -> tuple[Plan, Model, Intr
         ),
     )
     return plan, model, planner
+
+
+def _first_layers(layered: LayeredModel) -> dict[int, int]:
+    """Block -> the first layer that reads weights of it.
+
+    Of a small model with a large vocabulary the layers are no blocks; then stages are cut next to where
+    Megatron-LM cuts them.
+    """
+    found: dict[int, int] = {}
+    for number, layer in enumerate(layered.layers):
+        for value in layer.inputs:
+            source = layered.traced.inputs.get(value)
+            if source is not None and source.role is Role.PARAM:
+                group, _, rest = source.path.partition("/")
+                if group == "blocks":
+                    found.setdefault(int(rest.partition("/")[0]), number)
+    return found
 
 
 def _groups(layered: LayeredModel, stage: Stage) -> list[str]:
@@ -120,7 +140,8 @@ def _strategies(
 
 
 def _is_megatron(planner: IntraOpPlanner, key, choice: Strategy, row: Measurement) -> bool:
-    """Whether the tensor axis leaves the batch, the sequence and the residual stream whole."""
+    """Whether the tensor axis leaves the batch, the sequence and the residual stream whole, and shares the
+    work of every product."""
     op = planner.classes[key[1]].joint.ops[key[2]]
     on_tensor = choice.axes[_TENSOR_AXIS]
     is_product = op.primitive is prim.dot_general_p
@@ -137,7 +158,7 @@ def _is_megatron(planner: IntraOpPlanner, key, choice: Strategy, row: Measuremen
         is_stream = shape[1:] == (row.length, row.hidden)
         if dim == 0 or shape[dim] == row.length or (is_stream and not may_be_heads):
             return False
-    return is_product or PARTIAL not in on_tensor.results
+    return on_tensor.divides_work if is_product else PARTIAL not in on_tensor.results
 
 
 @lru_cache(maxsize=2)
