@@ -100,14 +100,15 @@ def _first_layers(layered: LayeredModel) -> dict[int, int]:
     Of a small model with a large vocabulary the layers are no blocks; then stages are cut next to where
     Megatron-LM cuts them.
     """
+    block_of = {
+        value: int(source.path.split("/")[1])
+        for value, source in layered.traced.inputs.items()
+        if source.role is Role.PARAM and source.path.startswith("blocks/")
+    }
     found: dict[int, int] = {}
     for number, layer in enumerate(layered.layers):
-        for value in layer.inputs:
-            source = layered.traced.inputs.get(value)
-            if source is not None and source.role is Role.PARAM:
-                group, _, rest = source.path.partition("/")
-                if group == "blocks":
-                    found.setdefault(int(rest.partition("/")[0]), number)
+        for value in filter(block_of.__contains__, layer.inputs):
+            found.setdefault(block_of[value], number)
     return found
 
 
