@@ -64,8 +64,8 @@ def megatron_plan(row: Measurement, cluster: Cluster) -> tuple[Plan, Model, Intr
     planner = _planner(layered)
     num_stages = row.pp * row.virtual
     firsts = _first_layers(layered)
-    starts = (firsts[k * row.layers // num_stages] for k in range(num_stages))
-    bounds = [*starts, len(layered.layers)]
+    starts = (firsts[k * row.layers // num_stages] for k in range(1, num_stages))
+    bounds = [0, *starts, len(layered.layers)]
     stages = tuple(
         Stage(
             layers=(first, last),
