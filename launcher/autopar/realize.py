@@ -151,7 +151,7 @@ def solve_stage(
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
-        compute=ComputeModel(cluster.device),
+        compute=ComputeModel(cluster.device, _at_once(plan, stage)),
         restrictions=restrictions(mesh),
         num_microbatches=num_microbatches,
         zero=stage.zero,
@@ -160,6 +160,14 @@ def solve_stage(
     )
     settings, pins = _pins(planner, stage, settings)
     return planner.solve(*stage.layers, settings, pins=pins)
+
+
+def _at_once(plan: Plan, stage: Stage) -> int:
+    """How many devices of the stage's busiest host compute at the same time as it does."""
+    return max(
+        len({device for other in plan.stages if host in other.hosts for device in other.devices})
+        for host in stage.hosts
+    )
 
 
 def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):

@@ -44,9 +44,10 @@ def twins(toy_model):
 
 @pytest.fixture(scope="module")
 def two_hosts(cpu8):
-    """A device each, for a pipeline whose transfers take next to nothing."""
+    """A device each, for a pipeline in which all but matrix products takes next to nothing."""
     fast = replace(cpu8.inter_host, bytes_per_s=1e15, latency_s=1e-12)
-    return replace(cpu8, devices_per_host=1, inter_host=fast)
+    device = replace(cpu8.device, memory_bytes_per_s=1e15)
+    return replace(cpu8, devices_per_host=1, inter_host=fast, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,39 @@ def test_one_stage_takes_the_sum_of_its_parts(tiny_gpt, cpu8):
         (synchronize,), (update,) = p.stage_sync_s, p.stage_update_s
         assert p.step_s == pytest.approx(4 * (forward + backward) + synchronize + update)
         assert p.bubble_fraction == pytest.approx(0.0, abs=1e-9)
+
+
+def test_every_program_of_a_step_is_launched(tiny_gpt, cpu8):
+    """Forward and backward of four microbatches; then synchronisation and update."""
+    slow = replace(cpu8, device=replace(cpu8.device, program_launch_s=0.5))
+    without, with_launches = (
+        planned(tiny_gpt(layers=3), cluster, mode="single", num_microbatches=4).plan.predicted
+        for cluster in (cpu8, slow)
+    )
+    assert with_launches.step_s == pytest.approx(without.step_s + 0.5 * (4 * 2 + 2))
+    assert with_launches.communicated_bytes == without.communicated_bytes == 0.0
+
+
+@pytest.mark.parametrize(("pp", "at_once"), [(1, 8), (2, 4), (8, 1)])
+def test_stages_slow_down_those_on_their_host(tiny_gpt, cpu8, pp, at_once):
+    """Eight devices on one, two and eight hosts: a stage feels all of its host that compute with it."""
+    hosts = 8 // at_once
+    crowded = replace(
+        cpu8,
+        num_hosts=hosts,
+        devices_per_host=at_once,
+        device=replace(cpu8.device, concurrency=((1.0, 1.0), (8.0, 8.0))),
+    )
+    found = planned(tiny_gpt(layers=8), crowded, pp=pp, num_microbatches=2)
+    assert {stage.settings.compute.at_once for stage in found.realized.stages} == {at_once}
+    halved = planned(tiny_gpt(layers=8), crowded, pp=8, num_microbatches=2)
+    assert {stage.settings.compute.at_once for stage in halved.realized.stages} == {at_once}
+    ideal = replace(crowded, device=replace(crowded.device, concurrency=((1.0, 1.0),)))
+    alone = planned(tiny_gpt(layers=8), ideal, pp=8, num_microbatches=2)
+    for slow_s, alone_s in zip(
+        halved.plan.predicted.stage_forward_s, alone.plan.predicted.stage_forward_s, strict=True
+    ):
+        assert slow_s == pytest.approx(at_once * alone_s)
 
 
 def test_one_microbatch_goes_through_two_stages_and_back(tiny_gpt, cpu8):
