@@ -98,7 +98,7 @@ def _with_mesh(
     found, failures = [], []
     for number, viewed in enumerate(_views(stage, plan.microbatch_size)):
         try:
-            sharding = solve_stage(viewed, plan.num_microbatches, planner, cluster, optimizer)
+            sharding = solve_stage(viewed, plan, planner, cluster, optimizer)
         except PlanError as error:
             failures.append(error)
             continue

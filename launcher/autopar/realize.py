@@ -137,23 +137,23 @@ def _realize_stage(
     optimizer: OptimizerFootprint,
 ) -> RealizedStage:  # fmt: skip
     first, last = stage.layers
-    sharding = solve_stage(stage, plan.num_microbatches, planner, cluster, optimizer)
+    sharding = solve_stage(stage, plan, planner, cluster, optimizer)
     described = training_layout(planner, sharding, first, last, stage.recompute)
     emitter = StageEmitter(planner, sharding, described)
     return RealizedStage(stage, sharding.settings, sharding, described, emitter)
 
 
 def solve_stage(
-    stage: Stage, num_microbatches: int, planner: IntraOpPlanner, cluster: Cluster,
+    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
     optimizer: OptimizerFootprint,
 ) -> StageSharding:  # fmt: skip
-    """Shard the ops of a stage, those that it leaves open."""
+    """Shard the ops of a stage beside the others of its plan, those that it leaves open."""
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
         compute=ComputeModel(cluster.device, _at_once(plan, stage)),
         restrictions=restrictions(mesh),
-        num_microbatches=num_microbatches,
+        num_microbatches=plan.num_microbatches,
         zero=stage.zero,
         recompute=stage.recompute != "none",
         optimizer=optimizer,

@@ -57,7 +57,7 @@ def test_microbatches_are_tried_from_small_to_large_and_next_to_the_best(gpt, cp
     assert {c for c in (2 * best, best // 2) if c and BATCH % c == 0} <= set(counts)
     totals = [candidate.step_s for candidate in found.candidates]
     assert totals == sorted(totals)
-    assert found.ilp_solved >= len(found.candidates)
+    assert found.ilp_solved >= 1
     assert found.priced >= len(found.candidates)
 
 

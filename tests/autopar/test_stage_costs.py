@@ -139,7 +139,7 @@ def meshes(costs, submesh):
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
-        ({}, {((8, 1), 0), ((4, 2), 0), ((2, 4), 0)}),
+        ({}, {((8, 1), 0), ((4, 2), 0)}),  # (2, 4) is slower and keeps no less
         ({"tensor": 2}, {((4, 2), 0)}),
         ({"data": 8}, {((8, 1), 0)}),
         ({"data": 4, "tensor": 4}, set()),
