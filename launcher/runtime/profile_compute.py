@@ -1,0 +1,227 @@
+"""Measuring what devices compute: products, convolutions, other ops, memory, launches, and one another.
+
+All but `concurrency` and the launch of a program are measured on one device while the others rest. What a
+kernel takes beside its work is measured first, and taken off what small jobs took. Left out: dtypes that the
+cluster gives no peak for, and products of other shapes than square ones.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from launcher.autopar.cluster import Device
+from launcher.runtime.profile_timing import Job, median_s, round_s
+
+Progress = Callable[[str], None]
+Points = tuple[tuple[float, float], ...]
+"""(size, figure), sizes ascending."""
+
+DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
+_TINY = 8  # a product of this side takes no time but that of its kernel
+_HEAD = 64  # what a head of attention sums over
+_LAUNCHED_ARRAYS = 32  # as many as a stage has parameters
+_LAUNCHES = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What is measured: sides of products, channels of convolutions, elements of other ops."""
+
+    sides: tuple[int, ...]
+    lengths: tuple[int, ...]
+    batch: int
+    channels: tuple[int, ...]
+    images: tuple[int, int]
+    elements: int
+    stream_bytes: int
+
+
+ON_CPU = Sizes(
+    sides=(16, 32, 64, 128, 256, 512), lengths=(8, 16, 32, 64, 128), batch=64,
+    channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**20,
+)  # fmt: skip
+ON_GPU = Sizes(
+    sides=(128, 256, 512, 1024, 2048, 4096, 8192), lengths=(64, 256, 1024, 2048), batch=64,
+    channels=(32, 64, 128, 256, 512), images=(32, 56), elements=2**26, stream_bytes=2**28,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeFigures:
+    """What was measured, in SI units; products by dtype, as (FLOPs, FLOP/s).
+
+    Attributes:
+        batched: of products with a batch, by the FLOPs of one of them.
+        element_s: kind of op -> seconds per element inside a fused kernel.
+        concurrency: (devices at once, how many times slower each of them is).
+    """
+
+    products: Mapping[str, Points]
+    batched: Mapping[str, Points]
+    convolutions: Mapping[str, Points]
+    element_s: Mapping[str, float]
+    memory_bytes_per_s: float
+    op_overhead_s: float
+    program_launch_s: float
+    concurrency: Points
+
+
+def measure_compute(devices: np.ndarray, device: Device, progress: Progress) -> ComputeFigures:
+    """Measure everything that needs no link.
+
+    Args:
+        devices: all that share a machine, in one dim.
+        device: the figures known so far; only guide how often things are repeated.
+    """
+    sizes = ON_GPU if device.accelerator else ON_CPU
+    one = devices[:1]
+    known = [name for name in DTYPES if name in device.peak_flops_per_s]
+    progress("kernels")
+    overhead_s = round_s(_product(_TINY, jnp.float32, 1e-6), one)
+    found: dict[str, dict[str, Points]] = {"products": {}, "batched": {}, "convolutions": {}}
+    for dtype in known:
+        guess = device.peak_flops_per_s[dtype] / 2
+        for kind, jobs in _flops_jobs(sizes, DTYPES[dtype], guess).items():
+            progress(f"{kind} in {dtype}")
+            found[kind][dtype] = tuple(
+                (flops / each, flops / _without(overhead_s, round_s(job, one)))
+                for flops, each, job in jobs
+            )
+    progress("other ops")
+    elements = {
+        kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
+        for kind, (job, ops) in _element_jobs(sizes, device).items()
+    }
+    progress("memory")
+    stream_s = _without(overhead_s, round_s(_stream(sizes, device), one))
+    progress("devices at once")
+    slower = tuple(_concurrency(devices, device))
+    progress("launches")
+    return ComputeFigures(
+        **found,
+        element_s=elements,
+        memory_bytes_per_s=2 * sizes.stream_bytes / stream_s,
+        op_overhead_s=overhead_s,
+        program_launch_s=_launch_s(devices),
+        concurrency=slower,
+    )
+
+
+def _without(overhead_s: float, seconds: float) -> float:
+    """What is left for the work; at least half, since kernels overlap their beginnings with it."""
+    return max(seconds - overhead_s, seconds / 2)
+
+
+def _flops_jobs(
+    sizes: Sizes, dtype: jnp.dtype, flops_per_s: float
+) -> Mapping[str, list[tuple[float, int, Job]]]:
+    """Kind -> (FLOPs, products in a batch, job), by rising size."""
+    products = [(2 * n**3, 1, _product(n, dtype, 2 * n**3 / flops_per_s)) for n in sizes.sides]
+    batched, convolutions = [], []
+    for length in sizes.lengths:
+        flops = 2 * 2 * length**2 * _HEAD * sizes.batch
+        shape = (sizes.batch, length, _HEAD)
+        job = Job(body=_attend, shapes=(shape, shape), guess_s=flops / flops_per_s, dtype=dtype,
+                  value=1 / 64)  # fmt: skip
+        batched.append((flops, 2 * sizes.batch, job))
+    count, side = sizes.images
+    for channels in sizes.channels:
+        flops = 2 * 9 * channels**2 * count * side**2
+        shapes = (count, side, side, channels), (3, 3, channels, channels)
+        job = Job(body=_convolve, shapes=shapes, guess_s=flops / flops_per_s, dtype=dtype,
+                  value=1 / (9 * channels))  # fmt: skip
+        convolutions.append((flops, 1, job))
+    return {"products": products, "batched": batched, "convolutions": convolutions}
+
+
+def _product(side: int, dtype: jnp.dtype, guess_s: float) -> Job:
+    shapes = ((side, side), (side, side))
+    return Job(body=_multiply, shapes=shapes, guess_s=guess_s, dtype=dtype, value=1 / side)
+
+
+def _multiply(held):
+    left, right = held
+    return left @ right, right
+
+
+def _attend(held):
+    """Scores, and what they weigh: two products, of which the first sums over a head."""
+    queries, keys = held
+    scores = jnp.einsum("bqd,bkd->bqk", queries, keys)
+    return jnp.einsum("bqk,bkd->bqd", scores, keys), keys
+
+
+def _convolve(held):
+    images, kernel = held
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return (
+        lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers),
+        kernel,
+    )
+
+
+def _element_jobs(sizes: Sizes, device: Device) -> Mapping[str, tuple[Job, int]]:
+    """Kind of op -> a job, and how many ops of that kind it has per element."""
+    shape = (sizes.elements // 256, 256)
+    guess_s = 4 * sizes.elements / device.memory_bytes_per_s
+
+    def job(body: Callable[[jax.Array], jax.Array]) -> Job:
+        return Job(body=lambda held: (body(held[0]),), shapes=(shape,), guess_s=guess_s)
+
+    return {
+        "arithmetic": (job(lambda x: ((x * 0.5 + 0.1) * 0.7 + 0.2)), 4),
+        "division": (job(lambda x: 1.0 / (1.0 + x)), 1),
+        "transcendental": (job(lambda x: jnp.exp(-x)), 1),
+        "reduction": (job(lambda x: x * 0.5 + x.sum(axis=1, keepdims=True)), 1),
+        "transposition": (job(_turn), 1),
+    }
+
+
+def _turn(x: jax.Array) -> jax.Array:
+    """Swap dims, and keep the result from being a mere view."""
+    return lax.optimization_barrier(x.T).reshape(x.shape)
+
+
+def _stream(sizes: Sizes, device: Device) -> Job:
+    guess_s = 2 * sizes.stream_bytes / device.memory_bytes_per_s
+    shape = (sizes.stream_bytes // 4 // 256, 256)
+    return Job(body=lambda held: (held[0] + 1.0,), shapes=(shape,), guess_s=guess_s)
+
+
+def _concurrency(devices: np.ndarray, device: Device) -> Iterator[tuple[float, float]]:
+    """How a mix of products and other ops slows down, on 1, 2, 4, ... and all devices."""
+    side = 2048 if device.accelerator else 64
+    guess_s = 4 * side**3 / device.peak_flops_per_s["fp32"]
+
+    def mix(held):
+        left, right = held
+        return jnp.tanh(left @ right), right
+
+    job = Job(body=mix, shapes=((side, side),) * 2, guess_s=guess_s, value=1 / side)
+    counts = sorted({*(2**k for k in range(devices.size.bit_length())), devices.size})
+    took_s = [round_s(job, devices[:count]) for count in counts if count <= devices.size]
+    slowest = 1.0
+    for count, seconds in zip(counts, took_s, strict=False):
+        slowest = max(slowest, seconds / took_s[0])
+        yield float(count), slowest
+
+
+def _launch_s(devices: np.ndarray) -> float:
+    """A program with many arrays and hardly any work, on all devices, again and again."""
+    mesh = Mesh(devices, ("each",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(_LAUNCHED_ARRAYS)]
+    program = jax.jit(lambda held: [x + 1.0 for x in held]).lower(arrays).compile()
+
+    def calls() -> None:
+        held: Sequence[jax.Array] = arrays
+        for _ in range(_LAUNCHES):
+            held = program(held)
+        jax.block_until_ready(held)
+
+    return median_s(calls) / _LAUNCHES

@@ -1,0 +1,72 @@
+"""Timing small jobs on devices: loops long enough to be timed, repeated, and their median.
+
+A job is repeated inside one program, a `lax.scan` that feeds each round's results to the next, so that what
+is timed is the devices' work and not the host's. The same program runs on one device or on several at once,
+each on its own values. Medians of several calls are taken: a machine has other things to do.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_REPEATS = 7
+_CALL_S = 0.01  # about how long a call is to take
+_MOST_ROUNDS = 512
+Body = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is timed.
+
+    Attributes:
+        body: one round: arrays in, arrays of the same shapes out.
+        shapes: of the arrays on one device.
+        guess_s: about how long a round takes; decides how many there are.
+        value: of all elements at the beginning; a body should keep it from running off.
+    """
+
+    body: Body
+    shapes: tuple[tuple[int, ...], ...]
+    guess_s: float
+    dtype: jnp.dtype = jnp.float32
+    value: float = 0.5
+
+
+def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> float:
+    """Seconds of a round, with all the devices at it at once; `devices` has the shape of the mesh."""
+    mesh = Mesh(devices, axes)
+    rounds = int(min(_MOST_ROUNDS, max(4, _CALL_S / job.guess_s)))
+    spec = PartitionSpec(tuple(axes))
+
+    def local(*arrays):
+        return lax.scan(lambda held, _: (job.body(held), None), arrays, length=rounds)[0]
+
+    program = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
+    arrays = [
+        jax.device_put(
+            np.full((devices.size * rows, *rest), job.value, job.dtype), NamedSharding(mesh, spec)
+        )
+        for rows, *rest in job.shapes
+    ]
+    return median_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
+
+
+def median_s(call: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """The median time of a call, after one that warms up."""
+    call()
+    took = []
+    for _ in range(repeats):
+        began_s = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - began_s)
+    return statistics.median(took)
