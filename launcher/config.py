@@ -92,6 +92,13 @@ class DeviceConfig:
     matmul_efficiency: dict[str, float]  # dtype -> share of the peak that large products reach
     has_bf16: bool
     accelerator: bool
+    # dtype -> [[GFLOP of one product on one device, share of the peak], ...], and so for convolutions
+    matmul_curve: dict[str, Any] = field(default_factory=dict)
+    convolution_curve: dict[str, Any] = field(default_factory=dict)
+    op_overhead_us: float = 0.0  # of each kernel
+    program_launch_us: float = 0.0  # of each program of a step
+    # [[devices of a host that compute at once, how many times slower each is], ...]
+    concurrency: list[Any] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -100,6 +107,8 @@ class IntraHostConfig:
 
     gb_per_s: float
     latency_us: float
+    # all_reduce, all_gather, reduce_scatter, all_to_all, send -> [[MB sent by a device, GB/s], ...]
+    collective_curve: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -109,6 +118,7 @@ class InterHostConfig:
     gbit_per_s: float
     latency_us: float
     shared_by_host: bool = True  # one link for all devices of a host, not one for each
+    collective_curve: dict[str, Any] = field(default_factory=dict)  # as inside a host
 
 
 @dataclass(kw_only=True)

@@ -10,12 +10,12 @@ from launcher.autopar.auto_shard import ShardedFunction as ShardedFunction
 from launcher.autopar.auto_shard import auto_shard as auto_shard
 from launcher.autopar.cluster import Cluster as Cluster
 from launcher.autopar.cluster import load_cluster as load_cluster
+from launcher.autopar.collective_costs import AlpaCosts as AlpaCosts
+from launcher.autopar.collective_costs import RingCosts as RingCosts
 from launcher.autopar.compute import ComputeModel as ComputeModel
 from launcher.autopar.intra_op_options import IntraOpOptions as IntraOpOptions
 from launcher.autopar.make_plan import make_plan as make_plan
-from launcher.autopar.mesh import AlpaCosts as AlpaCosts
 from launcher.autopar.mesh import LogicalMesh as LogicalMesh
-from launcher.autopar.mesh import RingCosts as RingCosts
 from launcher.autopar.plan import Plan as Plan
 from launcher.autopar.predict import predict as predict
 from launcher.autopar.space import PlanOptions as PlanOptions

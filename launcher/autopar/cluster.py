@@ -7,18 +7,21 @@ numbers to `Cluster.local`. What communication costs on a logical mesh is in `me
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import yaml
 
+from launcher.autopar.curves import Curves, read_curve, read_curves
 from launcher.autopar.strict_reader import Node
 from launcher.autopar.wording import count
 from launcher.config import ClusterConfig, conf_dir
 from launcher.errors import ConfigError
 
 DTYPES = ("fp64", "fp32", "fp16", "bf16")
-_GIB, _TERA, _GIGA, _MICRO = 2**30, 1e12, 1e9, 1e-6
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+_GIB, _TERA, _GIGA, _MEGA, _MICRO = 2**30, 1e12, 1e9, 1e6, 1e-6
 _LARGEST_FILE_BYTES = 2**20
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
@@ -45,6 +48,12 @@ class Device:
         peak_flops_per_s: dtype (fp32, bf16, ...) -> dense peak rate.
         matmul_efficiency: dtype -> the share of the peak that large matrix products reach.
         accelerator: Whether it is one; a slice of a CPU is not.
+        matmul_curve: dtype -> the share of the peak by the FLOPs of one product on one device; where it
+            is missing, all products reach `matmul_efficiency`.
+        convolution_curve: The same for convolutions; where it is missing, they are as products.
+        op_overhead_s: What each kernel takes beside its work.
+        program_launch_s: What starting each program of a step takes.
+        concurrency: (devices of a host that compute at once, how many times slower each of them is).
     """
 
     kind: str
@@ -55,19 +64,44 @@ class Device:
     has_bf16: bool
     accelerator: bool
     reserved_bytes: int = 0
+    matmul_curve: Curves = field(default_factory=dict)
+    convolution_curve: Curves = field(default_factory=dict)
+    op_overhead_s: float = 0.0
+    program_launch_s: float = 0.0
+    concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     @property
     def usable_bytes(self) -> int:
         """Return the memory that a plan may fill."""
         return self.memory_bytes - self.reserved_bytes
 
+    def slowdown(self, at_once: int | None) -> float:
+        """Return how many times slower it is while so many devices of its host compute.
+
+        None stands for all of them: the last point of `concurrency`.
+        """
+        counts, factors = zip(*self.concurrency, strict=True)
+        return float(np.interp(counts[-1] if at_once is None else at_once, counts, factors))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """What a message costs: `latency_s`, and its bytes over `bytes_per_s`, one direction."""
+    """What a message costs: `latency_s`, and its bytes over `bytes_per_s`, one direction.
+
+    Attributes:
+        curves: collective, or "send" -> bytes per second by the bytes that each device sends, as measured
+            with all that they take: where there is one, nothing else is charged.
+    """
 
     bytes_per_s: float
     latency_s: float
+    curves: Curves = field(default_factory=dict)
+
+    def send_s(self, num_bytes: float) -> float:
+        """Return how long a message takes."""
+        if "send" in self.curves:
+            return float(self.curves["send"].seconds(num_bytes))
+        return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,8 +292,10 @@ def _read(top: Node) -> Cluster:
         ("name", "hosts", "devices_per_host", "device", "intra_host", "inter_host"),
         ("nominal", "sources"),
     )
-    intra_host = fields["intra_host"].fields(("gb_per_s", "latency_us"))
-    inter_host = fields["inter_host"].fields(("gbit_per_s", "latency_us"), ("shared_by_host",))
+    intra_host = fields["intra_host"].fields(("gb_per_s", "latency_us"), ("collective_curve",))
+    inter_host = fields["inter_host"].fields(
+        ("gbit_per_s", "latency_us"), ("shared_by_host", "collective_curve")
+    )
     devices_per_host = fields["devices_per_host"].integer(1, _MOST_DEVICES_PER_HOST)
     shared = inter_host["shared_by_host"]
     links = 1 if shared.is_null or shared.boolean() else devices_per_host
@@ -269,17 +305,21 @@ def _read(top: Node) -> Cluster:
         num_hosts=fields["hosts"].integer(1, _MOST_HOSTS),
         devices_per_host=devices_per_host,
         device=_read_device(fields["device"]),
-        intra_host=_link(intra_host["gb_per_s"].positive() * _GIGA, intra_host["latency_us"]),
-        inter_host=_link(
-            inter_host["gbit_per_s"].positive() * _GIGA / 8 * links, inter_host["latency_us"]
-        ),
+        intra_host=_link(intra_host["gb_per_s"].positive() * _GIGA, intra_host),
+        inter_host=_link(inter_host["gbit_per_s"].positive() * _GIGA / 8 * links, inter_host),
         nominal=False if fields["nominal"].is_null else fields["nominal"].boolean(),
         sources={figure: source.text() for figure, source in sources.items()},
     )
 
 
-def _link(bytes_per_s: float, latency_us: Node) -> Link:
-    return Link(bytes_per_s=bytes_per_s, latency_s=latency_us.number() * _MICRO)
+def _link(bytes_per_s: float, fields: Mapping[str, Node]) -> Link:
+    return Link(
+        bytes_per_s=bytes_per_s,
+        latency_s=fields["latency_us"].number() * _MICRO,
+        curves=read_curves(
+            fields["collective_curve"], COLLECTIVES, size_unit=_MEGA, rate_unit=_GIGA
+        ),
+    )
 
 
 def _read_device(node: Node) -> Device:
@@ -288,17 +328,23 @@ def _read_device(node: Node) -> Device:
             "kind", "memory_gib", "peak_tflops", "memory_gb_per_s", "matmul_efficiency", "has_bf16",
             "accelerator",
         ),
-        ("reserved_gib",),
+        (
+            "reserved_gib", "matmul_curve", "convolution_curve", "op_overhead_us",
+            "program_launch_us", "concurrency",
+        ),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
     known = {dtype: peak for dtype, peak in peaks.items() if not peak.is_null}
     efficiency = fields["matmul_efficiency"].fields(tuple(known))
-    memory_gib, reserved = fields["memory_gib"].positive(), fields["reserved_gib"]
-    reserved_gib = 0.0 if reserved.is_null else reserved.number(maximum=memory_gib)
+    memory_gib = fields["memory_gib"].positive()
+    curves = {
+        name: read_curves(fields[name], known, size_unit=_GIGA, rate_unit=1.0, maximum=1.0)
+        for name in ("matmul_curve", "convolution_curve")
+    }
     return Device(
         kind=fields["kind"].text(),
         memory_bytes=int(memory_gib * _GIB),
-        reserved_bytes=int(reserved_gib * _GIB),
+        reserved_bytes=int(_or_zero(fields["reserved_gib"], maximum=memory_gib) * _GIB),
         peak_flops_per_s={dtype: peak.positive() * _TERA for dtype, peak in known.items()},
         matmul_efficiency={
             dtype: share.positive(maximum=1.0) for dtype, share in efficiency.items()
@@ -306,7 +352,22 @@ def _read_device(node: Node) -> Device:
         memory_bytes_per_s=fields["memory_gb_per_s"].positive() * _GIGA,
         has_bf16=fields["has_bf16"].boolean(),
         accelerator=fields["accelerator"].boolean(),
+        op_overhead_s=_or_zero(fields["op_overhead_us"]) * _MICRO,
+        program_launch_s=_or_zero(fields["program_launch_us"]) * _MICRO,
+        concurrency=_read_concurrency(fields["concurrency"]),
+        **curves,
     )
+
+
+def _or_zero(node: Node, **limits: float) -> float:
+    return 0.0 if node.is_null else node.number(**limits)
+
+
+def _read_concurrency(node: Node) -> tuple[tuple[float, float], ...]:
+    """Points (devices at once, slowdown); a list that is left out or empty slows nothing down."""
+    if node.is_null or not node.items():
+        return ((1.0, 1.0),)
+    return read_curve(node, size_unit=1.0, rate_unit=1.0).points
 
 
 def _guess(kind: str) -> Cluster:

@@ -1,13 +1,16 @@
 """How long one op takes on one device: a roofline of the device's figures.
 
-A matrix product or convolution takes the longer of its operations at the achievable rate and its bytes at
-the memory's rate. Other ops are bound by memory; compilers fuse chains of them, so that most intermediate
-results never leave the chip: only a share of their bytes is counted. Left out: launch times, and how the
-rate falls for small matrices.
+A matrix product or convolution takes the longer of its operations at the rate that its size reaches and its
+bytes at the memory's rate. Other ops are bound by memory; compilers fuse chains of them, so that most
+intermediate results never leave the chip: only a share of their bytes is counted, and of their kernels.
+Left out: which products a backend computes well besides by their size (shapes, layouts, tile quantisation).
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+
+import numpy as np
+from jax.extend.core import primitives as prim
 
 from launcher.autopar.cluster import Device
 from launcher.autopar.graph import Op
@@ -21,29 +24,55 @@ _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float
 
 @dataclass(frozen=True, slots=True)
 class ComputeModel:
-    """Prices ops on one kind of device."""
+    """Prices ops on one kind of device.
+
+    Attributes:
+        at_once: how many devices of the host compute at the same time; None: all of them.
+    """
 
     device: Device
+    at_once: int | None = None
 
     @property
     def key(self) -> Hashable:
         """Equal for two models that price alike (a `Device` holds dicts, and has no hash)."""
         device = self.device
-        peaks = tuple(sorted(device.peak_flops_per_s.items()))
-        return (peaks, tuple(sorted(device.matmul_efficiency.items())), device.memory_bytes_per_s)
+        tables = (
+            device.peak_flops_per_s, device.matmul_efficiency, device.matmul_curve,
+            device.convolution_curve,
+        )  # fmt: skip
+        return (
+            tuple(tuple(sorted(table.items(), key=lambda item: item[0])) for table in tables),
+            device.memory_bytes_per_s, device.op_overhead_s, device.slowdown(self.at_once),
+        )  # fmt: skip
 
-    def op_s(self, op: Op) -> float:
-        """Seconds for the whole op on one device."""
-        flops = op_flops(op)
+    def op_s(self, op: Op, shards: float | np.ndarray = 1):
+        """Seconds of the op on one of the devices that share it evenly; an array for an array of shards."""
+        device, flops = self.device, op_flops(op)
         if flops == 0.0:
             fraction = 1.0 if str(op.primitive).startswith("reduce") else _UNFUSED_FRACTION
-            return fraction * result_bytes(op) / self.device.memory_bytes_per_s
-        moved = operand_bytes(op) + result_bytes(op)
-        rate = self.flops_per_s(str(op.eqn.invars[0].aval.dtype) if op.eqn.invars else "float32")
-        return max(flops / rate, moved / self.device.memory_bytes_per_s)
+            work_s = result_bytes(op) / device.memory_bytes_per_s / shards
+            return self._slowed(fraction * (work_s + device.op_overhead_s))
+        moved_s = (operand_bytes(op) + result_bytes(op)) / device.memory_bytes_per_s / shards
+        dtype = str(op.eqn.invars[0].aval.dtype) if op.eqn.invars else "float32"
+        is_convolution = op.primitive is prim.conv_general_dilated_p
+        product_s = self._product_s(flops / shards, dtype, is_convolution=is_convolution)
+        return self._slowed(np.maximum(product_s, moved_s) + device.op_overhead_s)
+
+    def _slowed(self, seconds):
+        return seconds * self.device.slowdown(self.at_once)
+
+    def _product_s(self, flops, dtype: str, *, is_convolution: bool):
+        """Seconds that a product of so many operations computes on one device."""
+        device, name = self.device, _DTYPE_NAMES.get(dtype, "fp32")
+        curve = device.convolution_curve.get(name) if is_convolution else None
+        curve = curve or device.matmul_curve.get(name)
+        if curve is None or name not in device.peak_flops_per_s:
+            return flops / self.flops_per_s(dtype)
+        return curve.seconds(flops) / device.peak_flops_per_s[name]
 
     def flops_per_s(self, dtype: str) -> float:
-        """The achievable rate of matrix products; double precision runs at half of single by default."""
+        """The rate of large matrix products; double precision runs at half of single by default."""
         name = _DTYPE_NAMES.get(dtype, "fp32")
         peaks, efficiency = self.device.peak_flops_per_s, self.device.matmul_efficiency
         if name not in peaks:

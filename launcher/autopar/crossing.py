@@ -324,7 +324,7 @@ def crossing_gather_s(crossing: Crossing, mesh: LogicalMesh) -> float:
 def _busiest_s(num_bytes: Counter, link: Link) -> float:
     if not num_bytes:
         return 0.0
-    return link.latency_s + max(num_bytes.values()) / link.bytes_per_s
+    return link.send_s(max(num_bytes.values()))
 
 
 def total_bytes(crossings: Iterable[Crossing]) -> int:

@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jax.extend.core import Literal
 
+from launcher.autopar.collective_costs import TieBreaking
 from launcher.autopar.collectives import combine_cost
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.graph import Op, Value
-from launcher.autopar.mesh import LogicalMesh, TieBreaking
+from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.ports import Port
 from launcher.autopar.regions import Nest, Region
 from launcher.autopar.reshard import reshard_costs
@@ -148,11 +149,11 @@ class GraphProblem:
         """The node of an op, with its own collectives and its computation."""
         mesh, found = self._mesh, self.admission.strategies(op, path)
         division = np.array([strategy.work_division(mesh.shape) for strategy in found])
-        whole = self._work_tie * result_bytes(op)
+        work = self._work_tie * result_bytes(op) / division
         if self.admission.compute is not None:
-            whole += self.admission.compute.op_s(op)
+            work = work + self.admission.compute.op_s(op, division)
         combine = [combine_cost(op, strategy, mesh) for strategy in found]
-        self.add_node(key, found, times * (whole / division + combine))
+        self.add_node(key, found, times * (work + combine))
 
     def add_region(
         self,

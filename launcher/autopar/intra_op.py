@@ -87,29 +87,44 @@ class StageSharding:
 
     @property
     def forward_s(self) -> float:
-        """Per microbatch."""
-        return self.seconds.forward
+        """Per microbatch, one program."""
+        return self._launch_s + self.seconds.forward
 
     @property
     def backward_s(self) -> float:
-        """Per microbatch: both halves."""
-        return self.backward_input_s + self.backward_weight_s
+        """Per microbatch: both halves in one program."""
+        return self.backward_input_s + self.seconds.backward_weight
 
     @property
     def backward_input_s(self) -> float:
         """Per microbatch, with the forward pass again where it is recomputed."""
         again = self.seconds.forward if self.settings.recompute else 0.0
-        return self.seconds.backward_input + again
+        return self._launch_s + self.seconds.backward_input + again
 
     @property
     def backward_weight_s(self) -> float:
-        """Per microbatch: what only the gradients of parameters need."""
-        return self.seconds.backward_weight
+        """Per microbatch: what only the gradients of parameters need, in a program of its own."""
+        return self._launch_s + self.seconds.backward_weight
+
+    @property
+    def synchronize_s(self) -> float:
+        """Per step."""
+        return self._launch_s + self.seconds.synchronize
+
+    @property
+    def update_s(self) -> float:
+        """Per step."""
+        return self._launch_s + self.seconds.update
 
     @property
     def once_s(self) -> float:
         """Per step: synchronisation and update."""
-        return self.seconds.synchronize + self.seconds.update
+        return self.synchronize_s + self.update_s
+
+    @property
+    def _launch_s(self) -> float:
+        """What starting a program takes."""
+        return self.settings.compute.device.program_launch_s
 
     @property
     def microbatch_s(self) -> float:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from launcher.autopar.collective_costs import CollectiveCosts
 from launcher.autopar.compute import ComputeModel
-from launcher.autopar.mesh import CollectiveCosts
 from launcher.autopar.solver.solve import METHODS
 from launcher.errors import ConfigError
 

@@ -1,79 +1,15 @@
 """Logical meshes: the shape in which a stage sees its devices, and what communication costs on each axis.
 
-A `CollectiveCosts` prices a collective from the devices along the axis, the α (per message) and β (per
-byte) of the axis, and the bytes S per device before an all-reduce, reduce-scatter or all-to-all, or after
-an all-gather. Two are here: ring algorithms, and Alpa's functions. Left out: tree algorithms, contention
-between axes, and overlap with computation.
+What a collective costs by which algorithm is in `collective_costs`.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 from launcher.autopar.cluster import Cluster
+from launcher.autopar.collective_costs import CollectiveCosts, RingCosts, Wire, WiredCosts
 
 DATA, TENSOR = "data", "tensor"
-
-
-@dataclass(frozen=True, slots=True)
-class RingCosts:
-    """Ring algorithms: one message per hop costs α, every byte that leaves a device costs β."""
-
-    def all_gather(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return (n - 1) * alpha + (n - 1) / n * num_bytes * beta
-
-    def reduce_scatter(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.all_gather(n, alpha, beta, num_bytes)
-
-    def all_reduce(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return 2 * self.all_gather(n, alpha, beta, num_bytes)
-
-    def all_to_all(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.all_gather(n, alpha, beta, num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class AlpaCosts:
-    """Alpa's functions (`LogicalDeviceMesh` of its auto_sharding.py).
-
-    One α per collective, small constants that break ties, and an all-to-all that is charged half of what
-    an all-gather of the devices' shards would cost. Alpa passes an all-to-all the bytes of the n shards
-    together, hence the factor n here. Its C++ rounds to integers; this does not.
-    """
-
-    def all_gather(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return alpha + beta * (n - 1) / n * num_bytes + 0.1
-
-    def reduce_scatter(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return alpha + beta * (n - 1) / n * num_bytes + 0.001
-
-    def all_reduce(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return alpha + beta * 2 * (n - 1) / n * num_bytes + 0.01
-
-    def all_to_all(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return alpha + beta * (n - 1) / n / n * (n * num_bytes) * (n / 2) + 0.001
-
-
-@dataclass(frozen=True, slots=True)
-class TieBreaking:
-    """Other costs, and a little more for every collective: of two equal plans, the one with fewer wins."""
-
-    base: RingCosts | AlpaCosts
-    per_collective: float
-
-    def all_gather(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.base.all_gather(n, alpha, beta, num_bytes) + self.per_collective
-
-    def reduce_scatter(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.base.reduce_scatter(n, alpha, beta, num_bytes) + self.per_collective
-
-    def all_reduce(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.base.all_reduce(n, alpha, beta, num_bytes) + self.per_collective
-
-    def all_to_all(self, n: int, alpha: float, beta: float, num_bytes: float) -> float:
-        return self.base.all_to_all(n, alpha, beta, num_bytes) + self.per_collective
-
-
-CollectiveCosts = RingCosts | AlpaCosts | TieBreaking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +18,8 @@ class LogicalMesh:
 
     `alpha` and `beta` are the cost per message and per byte along each axis, in any one unit (the
     planner's is the second). Device order is row-major: the last axis varies fastest. `forbidden` names
-    kinds of collectives that may not be used, as `reshard.Kind` does.
+    kinds of collectives that may not be used, as `reshard.Kind` does. Where the links of every axis are
+    known, `wired` prices in place of `costs`.
     """
 
     shape: tuple[int, ...]
@@ -91,6 +28,7 @@ class LogicalMesh:
     axis_names: tuple[str, ...] | None = None
     costs: CollectiveCosts = RingCosts()
     forbidden: frozenset[str] = frozenset()
+    wired: tuple[WiredCosts, ...] | None = None
 
     def __post_init__(self):
         if self.axis_names is None:
@@ -112,23 +50,31 @@ class LogicalMesh:
 
     def all_gather(self, axis: int, gathered_bytes: float) -> float:
         """Each device ends up with `gathered_bytes`, having held an n-th of them."""
+        if self.wired:
+            return self.wired[axis].all_gather(self.shape[axis], gathered_bytes)
         return self.costs.all_gather(*self._along(axis), gathered_bytes)
 
     def reduce_scatter(self, axis: int, summand_bytes: float) -> float:
         """Each device brings `summand_bytes` and keeps an n-th of the sum."""
+        if self.wired:
+            return self.wired[axis].reduce_scatter(self.shape[axis], summand_bytes)
         return self.costs.reduce_scatter(*self._along(axis), summand_bytes)
 
     def all_reduce(self, axis: int, summand_bytes: float) -> float:
         """Each device brings `summand_bytes` and gets the whole sum."""
+        if self.wired:
+            return self.wired[axis].all_reduce(self.shape[axis], summand_bytes)
         return self.costs.all_reduce(*self._along(axis), summand_bytes)
 
     def all_to_all(self, axis: int, held_bytes: float) -> float:
         """Each device holds `held_bytes` before and after."""
+        if self.wired:
+            return self.wired[axis].all_to_all(self.shape[axis], held_bytes)
         return self.costs.all_to_all(*self._along(axis), held_bytes)
 
     def priced(self, costs: CollectiveCosts) -> "LogicalMesh":
-        """The same mesh with other costs."""
-        return replace(self, costs=costs)
+        """The same mesh with other costs, from its α and β alone."""
+        return replace(self, costs=costs, wired=None)
 
     def _along(self, axis: int) -> tuple[int, float, float]:
         return self.shape[axis], self.alpha[axis], self.beta[axis]
@@ -140,26 +86,27 @@ def _default_names(num_axes: int) -> tuple[str, ...]:
 
 
 def logical_mesh(cluster: Cluster, *, hosts: int, devices: int, data: int) -> LogicalMesh:
-    """View a submesh of `hosts` x `devices` as (data, tensor), the tensor axis inside a host.
+    """View a submesh of `hosts` x `devices` as (data, tensor).
 
-    An axis that leaves the host shares the host's link among the rings that cross it side by side: with
-    devices ordered row-major, as many as the tensor axis is long.
+    Devices are ordered row-major, so a host holds whole rows of the tensor axis, or a part of one. An axis
+    that leaves the host shares the host's link with its neighbours in the other axis. α and β are those of
+    a ring.
     """
     tensor = hosts * devices // data
-    data_crosses = hosts > 1
-    tensor_crosses = tensor > devices
     inside, between = cluster.intra_host, cluster.inter_host
-    rings = devices if tensor_crosses else tensor
-    alpha_data, beta_data = (
-        (between.latency_s, rings / between.bytes_per_s)
-        if data_crosses
-        else (inside.latency_s, 1 / inside.bytes_per_s)
-    )
-    alpha_tensor, beta_tensor = (
-        (between.latency_s, 1 / between.bytes_per_s)
-        if tensor_crosses
-        else (inside.latency_s, 1 / inside.bytes_per_s)
-    )
+    near = Wire(alpha=inside.latency_s, beta=1 / inside.bytes_per_s, curves=inside.curves)
+    alpha, beta, wired = [], [], []
+    for size, per_host in ((data, max(1, devices // tensor)), (tensor, min(tensor, devices))):
+        far = Wire(
+            alpha=between.latency_s,
+            beta=1 / between.bytes_per_s,
+            shared_by=devices // per_host,
+            curves=between.curves,
+        )
+        crosses = size > per_host
+        alpha.append(far.alpha if crosses else near.alpha)
+        beta.append(far.shared_by * far.beta if crosses else near.beta)
+        wired.append(WiredCosts(per_host=min(size, per_host), inside=near, between=far))
     return LogicalMesh(
-        shape=(data, tensor), alpha=(alpha_data, alpha_tensor), beta=(beta_data, beta_tensor)
+        shape=(data, tensor), alpha=tuple(alpha), beta=tuple(beta), wired=tuple(wired)
     )

@@ -82,8 +82,8 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
         backward_s=tuple(s.backward_s for s in shardings),
         backward_input_s=tuple(s.backward_input_s for s in shardings),
         backward_weight_s=tuple(s.backward_weight_s for s in shardings),
-        synchronize_s=tuple(s.seconds.synchronize for s in shardings),
-        update_s=tuple(s.seconds.update for s in shardings),
+        synchronize_s=tuple(s.synchronize_s for s in shardings),
+        update_s=tuple(s.update_s for s in shardings),
         activation_s=across.activation_s,
         cotangent_s=across.cotangent_s,
         tied_s=across.tied_s,
@@ -123,10 +123,14 @@ def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:
         peak_flops_per_s={"fp32": math.inf},
         matmul_efficiency={"fp32": 1.0},
         memory_bytes_per_s=math.inf,
+        matmul_curve={},
+        convolution_curve={},
+        op_overhead_s=0.0,
+        program_launch_s=0.0,
     )
     settings = replace(
         stage.settings,
-        mesh=replace(mesh, alpha=(0.0,) * mesh.num_axes, beta=(1.0,) * mesh.num_axes),
+        mesh=replace(mesh, alpha=(0.0,) * mesh.num_axes, beta=(1.0,) * mesh.num_axes, wired=None),
         compute=ComputeModel(free),
     )
     return realized.planner.reprice(*stage.stage.layers, settings, stage.sharding.picks)

@@ -143,7 +143,7 @@ def _realize_stage(
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
-        compute=ComputeModel(cluster.device),
+        compute=ComputeModel(cluster.device, _at_once(plan, stage)),
         restrictions=restrictions(mesh),
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
@@ -156,6 +156,14 @@ def _realize_stage(
     described = training_layout(planner, sharding, first, last, stage.recompute)
     emitter = StageEmitter(planner, sharding, described)
     return RealizedStage(stage, settings, sharding, described, emitter)
+
+
+def _at_once(plan: Plan, stage: Stage) -> int:
+    """How many devices of the stage's busiest host compute at the same time as it does."""
+    return max(
+        len({device for other in plan.stages if host in other.hosts for device in other.devices})
+        for host in stage.hosts
+    )
 
 
 def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):

@@ -260,9 +260,9 @@ class ClassFragment:
             op, shapes_of(op), shape, [(*c, *idle) for c in active]
         )
         self.choices[key] = found
-        seconds = self.settings.compute.op_s(op)
         division = np.array([strategy.work_division(shape) for strategy in found])
-        costs = seconds / division + [combine_cost(op, strategy, self.mesh) for strategy in found]
+        seconds = self.settings.compute.op_s(op, division)
+        costs = seconds + [combine_cost(op, strategy, self.mesh) for strategy in found]
         self.nodes.append(NodeCost(key, costs, part, self.cls.name))
         for index, operand in enumerate(op.operands):
             if not isinstance(operand, Literal):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher.autopar import cluster as cluster_module
 from launcher.autopar.cluster import Cluster, Link, Submesh, load_cluster
+from launcher.autopar.curves import Curve
 from launcher.cli.compose import load
 from launcher.config import conf_dir
 from launcher.errors import ConfigError
@@ -199,10 +200,57 @@ MISTAKES = [
     ("device.matmul_efficiency.bf16", ..., "device.matmul_efficiency.bf16=null is missing"),
     ("device.kind", 5, "device.kind=5 is no text: write one in quotes"),
     ("device", [], "device=a list of 0 is no object"),
+    ("device.matmul_curve", {"fp16": [[1, 1]]}, "device.matmul_curve.fp16=a list of 1 is unknown"),
+    ("device.matmul_curve", {"fp32": [[1, 2]]}, "device.matmul_curve.fp32[0][1]=2 is not in"),
+    ("device.convolution_curve", {"fp32": []}, "device.convolution_curve.fp32=a list of 0 has no"),
+    ("device.op_overhead_us", -1, "device.op_overhead_us=-1 is not in 0.."),
+    ("device.program_launch_us", "x", "device.program_launch_us='x' is no number"),
+    ("device.concurrency", [[2, 1], [1, 1]], "device.concurrency=a list of 2 does not ascend"),
+    (
+        "intra_host.collective_curve",
+        {"gather": []},
+        "intra_host.collective_curve.gather=a list of 0",
+    ),
     ("intra_host.latency_us", -1, "intra_host.latency_us=-1 is not in 0.."),
     ("inter_host", {"gb_per_s": 1}, "inter_host.gb_per_s=1 is unknown"),
     ("sources", {1: "x"}, "sources.1='x' has a key that is no text"),
 ]
+
+
+MEASURED = {
+    "matmul_curve": {"fp32": [[0.5, 0.1], [8, 0.5]]},
+    "convolution_curve": {"fp32": [[1, 0.2]]},
+    "op_overhead_us": 3,
+    "program_launch_us": 50,
+    "concurrency": [[1, 1], [4, 2.5]],
+}
+
+
+def test_what_was_measured_by_size_is_read_in_si_units(tmp_path):
+    tree = copy.deepcopy(MINE)
+    tree["device"] |= MEASURED
+    tree["intra_host"]["collective_curve"] = {"all_reduce": [[0.1, 2], [10, 4]], "send": [[1, 8]]}
+    cluster = load_cluster(write(tmp_path, tree))
+    device = cluster.device
+    assert device.matmul_curve == {"fp32": Curve(((0.5e9, 0.1), (8e9, 0.5)))}
+    assert device.convolution_curve == {"fp32": Curve(((1e9, 0.2),))}
+    assert (device.op_overhead_s, device.program_launch_s) == pytest.approx((3e-6, 50e-6))
+    assert [device.slowdown(n) for n in (1, 2.5, 4, 9, None)] == [1.0, 1.75, 2.5, 2.5, 2.5]
+    assert cluster.intra_host.curves["all_reduce"] == Curve(((1e5, 2e9), (1e7, 4e9)))
+    assert cluster.intra_host.send_s(4e6) == pytest.approx(4e6 / 8e9)
+    assert cluster.inter_host.curves == {}
+    assert cluster.inter_host.send_s(4e6) == pytest.approx(4e6 / 10e9)
+
+
+def test_without_them_nothing_depends_on_size():
+    device = load_cluster("8xp3").device
+    assert (device.op_overhead_s, device.program_launch_s, device.slowdown(None)) == (0.0, 0.0, 1.0)
+    assert device.convolution_curve == {}
+
+
+def test_what_was_measured_can_be_set_on_the_command_line():
+    config = load(["cluster=cpu8", "cluster.device.concurrency=[[1,1],[2,1.5]]"]).cluster
+    assert Cluster.from_config(config).device.slowdown(2) == 1.5
 
 
 @pytest.mark.parametrize(("path", "value", "message"), MISTAKES, ids=[m[2] for m in MISTAKES])

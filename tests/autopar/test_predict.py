@@ -87,6 +87,39 @@ def test_one_stage_takes_the_sum_of_its_parts(tiny_gpt, cpu8):
         assert p.bubble_fraction == pytest.approx(0.0, abs=1e-9)
 
 
+def test_every_program_of_a_step_is_launched(tiny_gpt, cpu8):
+    """Forward and backward of four microbatches; then synchronisation and update."""
+    slow = replace(cpu8, device=replace(cpu8.device, program_launch_s=0.5))
+    without, with_launches = (
+        planned(tiny_gpt(layers=3), cluster, mode="single", num_microbatches=4).plan.predicted
+        for cluster in (cpu8, slow)
+    )
+    assert with_launches.step_s == pytest.approx(without.step_s + 0.5 * (4 * 2 + 2))
+    assert with_launches.communicated_bytes == without.communicated_bytes == 0.0
+
+
+@pytest.mark.parametrize(("pp", "at_once"), [(1, 8), (2, 4), (8, 1)])
+def test_stages_slow_down_those_on_their_host(tiny_gpt, cpu8, pp, at_once):
+    """Eight devices on one, two and eight hosts: a stage feels all of its host that compute with it."""
+    hosts = 8 // at_once
+    crowded = replace(
+        cpu8,
+        num_hosts=hosts,
+        devices_per_host=at_once,
+        device=replace(cpu8.device, concurrency=((1.0, 1.0), (8.0, 8.0))),
+    )
+    found = planned(tiny_gpt(layers=8), crowded, pp=pp, num_microbatches=2)
+    assert {stage.settings.compute.at_once for stage in found.realized.stages} == {at_once}
+    halved = planned(tiny_gpt(layers=8), crowded, pp=8, num_microbatches=2)
+    assert {stage.settings.compute.at_once for stage in halved.realized.stages} == {at_once}
+    ideal = replace(crowded, device=replace(crowded.device, concurrency=((1.0, 1.0),)))
+    alone = planned(tiny_gpt(layers=8), ideal, pp=8, num_microbatches=2)
+    for slow_s, alone_s in zip(
+        halved.plan.predicted.stage_forward_s, alone.plan.predicted.stage_forward_s, strict=True
+    ):
+        assert slow_s == pytest.approx(at_once * alone_s)
+
+
 def test_one_microbatch_goes_through_two_stages_and_back(tiny_gpt, cpu8):
     """Everything in a row: nothing overlaps. The tied embedding goes to its user and back."""
     found = planned(tiny_gpt(layers=3), cpu8, tp=4, pp=2, num_microbatches=1)

@@ -1,15 +1,18 @@
 """FLOPs and bytes of ops against formulas by hand, and the roofline that turns them into seconds."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from launcher.autopar.cluster import Device
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.curves import Curve
 from launcher.autopar.graph import CALLS, CUSTOM_CALLS, from_jaxpr
 from launcher.autopar.work import aval_bytes, op_flops, operand_bytes, result_bytes
 
@@ -228,9 +231,70 @@ def test_a_peak_without_an_efficiency_takes_the_lowest_of_the_others():
     assert ComputeModel(device).flops_per_s("bfloat16") == 4e12 * 0.5
 
 
+CURVED = dataclasses.replace(
+    DEVICE,
+    matmul_curve={"fp32": Curve(((1e6, 0.1), (1e8, 0.5), (1e10, 0.8)))},
+    memory_bytes_per_s=1e15,
+)
+
+
+def product(size):
+    return ops_of(jnp.matmul, shape(size, size), shape(size, size))[0]
+
+
+def test_small_products_reach_less_of_the_peak():
+    large, small = product(4000), product(100)
+    assert ComputeModel(CURVED).op_s(large) == pytest.approx(2 * 4000**3 / (0.8 * 1e12))
+    share = 0.1 + 0.4 * math.log(2) / math.log(100)
+    assert ComputeModel(CURVED).op_s(small) == pytest.approx(2 * 100**3 / (share * 1e12))
+    assert ComputeModel(CURVED).op_s(product(10)) == pytest.approx(1e6 / (0.1 * 1e12))
+
+
+def test_what_counts_is_the_part_of_a_product_on_one_device():
+    model, op = ComputeModel(CURVED), product(4000)
+    assert model.op_s(op, 1280) == pytest.approx(1e8 / (0.5 * 1e12))
+    shards = np.array([1, 2, 1280, 10**9])
+    assert model.op_s(op, shards) == pytest.approx([model.op_s(op, n) for n in shards])
+    assert model.op_s(op, 10**9) == pytest.approx(1e6 / (0.1 * 1e12))
+
+
+def test_a_dtype_without_a_curve_is_as_without_curves():
+    op = ops_of(jnp.matmul, shape(9, 9, dtype=jnp.bfloat16), shape(9, 9, dtype=jnp.bfloat16))[0]
+    assert ComputeModel(CURVED).op_s(op, 3) == pytest.approx(2 * 9**3 / 3 / 1e12)
+
+
+def test_convolutions_have_a_curve_of_their_own():
+    op = ops_of(convolution, shape(N, SIZE, SIZE, IN), shape(K, K, IN, OUT))[0]
+    as_product = ComputeModel(CURVED).op_s(op)
+    assert as_product == pytest.approx(1e6 / (0.1 * 1e12))
+    own = dataclasses.replace(CURVED, convolution_curve={"fp32": Curve(((1.0, 0.25),))})
+    assert ComputeModel(own).op_s(op) == pytest.approx(op_flops(op) / (0.25 * 1e12))
+
+
+def test_every_kernel_has_its_overhead_and_a_fused_op_its_share():
+    slow = dataclasses.replace(DEVICE, op_overhead_s=1e-3)
+    tanh = ops_of(jnp.tanh, shape(100, 100))[0]
+    for op, share in ((product(100), 1.0), (tanh, 0.25)):
+        for shards in (1, 4):
+            more_s = ComputeModel(slow).op_s(op, shards) - ComputeModel(DEVICE).op_s(op, shards)
+            assert more_s == pytest.approx(share * 1e-3)
+
+
+def test_devices_that_share_cores_slow_one_another_down():
+    crowded = dataclasses.replace(DEVICE, concurrency=((1.0, 1.0), (2.0, 1.5), (4.0, 3.0)))
+    alone_s = ComputeModel(DEVICE).op_s(product(100))
+    for at_once, factor in ((1, 1.0), (2, 1.5), (3, 2.25), (4, 3.0), (9, 3.0), (None, 3.0)):
+        found_s = ComputeModel(crowded, at_once).op_s(product(100))
+        assert found_s == pytest.approx(factor * alone_s)
+    assert ComputeModel(crowded, 1).key == ComputeModel(DEVICE).key != ComputeModel(crowded).key
+
+
 def test_models_with_equal_figures_have_equal_keys():
     faster = dataclasses.replace(DEVICE, memory_bytes_per_s=2e11)
     again = dataclasses.replace(DEVICE, kind="another name")
     assert ComputeModel(DEVICE).key == ComputeModel(again).key
     assert ComputeModel(DEVICE).key != ComputeModel(faster).key
+    assert (
+        ComputeModel(CURVED).key != ComputeModel(dataclasses.replace(CURVED, matmul_curve={})).key
+    )
     assert hash(ComputeModel(DEVICE).key) == hash(ComputeModel(again).key)
