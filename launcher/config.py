@@ -95,6 +95,9 @@ class DeviceConfig:
     # dtype -> [[GFLOP of one product on one device, share of the peak], ...], and so for convolutions
     matmul_curve: dict[str, Any] = field(default_factory=dict)
     convolution_curve: dict[str, Any] = field(default_factory=dict)
+    batched_matmul_curve: dict[str, Any] = field(default_factory=dict)  # by the GFLOP of one of a batch
+    # arithmetic, division, transcendental, reduction, transposition -> ns per element
+    element_ns: dict[str, float] = field(default_factory=dict)
     op_overhead_us: float = 0.0  # of each kernel
     program_launch_us: float = 0.0  # of each program of a step
     # [[devices of a host that compute at once, how many times slower each is], ...]

@@ -16,12 +16,14 @@ import yaml
 from launcher.autopar.curves import Curves, read_curve, read_curves
 from launcher.autopar.strict_reader import Node
 from launcher.autopar.wording import count
+from launcher.autopar.work import KINDS
 from launcher.config import ClusterConfig, conf_dir
 from launcher.errors import ConfigError
 
 DTYPES = ("fp64", "fp32", "fp16", "bf16")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
-_GIB, _TERA, _GIGA, _MEGA, _MICRO = 2**30, 1e12, 1e9, 1e6, 1e-6
+_GIB, _TERA, _GIGA, _MEGA = 2**30, 1e12, 1e9, 1e6
+_MICRO, _NANO = 1e-6, 1e-9
 _LARGEST_FILE_BYTES = 2**20
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
@@ -51,6 +53,9 @@ class Device:
         matmul_curve: dtype -> the share of the peak by the FLOPs of one product on one device; where it
             is missing, all products reach `matmul_efficiency`.
         convolution_curve: The same for convolutions; where it is missing, they are as products.
+        batched_matmul_curve: The same for products with a batch, by the FLOPs of one of them.
+        element_s: Kind of op (`work.KINDS`) -> seconds per element, for devices on which other ops are
+            bound by arithmetic; where it is empty, memory binds them.
         op_overhead_s: What each kernel takes beside its work.
         program_launch_s: What starting each program of a step takes.
         concurrency: (devices of a host that compute at once, how many times slower each of them is).
@@ -66,6 +71,8 @@ class Device:
     reserved_bytes: int = 0
     matmul_curve: Curves = field(default_factory=dict)
     convolution_curve: Curves = field(default_factory=dict)
+    batched_matmul_curve: Curves = field(default_factory=dict)
+    element_s: Mapping[str, float] = field(default_factory=dict)
     op_overhead_s: float = 0.0
     program_launch_s: float = 0.0
     concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
@@ -329,7 +336,8 @@ def _read_device(node: Node) -> Device:
             "accelerator",
         ),
         (
-            "reserved_gib", "matmul_curve", "convolution_curve", "op_overhead_us",
+            "reserved_gib", "matmul_curve", "convolution_curve", "batched_matmul_curve", "element_ns",
+            "op_overhead_us",
             "program_launch_us", "concurrency",
         ),
     )  # fmt: skip
@@ -339,7 +347,7 @@ def _read_device(node: Node) -> Device:
     memory_gib = fields["memory_gib"].positive()
     curves = {
         name: read_curves(fields[name], known, size_unit=_GIGA, rate_unit=1.0, maximum=1.0)
-        for name in ("matmul_curve", "convolution_curve")
+        for name in ("matmul_curve", "convolution_curve", "batched_matmul_curve")
     }
     return Device(
         kind=fields["kind"].text(),
@@ -355,8 +363,15 @@ def _read_device(node: Node) -> Device:
         op_overhead_s=_or_zero(fields["op_overhead_us"]) * _MICRO,
         program_launch_s=_or_zero(fields["program_launch_us"]) * _MICRO,
         concurrency=_read_concurrency(fields["concurrency"]),
+        element_s=_read_elements(fields["element_ns"]),
         **curves,
     )
+
+
+def _read_elements(node: Node) -> dict[str, float]:
+    """All kinds of ops or none, or some would be free."""
+    kinds = {} if node.is_null or not node.entries() else node.fields(KINDS)
+    return {kind: value.positive() * _NANO for kind, value in kinds.items()}
 
 
 def _or_zero(node: Node, **limits: float) -> float:

@@ -32,12 +32,12 @@ class Crowd:
     Attributes:
         devices: of each submesh: machine -> how many of its devices the submesh has.
         slowdown: devices of a machine that compute at once -> how many times slower each of them is.
-        priced_at: how many at once the durations of each submesh are meant for.
+        priced: how many times slower than alone the durations of each submesh are meant for.
     """
 
     devices: tuple[Mapping[int, int], ...]
     slowdown: Callable[[int], float]
-    priced_at: tuple[int, ...]
+    priced: tuple[float, ...]
 
     def speeds(self, busy: list[int]) -> dict[int, float]:
         """Work per second of each submesh that computes; 1 is the speed of its durations."""
@@ -45,7 +45,7 @@ class Crowd:
         for submesh in busy:
             at_once.update(self.devices[submesh])
         return {
-            submesh: self.slowdown(self.priced_at[submesh])
+            submesh: self.priced[submesh]
             / max(self.slowdown(at_once[machine]) for machine in self.devices[submesh])
             for submesh in busy
         }

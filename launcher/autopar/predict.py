@@ -5,6 +5,8 @@ planner priced.
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import optax
@@ -12,6 +14,7 @@ import optax
 from launcher.autopar.buffers import peak
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.crowded import Crowd, simulate_crowded
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.launches import submesh_launches
 from launcher.autopar.messages import messages_of, price_messages
@@ -50,7 +53,7 @@ def predict(
 def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     """Simulate a realized plan."""
     durations = stage_durations(realized, cluster)
-    timeline = simulate(realized.program, durations)
+    timeline = _play(realized, cluster, durations)
     plan = realized.plan
     flops = model_flops_per_step(realized.planner.model.traced, plan.num_microbatches)
     prediction = Prediction(
@@ -66,6 +69,40 @@ def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
         stage_update_s=durations.update_s,
     )
     return Outlook(prediction, timeline)
+
+
+def _play(realized: RealizedPlan, cluster: Cluster, durations: Durations) -> Timeline:
+    """Simulate the program, on hosts whose devices slow one another down if these do."""
+    crowd = crowd_of(realized.plan, cluster, [s.settings.compute for s in realized.stages])
+    if crowd is None:
+        return simulate(realized.program, durations)
+    return simulate_crowded(realized.program, durations, crowd)
+
+
+def crowd_of(plan: Plan, cluster: Cluster, priced: Sequence[ComputeModel]) -> Crowd | None:
+    """Who shares a machine with whom in a plan; None where that costs nothing.
+
+    Hosts of devices that are no accelerators are emulated, all of them by one machine.
+
+    Args:
+        priced: by stage, what its durations were priced with.
+    """
+    device = cluster.device
+    if max(factor for _, factor in device.concurrency) == 1.0:
+        return None
+    hosts_per_machine = 1 if device.accelerator else cluster.num_hosts
+    devices: dict[int, Counter[int]] = {}
+    slowdowns: dict[int, float] = {}
+    for submesh, stage, compute in zip(plan.submesh_of, plan.stages, priced, strict=True):
+        devices[submesh] = Counter()
+        for host in stage.hosts:
+            devices[submesh][host // hosts_per_machine] += len(stage.devices)
+        slowdowns[submesh] = device.slowdown(compute.at_once)
+    return Crowd(
+        devices=tuple(devices[submesh] for submesh in sorted(devices)),
+        slowdown=lambda at_once: device.slowdown(at_once / hosts_per_machine),
+        priced=tuple(slowdowns[submesh] for submesh in sorted(slowdowns)),
+    )
 
 
 def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
@@ -125,6 +162,8 @@ def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:
         memory_bytes_per_s=math.inf,
         matmul_curve={},
         convolution_curve={},
+        batched_matmul_curve={},
+        element_s={},
         op_overhead_s=0.0,
         program_launch_s=0.0,
     )

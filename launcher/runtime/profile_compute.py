@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher.autopar.cluster import Device
-from launcher.runtime.profile_timing import Job, median_s, round_s
+from launcher.runtime.profile_timing import Job, call_s, round_s
 
 Progress = Callable[[str], None]
 Points = tuple[tuple[float, float], ...]
@@ -71,15 +71,15 @@ class ComputeFigures:
     concurrency: Points
 
 
-def measure_compute(devices: np.ndarray, device: Device, progress: Progress) -> ComputeFigures:
+def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> ComputeFigures:
     """Measure everything that needs no link.
 
     Args:
-        devices: all that share a machine, in one dim.
+        grid: hosts by devices per host.
         device: the figures known so far; only guide how often things are repeated.
     """
     sizes = ON_GPU if device.accelerator else ON_CPU
-    one = devices[:1]
+    one = grid[0, :1]
     known = [name for name in DTYPES if name in device.peak_flops_per_s]
     progress("kernels")
     overhead_s = round_s(_product(_TINY, jnp.float32, 1e-6), one)
@@ -93,21 +93,23 @@ def measure_compute(devices: np.ndarray, device: Device, progress: Progress) -> 
                 for flops, each, job in jobs
             )
     progress("other ops")
-    elements = {
-        kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
-        for kind, (job, ops) in _element_jobs(sizes, device).items()
-    }
+    elements = {}
+    if not device.accelerator:  # whose arithmetic is free beside its memory
+        elements = {
+            kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
+            for kind, (job, ops) in _element_jobs(sizes, device).items()
+        }
     progress("memory")
     stream_s = _without(overhead_s, round_s(_stream(sizes, device), one))
     progress("devices at once")
-    slower = tuple(_concurrency(devices, device))
+    slower = tuple(_concurrency(grid, device))
     progress("launches")
     return ComputeFigures(
         **found,
         element_s=elements,
         memory_bytes_per_s=2 * sizes.stream_bytes / stream_s,
         op_overhead_s=overhead_s,
-        program_launch_s=_launch_s(devices),
+        program_launch_s=_launch_s(grid.reshape(-1)),
         concurrency=slower,
     )
 
@@ -193,8 +195,8 @@ def _stream(sizes: Sizes, device: Device) -> Job:
     return Job(body=lambda held: (held[0] + 1.0,), shapes=(shape,), guess_s=guess_s)
 
 
-def _concurrency(devices: np.ndarray, device: Device) -> Iterator[tuple[float, float]]:
-    """How a mix of products and other ops slows down, on 1, 2, 4, ... and all devices."""
+def _concurrency(grid: np.ndarray, device: Device) -> Iterator[tuple[float, float]]:
+    """How a mix of products and other ops slows down on 1, 2, 4, ... and all devices of each host."""
     side = 2048 if device.accelerator else 64
     guess_s = 4 * side**3 / device.peak_flops_per_s["fp32"]
 
@@ -203,12 +205,12 @@ def _concurrency(devices: np.ndarray, device: Device) -> Iterator[tuple[float, f
         return jnp.tanh(left @ right), right
 
     job = Job(body=mix, shapes=((side, side),) * 2, guess_s=guess_s, value=1 / side)
-    counts = sorted({*(2**k for k in range(devices.size.bit_length())), devices.size})
-    took_s = [round_s(job, devices[:count]) for count in counts if count <= devices.size]
-    slowest = 1.0
-    for count, seconds in zip(counts, took_s, strict=False):
-        slowest = max(slowest, seconds / took_s[0])
-        yield float(count), slowest
+    alone_s = slowest_s = round_s(job, grid[0, :1])
+    per_host = grid.shape[1]
+    for count in sorted({*(2**k for k in range(per_host.bit_length())), per_host}):
+        # More devices are never faster; where it looks so, it is noise.
+        slowest_s = max(slowest_s, round_s(job, grid[:, :count].reshape(-1)))
+        yield float(count), slowest_s / alone_s
 
 
 def _launch_s(devices: np.ndarray) -> float:
@@ -224,4 +226,4 @@ def _launch_s(devices: np.ndarray) -> float:
             held = program(held)
         jax.block_until_ready(held)
 
-    return median_s(calls) / _LAUNCHES
+    return call_s(calls) / _LAUNCHES

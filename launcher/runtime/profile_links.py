@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from launcher.runtime.profile_timing import Job, median_s, round_s
+from launcher.runtime.profile_timing import Job, call_s, round_s
 
 Progress = Callable[[str], None]
 Points = tuple[tuple[float, float], ...]
@@ -123,5 +123,5 @@ def _sends(here: jax.Device, there: jax.Device, sizes) -> Points:
                 held = jax.device_put(jax.device_put(held, there), here)
             jax.block_until_ready(held)
 
-        points.append((float(num_bytes), num_bytes / (median_s(rally) / 2 / _PING_PONGS)))
+        points.append((float(num_bytes), num_bytes / (call_s(rally) / 2 / _PING_PONGS)))
     return tuple(points)

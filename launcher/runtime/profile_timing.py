@@ -2,7 +2,10 @@
 
 A job is repeated inside one program, a `lax.scan` that feeds each round's results to the next, so that what
 is timed is the devices' work and not the host's. The same program runs on one device or on several at once,
-each on its own values. Medians of several calls are taken: a machine has other things to do.
+each on its own values.
+
+Of the times of several calls the lower quartile is taken, the median of the faster half: what else a machine
+does makes calls slower and never faster.
 """
 
 import statistics
@@ -16,8 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_REPEATS = 7
-_CALL_S = 0.01  # about how long a call is to take
+_REPEATS = 15
+_CALL_S = 0.004  # about how long a call is to take: shorter than a scheduler lets anybody else run
 _MOST_ROUNDS = 512
 Body = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
 
@@ -58,15 +61,20 @@ def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> f
         )
         for rows, *rest in job.shapes
     ]
-    return median_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
+    return call_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
 
 
-def median_s(call: Callable[[], object], repeats: int = _REPEATS) -> float:
-    """The median time of a call, after one that warms up."""
+def call_s(call: Callable[[], object], repeats: int = _REPEATS) -> float:
+    """The lower quartile of the times of a call, after one that warms up."""
     call()
     took = []
     for _ in range(repeats):
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
-    return statistics.median(took)
+    return lower_quartile(took)
+
+
+def lower_quartile(times: Sequence[float]) -> float:
+    """The median of the faster half."""
+    return statistics.median(sorted(times)[: (len(times) + 1) // 2])
