@@ -58,7 +58,7 @@ class Device:
             bound by arithmetic; where it is empty, memory binds them.
         op_overhead_s: What each kernel takes beside its work.
         program_launch_s: What starting each program of a step takes.
-        concurrency: (devices of a host that compute at once, how many times slower each of them is).
+        concurrency: (devices of a machine that compute at once, how many times slower each of them is).
     """
 
     kind: str
@@ -83,7 +83,7 @@ class Device:
         return self.memory_bytes - self.reserved_bytes
 
     def slowdown(self, at_once: int | None) -> float:
-        """Return how many times slower it is while so many devices of its host compute.
+        """Return how many times slower it is while so many devices of its machine compute.
 
         None stands for all of them: the last point of `concurrency`.
         """
@@ -171,6 +171,10 @@ class Cluster:
     def peak_flops_per_s(self, dtype: str) -> float | None:
         """Return the peak that MFU refers to; None where it is not known: MFU is never a guess."""
         return None if self.nominal else self.device.peak_flops_per_s.get(dtype)
+
+    def machine_of(self, host: int) -> int:
+        """Return which machine a host is: itself, unless one machine emulates all of them."""
+        return host if self.device.accelerator else 0
 
     def ref(self) -> ClusterRef:
         """Return the name and shape for a plan."""

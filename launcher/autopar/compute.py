@@ -28,7 +28,7 @@ class ComputeModel:
     """Prices ops on one kind of device.
 
     Attributes:
-        at_once: how many devices of the host compute at the same time; None: all of them.
+        at_once: how many devices of the machine compute at the same time; None: all of them.
     """
 
     device: Device
@@ -46,6 +46,11 @@ class ComputeModel:
             tuple(tuple(sorted(table.items(), key=lambda item: item[0])) for table in tables),
             device.memory_bytes_per_s, device.op_overhead_s, device.slowdown(self.at_once),
         )  # fmt: skip
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """What a device gets of its memory's rate while the others compute."""
+        return self.device.memory_bytes_per_s / self.device.slowdown(self.at_once)
 
     def op_s(self, op: Op, shards: float | np.ndarray = 1):
         """Seconds of the op on one of the devices that share it evenly; an array for an array of shards."""

@@ -82,25 +82,21 @@ def _play(realized: RealizedPlan, cluster: Cluster, durations: Durations) -> Tim
 def crowd_of(plan: Plan, cluster: Cluster, priced: Sequence[ComputeModel]) -> Crowd | None:
     """Who shares a machine with whom in a plan; None where that costs nothing.
 
-    Hosts of devices that are no accelerators are emulated, all of them by one machine.
-
     Args:
         priced: by stage, what its durations were priced with.
     """
     device = cluster.device
     if max(factor for _, factor in device.concurrency) == 1.0:
         return None
-    hosts_per_machine = 1 if device.accelerator else cluster.num_hosts
     devices: dict[int, Counter[int]] = {}
     slowdowns: dict[int, float] = {}
     for submesh, stage, compute in zip(plan.submesh_of, plan.stages, priced, strict=True):
-        devices[submesh] = Counter()
-        for host in stage.hosts:
-            devices[submesh][host // hosts_per_machine] += len(stage.devices)
+        machines = map(cluster.machine_of, stage.hosts)
+        devices[submesh] = Counter(m for m in machines for _ in stage.devices)
         slowdowns[submesh] = device.slowdown(compute.at_once)
     return Crowd(
         devices=tuple(devices[submesh] for submesh in sorted(devices)),
-        slowdown=lambda at_once: device.slowdown(at_once / hosts_per_machine),
+        slowdown=device.slowdown,
         priced=tuple(slowdowns[submesh] for submesh in sorted(slowdowns)),
     )
 

@@ -5,8 +5,8 @@ kernel takes beside its work is measured first, and taken off what small jobs to
 cluster gives no peak for, and products of other shapes than square ones.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher.autopar.cluster import Device
+from launcher.autopar.compute import ComputeModel
+from launcher.autopar.curves import Curve
+from launcher.autopar.graph import CALLS, from_jaxpr
+from launcher.autopar.work import op_flops
 from launcher.runtime.profile_timing import Job, call_s, round_s
 
 Progress = Callable[[str], None]
@@ -26,6 +30,8 @@ _TINY = 8  # a product of this side takes no time but that of its kernel
 _HEAD = 64  # what a head of attention sums over
 _LAUNCHED_ARRAYS = 32  # as many as a stage has parameters
 _LAUNCHES = 20
+_STREAMS = 7  # arrays that an update reads and writes
+_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +45,18 @@ class Sizes:
     images: tuple[int, int]
     elements: int
     stream_bytes: int
+    blocks: tuple[int, int, int]
 
 
 ON_CPU = Sizes(
     sides=(16, 32, 64, 128, 256, 512), lengths=(8, 16, 32, 64, 128), batch=64,
-    channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**20,
+    channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**22,
+    blocks=(16, 64, 64),
 )  # fmt: skip
 ON_GPU = Sizes(
     sides=(128, 256, 512, 1024, 2048, 4096, 8192), lengths=(64, 256, 1024, 2048), batch=64,
     channels=(32, 64, 128, 256, 512), images=(32, 56), elements=2**26, stream_bytes=2**28,
+    blocks=(8, 1024, 2048),
 )  # fmt: skip
 
 
@@ -92,26 +101,27 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
                 (flops / each, flops / _without(overhead_s, round_s(job, one)))
                 for flops, each, job in jobs
             )
-    progress("other ops")
-    elements = {}
-    if not device.accelerator:  # whose arithmetic is free beside its memory
-        elements = {
-            kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
-            for kind, (job, ops) in _element_jobs(sizes, device).items()
-        }
     progress("memory")
-    stream_s = _without(overhead_s, round_s(_stream(sizes, device), one))
-    progress("devices at once")
-    slower = tuple(_concurrency(grid, device))
-    progress("launches")
-    return ComputeFigures(
+    stream_s = _without(overhead_s, round_s(_update_job(sizes, device), one))
+    figures = ComputeFigures(
         **found,
-        element_s=elements,
-        memory_bytes_per_s=2 * sizes.stream_bytes / stream_s,
+        element_s={},
+        memory_bytes_per_s=_STREAMS * sizes.stream_bytes / stream_s,
         op_overhead_s=overhead_s,
         program_launch_s=_launch_s(grid.reshape(-1)),
-        concurrency=slower,
+        concurrency=(),
     )
+    progress("devices at once")
+    alone_s, slower = _crowded(grid, sizes)
+    figures = replace(figures, concurrency=slower)
+    if device.accelerator:  # its arithmetic is free beside its memory
+        return figures
+    progress("other ops")
+    alone = {
+        kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
+        for kind, (job, ops) in _element_jobs(sizes, device).items()
+    }
+    return replace(figures, element_s=_in_a_program(alone, alone_s, figures, sizes))
 
 
 def _without(overhead_s: float, seconds: float) -> float:
@@ -189,28 +199,88 @@ def _turn(x: jax.Array) -> jax.Array:
     return lax.optimization_barrier(x.T).reshape(x.shape)
 
 
-def _stream(sizes: Sizes, device: Device) -> Job:
-    guess_s = 2 * sizes.stream_bytes / device.memory_bytes_per_s
+def _update_job(sizes: Sizes, device: Device) -> Job:
+    """What AdamW does: it reads four arrays and writes three of them anew."""
+
+    def update(held):
+        weight, mean, square, gradient = held
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.99 * square + 0.01 * gradient * gradient
+        return weight - 1e-3 * mean / (jnp.sqrt(square) + 1e-8), mean, square, gradient
+
     shape = (sizes.stream_bytes // 4 // 256, 256)
-    return Job(body=lambda held: (held[0] + 1.0,), shapes=(shape,), guess_s=guess_s)
+    guess_s = _STREAMS * sizes.stream_bytes / device.memory_bytes_per_s
+    return Job(body=update, shapes=(shape,) * 4, guess_s=guess_s)
 
 
-def _concurrency(grid: np.ndarray, device: Device) -> Iterator[tuple[float, float]]:
-    """How a mix of products and other ops slows down on 1, 2, 4, ... and all devices of each host."""
-    side = 2048 if device.accelerator else 64
-    guess_s = 4 * side**3 / device.peak_flops_per_s["fp32"]
+def _crowded(grid: np.ndarray, sizes: Sizes) -> tuple[float, Points]:
+    """How long some blocks take on one device, and how many times longer on 1, 2, 4, ... at once.
 
-    def mix(held):
-        left, right = held
-        return jnp.tanh(left @ right), right
+    Devices are taken from one host after the other.
+    """
+    devices, job = grid.reshape(-1), _blocks_job(sizes)
+    alone_s = slowest_s = round_s(job, devices[:1])
+    points = []
+    for count in sorted({*(2**k for k in range(devices.size.bit_length())), devices.size}):
+        if 1 < count <= devices.size:
+            # More devices are never faster; where it looks so, it is noise.
+            slowest_s = max(slowest_s, round_s(job, devices[:count]))
+        points.append((float(count), slowest_s / alone_s))
+    return alone_s, tuple(points)
 
-    job = Job(body=mix, shapes=((side, side),) * 2, guess_s=guess_s, value=1 / side)
-    alone_s = slowest_s = round_s(job, grid[0, :1])
-    per_host = grid.shape[1]
-    for count in sorted({*(2**k for k in range(per_host.bit_length())), per_host}):
-        # More devices are never faster; where it looks so, it is noise.
-        slowest_s = max(slowest_s, round_s(job, grid[:, :count].reshape(-1)))
-        yield float(count), slowest_s / alone_s
+
+def _blocks_job(sizes: Sizes) -> Job:
+    count, length, width = sizes.blocks
+    shapes = (count, length, width), (width, 4 * width), (width, 4 * width), (4 * width, width)
+    return Job(body=_blocks, shapes=shapes, guess_s=1.0, value=1 / width)
+
+
+def _blocks(held):
+    """The gradients of a few blocks of attention and perceptron: a training step on one device."""
+
+    def loss(stream, project, widen, narrow):
+        for _ in range(_BLOCKS):
+            stream = stream + _attention(_normal(stream) @ project)
+            stream = stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow
+        return (stream * stream).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2, 3))(*held)
+
+
+def _normal(x: jax.Array) -> jax.Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def _attention(projected: jax.Array) -> jax.Array:
+    """Of four heads; the last quarter of what was projected is added, in place of a product."""
+    count, length, width = projected.shape
+    heads = projected.reshape(count, length, 4, 4, width // 16)
+    queries, keys, values, rest = jnp.moveaxis(heads, 2, 0)
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", queries, keys))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, values) + rest
+    return mixed.reshape(count, length, width // 4)
+
+
+def _in_a_program(
+    alone: Mapping[str, float], measured_s: float, figures: ComputeFigures, sizes: Sizes
+) -> dict[str, float]:
+    """What elements cost in a program of many kernels, whose arrays no cache holds and whose memory is new.
+
+    All kinds by the factor by which the blocks took longer than their products and `alone` add up to.
+    """
+    device = Device(
+        kind="", memory_bytes=0, peak_flops_per_s={"fp32": 1.0}, matmul_efficiency={"fp32": 1.0},
+        memory_bytes_per_s=figures.memory_bytes_per_s, has_bf16=False, accelerator=False,
+        matmul_curve={"fp32": Curve(figures.products["fp32"])}, element_s=alone,
+        op_overhead_s=figures.op_overhead_s,
+    )  # fmt: skip
+    compute = ComputeModel(device)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _blocks_job(sizes).shapes]
+    ops = from_jaxpr(jax.make_jaxpr(_blocks)(shapes), inline=CALLS).ops
+    products_s = sum(compute.op_s(op) for op in ops if op_flops(op))
+    others_s = sum(compute.op_s(op) for op in ops if not op_flops(op))
+    factor = max(measured_s - products_s, others_s / 2) / others_s
+    return {kind: factor * seconds for kind, seconds in alone.items()}
 
 
 def _launch_s(devices: np.ndarray) -> float:

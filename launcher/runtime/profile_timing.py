@@ -46,7 +46,7 @@ class Job:
 def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> float:
     """Seconds of a round, with all the devices at it at once; `devices` has the shape of the mesh."""
     mesh = Mesh(devices, axes)
-    rounds = int(min(_MOST_ROUNDS, max(4, _CALL_S / job.guess_s)))
+    rounds = int(min(_MOST_ROUNDS, max(1, _CALL_S / job.guess_s)))
     spec = PartitionSpec(tuple(axes))
 
     def local(*arrays):
