@@ -95,6 +95,7 @@ class DeviceConfig:
     # dtype -> [[GFLOP of one product on one device, share of the peak], ...], and so for convolutions
     matmul_curve: dict[str, Any] = field(default_factory=dict)
     convolution_curve: dict[str, Any] = field(default_factory=dict)
+    kernel_gradient_curve: dict[str, Any] = field(default_factory=dict)  # of convolutions
     batched_matmul_curve: dict[str, Any] = field(default_factory=dict)  # by the GFLOP of one of a batch
     # arithmetic, division, transcendental, reduction, transposition -> ns per element
     element_ns: dict[str, float] = field(default_factory=dict)
@@ -287,10 +288,18 @@ class PlanConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    """Where mode=profile writes the cluster file DIR/cluster/NAME.yaml."""
+
+    dir: str | None  # null: the run's folder
+    name: str | None  # null: the cluster's and the host's name
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is told."""
 
-    mode: str  # train | plan | eval
+    mode: str  # train | plan | eval | profile
     seed: int
     debug: bool
     model: ModelConfig
@@ -303,6 +312,7 @@ class Config:
     runtime: RuntimeConfig
     train: TrainConfig
     plan: PlanConfig
+    profile: ProfileConfig
 
 
 # The groups whose alternatives have fields of their own: (group, name of the option) -> schema.

@@ -24,6 +24,7 @@ DTYPES = ("fp64", "fp32", "fp16", "bf16")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 _GIB, _TERA, _GIGA, _MEGA = 2**30, 1e12, 1e9, 1e6
 _MICRO, _NANO = 1e-6, 1e-9
+_CURVES = ("matmul_curve", "convolution_curve", "kernel_gradient_curve", "batched_matmul_curve")
 _LARGEST_FILE_BYTES = 2**20
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
@@ -53,6 +54,8 @@ class Device:
         matmul_curve: dtype -> the share of the peak by the FLOPs of one product on one device; where it
             is missing, all products reach `matmul_efficiency`.
         convolution_curve: The same for convolutions; where it is missing, they are as products.
+        kernel_gradient_curve: The same for convolutions that are the gradient of a kernel; where it is
+            missing, they are as others.
         batched_matmul_curve: The same for products with a batch, by the FLOPs of one of them.
         element_s: Kind of op (`work.KINDS`) -> seconds per element, for devices on which other ops are
             bound by arithmetic; where it is empty, memory binds them.
@@ -71,6 +74,7 @@ class Device:
     reserved_bytes: int = 0
     matmul_curve: Curves = field(default_factory=dict)
     convolution_curve: Curves = field(default_factory=dict)
+    kernel_gradient_curve: Curves = field(default_factory=dict)
     batched_matmul_curve: Curves = field(default_factory=dict)
     element_s: Mapping[str, float] = field(default_factory=dict)
     op_overhead_s: float = 0.0
@@ -340,8 +344,8 @@ def _read_device(node: Node) -> Device:
             "accelerator",
         ),
         (
-            "reserved_gib", "matmul_curve", "convolution_curve", "batched_matmul_curve", "element_ns",
-            "op_overhead_us",
+            "reserved_gib", "matmul_curve", "convolution_curve", "kernel_gradient_curve",
+            "batched_matmul_curve", "element_ns", "op_overhead_us",
             "program_launch_us", "concurrency",
         ),
     )  # fmt: skip
@@ -351,7 +355,7 @@ def _read_device(node: Node) -> Device:
     memory_gib = fields["memory_gib"].positive()
     curves = {
         name: read_curves(fields[name], known, size_unit=_GIGA, rate_unit=1.0, maximum=1.0)
-        for name in ("matmul_curve", "convolution_curve", "batched_matmul_curve")
+        for name in _CURVES
     }
     return Device(
         kind=fields["kind"].text(),

@@ -15,7 +15,15 @@ from jax.extend.core import primitives as prim
 
 from launcher.autopar.cluster import Device
 from launcher.autopar.graph import Op
-from launcher.autopar.work import num_batches, num_elements, op_flops, op_kind, operand_bytes, result_bytes
+from launcher.autopar.work import (
+    is_kernel_gradient,
+    num_batches,
+    num_elements,
+    op_flops,
+    op_kind,
+    operand_bytes,
+    result_bytes,
+)
 
 # Share of the results of elementwise ops that reach memory: one in four, the length of a typical fused
 # chain in a transformer block (cast, scale, add, activate).
@@ -40,7 +48,8 @@ class ComputeModel:
         device = self.device
         tables = (
             device.peak_flops_per_s, device.matmul_efficiency, device.matmul_curve,
-            device.convolution_curve, device.batched_matmul_curve, device.element_s,
+            device.convolution_curve, device.kernel_gradient_curve, device.batched_matmul_curve,
+            device.element_s,
         )  # fmt: skip
         return (
             tuple(tuple(sorted(table.items(), key=lambda item: item[0])) for table in tables),
@@ -83,6 +92,8 @@ class ComputeModel:
         batches, curve = 1.0, device.matmul_curve.get(name)
         if op.primitive is prim.conv_general_dilated_p:
             curve = device.convolution_curve.get(name, curve)
+            if is_kernel_gradient(op):
+                curve = device.kernel_gradient_curve.get(name, curve)
         elif num_batches(op) > 1 and name in device.batched_matmul_curve:
             # Devices most likely share the batch, so that each product stays as it is.
             curve, one = device.batched_matmul_curve[name], op_flops(op) / num_batches(op)

@@ -158,6 +158,7 @@ def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:
         memory_bytes_per_s=math.inf,
         matmul_curve={},
         convolution_curve={},
+        kernel_gradient_curve={},
         batched_matmul_curve={},
         element_s={},
         op_overhead_s=0.0,

@@ -51,6 +51,13 @@ def _convolution_flops(op: Op) -> float:
     return _MULTIPLY_ADD * products * math.prod(op.eqn.outvars[0].aval.shape) / stretched
 
 
+def is_kernel_gradient(op: Op) -> bool:
+    """Whether a convolution slides a large window over few places: images over their cotangents."""
+    numbers = op.eqn.params["dimension_numbers"]
+    window = math.prod(op.eqn.invars[1].aval.shape[dim] for dim in numbers.rhs_spec[2:])
+    return window > math.prod(op.eqn.outvars[0].aval.shape[dim] for dim in numbers.out_spec[2:])
+
+
 def _ragged_flops(op: Op) -> float:
     """Every row meets the matrix of its own group only."""
     numbers = op.eqn.params["ragged_dot_dimension_numbers"]

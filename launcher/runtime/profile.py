@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from launcher.autopar.cluster import Cluster, Link, load_cluster
-from launcher.errors import ConfigError, StorageError
+from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime.profile_compute import ComputeFigures, measure_compute
 from launcher.runtime.profile_links import LinkFigures, measure_links
 
@@ -32,6 +32,29 @@ class Measured:
     compute: ComputeFigures
     intra_host: LinkFigures | None
     inter_host: LinkFigures | None
+
+
+def reachable(cluster: Cluster) -> np.ndarray:
+    """The devices of the cluster that this process has, hosts by devices per host.
+
+    Emulated hosts are all here; of real ones this one is, and has to be complete.
+    """
+    found = jax.devices()
+    num_hosts = 1 if cluster.device.accelerator else cluster.num_hosts
+    needed = num_hosts * cluster.devices_per_host
+    if len(found) < needed or (found[0].platform == "cpu") == cluster.device.accelerator:
+        raise ClusterError(
+            f"cluster={cluster.name} has {cluster.devices_per_host} {cluster.device.kind} in a host, "
+            f"and there are {len(found)} ({found[0].device_kind}) here to be measured: run mode=profile "
+            f"on a host of that cluster, or take cluster=local for the devices at hand"
+        )
+    grid = np.array(found[:needed], dtype=object)
+    return grid.reshape(num_hosts, cluster.devices_per_host)
+
+
+def usage(folder: Path, name: str) -> str:
+    """The command line that plans with the file."""
+    return f"python -m launcher cluster={name} 'hydra.searchpath=[file://{folder}]'"
 
 
 def measure(cluster: Cluster, grid: np.ndarray, progress: Progress) -> Measured:
@@ -93,6 +116,7 @@ def as_file(cluster: Cluster, measured: Measured, name: str) -> dict[str, object
         "matmul_curve": _shares(compute.products, peaks),
         "batched_matmul_curve": _shares(compute.batched, peaks),
         "convolution_curve": _shares(compute.convolutions, peaks),
+        "kernel_gradient_curve": _shares(compute.kernel_gradients, peaks),
         "op_overhead_us": _rounded(compute.op_overhead_s / _MICRO),
         "program_launch_us": _rounded(compute.program_launch_s / _MICRO),
         "concurrency": [[int(count), _rounded(factor)] for count, factor in compute.concurrency],

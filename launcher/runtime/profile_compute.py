@@ -73,6 +73,7 @@ class ComputeFigures:
     products: Mapping[str, Points]
     batched: Mapping[str, Points]
     convolutions: Mapping[str, Points]
+    kernel_gradients: Mapping[str, Points]
     element_s: Mapping[str, float]
     memory_bytes_per_s: float
     op_overhead_s: float
@@ -92,11 +93,13 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
     known = [name for name in DTYPES if name in device.peak_flops_per_s]
     progress("kernels")
     overhead_s = round_s(_product(_TINY, jnp.float32, 1e-6), one)
-    found: dict[str, dict[str, Points]] = {"products": {}, "batched": {}, "convolutions": {}}
+    found: dict[str, dict[str, Points]] = {
+        kind: {} for kind in ("products", "batched", "convolutions", "kernel_gradients")
+    }
     for dtype in known:
         guess = device.peak_flops_per_s[dtype] / 2
         for kind, jobs in _flops_jobs(sizes, DTYPES[dtype], guess).items():
-            progress(f"{kind} in {dtype}")
+            progress(f"{kind.replace('_', ' ')} in {dtype}")
             found[kind][dtype] = tuple(
                 (flops / each, flops / _without(overhead_s, round_s(job, one)))
                 for flops, each, job in jobs
@@ -134,7 +137,7 @@ def _flops_jobs(
 ) -> Mapping[str, list[tuple[float, int, Job]]]:
     """Kind -> (FLOPs, products in a batch, job), by rising size."""
     products = [(2 * n**3, 1, _product(n, dtype, 2 * n**3 / flops_per_s)) for n in sizes.sides]
-    batched, convolutions = [], []
+    batched, convolutions, kernel_gradients = [], [], []
     for length in sizes.lengths:
         flops = 2 * 2 * length**2 * _HEAD * sizes.batch
         shape = (sizes.batch, length, _HEAD)
@@ -145,10 +148,14 @@ def _flops_jobs(
     for channels in sizes.channels:
         flops = 2 * 9 * channels**2 * count * side**2
         shapes = (count, side, side, channels), (3, 3, channels, channels)
-        job = Job(body=_convolve, shapes=shapes, guess_s=flops / flops_per_s, dtype=dtype,
-                  value=1 / (9 * channels))  # fmt: skip
-        convolutions.append((flops, 1, job))
-    return {"products": products, "batched": batched, "convolutions": convolutions}
+        for body, jobs in ((_convolve, convolutions), (_kernel_gradient, kernel_gradients)):
+            job = Job(body=body, shapes=shapes, guess_s=flops / flops_per_s, dtype=dtype,
+                      value=1 / (9 * channels))  # fmt: skip
+            jobs.append((flops, 1, job))
+    return {
+        "products": products, "batched": batched, "convolutions": convolutions,
+        "kernel_gradients": kernel_gradients,
+    }  # fmt: skip
 
 
 def _product(side: int, dtype: jnp.dtype, guess_s: float) -> Job:
@@ -170,11 +177,20 @@ def _attend(held):
 
 def _convolve(held):
     images, kernel = held
+    return _convolved(images, kernel), kernel
+
+
+def _kernel_gradient(held):
+    images, kernel = held
+    _, gradients = jax.vjp(lambda kernel: _convolved(images, kernel), kernel)
+    [gradient] = gradients(images)
+    # Or all rounds would be alike, and XLA would do one.
+    return images * (1.0 + 0.001 * gradient[0, 0, 0, 0]).astype(images.dtype), gradient
+
+
+def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
     numbers = ("NHWC", "HWIO", "NHWC")
-    return (
-        lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers),
-        kernel,
-    )
+    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
 def _element_jobs(sizes: Sizes, device: Device) -> Mapping[str, tuple[Job, int]]:

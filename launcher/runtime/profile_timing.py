@@ -19,7 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_REPEATS = 15
+_REPEATS, _LEAST_REPEATS = 15, 5  # the fewer where they take long
+_ENOUGH_S = 1.0
 _CALL_S = 0.004  # about how long a call is to take: shorter than a scheduler lets anybody else run
 _MOST_ROUNDS = 512
 Body = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
@@ -64,11 +65,11 @@ def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> f
     return call_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
 
 
-def call_s(call: Callable[[], object], repeats: int = _REPEATS) -> float:
+def call_s(call: Callable[[], object]) -> float:
     """The lower quartile of the times of a call, after one that warms up."""
     call()
-    took = []
-    for _ in range(repeats):
+    took: list[float] = []
+    while len(took) < (_LEAST_REPEATS if sum(took) > _ENOUGH_S else _REPEATS):
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
