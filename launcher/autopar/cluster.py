@@ -61,6 +61,7 @@ class Device:
             bound by arithmetic; where it is empty, memory binds them.
         op_overhead_s: What each kernel takes beside its work.
         program_launch_s: What starting each program of a step takes.
+        array_launch_s: What each array adds to it that the program takes or makes.
         concurrency: (devices of a machine that compute at once, how many times slower each of them is).
     """
 
@@ -79,6 +80,7 @@ class Device:
     element_s: Mapping[str, float] = field(default_factory=dict)
     op_overhead_s: float = 0.0
     program_launch_s: float = 0.0
+    array_launch_s: float = 0.0
     concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     @property
@@ -346,7 +348,7 @@ def _read_device(node: Node) -> Device:
         (
             "reserved_gib", "matmul_curve", "convolution_curve", "kernel_gradient_curve",
             "batched_matmul_curve", "element_ns", "op_overhead_us",
-            "program_launch_us", "concurrency",
+            "program_launch_us", "array_launch_us", "concurrency",
         ),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
@@ -370,6 +372,7 @@ def _read_device(node: Node) -> Device:
         accelerator=fields["accelerator"].boolean(),
         op_overhead_s=_or_zero(fields["op_overhead_us"]) * _MICRO,
         program_launch_s=_or_zero(fields["program_launch_us"]) * _MICRO,
+        array_launch_s=_or_zero(fields["array_launch_us"]) * _MICRO,
         concurrency=_read_concurrency(fields["concurrency"]),
         element_s=_read_elements(fields["element_ns"]),
         **curves,

@@ -2,8 +2,8 @@
 
 A matrix product or convolution takes the longer of its operations at the rate that its size reaches and its
 bytes at the memory's rate. Other ops are bound by memory; compilers fuse chains of them, so that most
-intermediate results never leave the chip: only a share of their bytes is counted, and of their kernels. Where the device
-has figures for them (a CPU, on which arithmetic is dearer than memory), they cost by element and kind.
+intermediate results never leave the chip: only a share of their bytes is counted, and of their kernels. Where
+the device has figures for them (a CPU, on which arithmetic is dearer than memory), they cost by element.
 Left out: which products a backend computes well besides by their size (shapes, layouts, tile quantisation).
 """
 

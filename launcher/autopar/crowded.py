@@ -63,6 +63,8 @@ class _Submesh:
     busy_s: float = 0.0
     exposed_s: float = 0.0
     arrivals: dict[tuple, tuple[float, float]] = field(default_factory=dict)
+    # Receives that were posted, by what they are read as, whose messages are not under way yet.
+    expected: Counter[tuple] = field(default_factory=Counter)
 
     @property
     def entry(self) -> Instruction | None:
@@ -79,6 +81,7 @@ class _Play:
         self.now_s = 0.0
         self.channel_free_s: dict[tuple[int, int], float] = defaultdict(float)
         self.under_way: dict[tuple[int, int], deque] = defaultdict(deque)
+        self.receives: dict[tuple[int, int], deque] = defaultdict(deque)
 
     def run(self) -> None:
         """Let everybody start who can, then go on to the next event, until all are done."""
@@ -104,7 +107,9 @@ class _Play:
     def _awaited(self) -> Iterator[float]:
         """When the values arrive that idle submeshes wait for."""
         for own in self.submeshes:
-            if own.left_s is None and own.entry is not None and own.entry.op in COMPUTES:
+            entry = own.entry
+            waits = own.left_s is None and entry is not None and entry.op in COMPUTES
+            if waits and not own.expected[_key(entry)]:
                 yield self._arrived_s(own)[0]
 
     def _pass(self, next_s: float, speeds: Mapping[int, float]) -> None:
@@ -132,19 +137,18 @@ class _Play:
             if entry.op in COMPUTES:
                 if not self._start(own, entry):
                     break
-            elif entry.op in RECEIVES:
-                if not self._receive(index, own, entry):
-                    break
-            else:
-                if entry.op in SENDS:
-                    self._send(index, entry)
-                own.position += 1
+                continue  # it computes now, or nothing more happens here at this moment
+            if entry.op in RECEIVES:
+                self._receive(index, own, entry)
+            elif entry.op in SENDS:
+                self._send(index, entry)
+            own.position += 1
         return own.position > before
 
     def _start(self, own: _Submesh, entry: Instruction) -> bool:
         """Begin to compute, if what the instruction reads is there."""
         arrived_s, made_s = self._arrived_s(own)
-        if arrived_s > self.now_s:
+        if own.expected[_key(entry)] or arrived_s > self.now_s:
             return False
         own.arrivals.pop(_key(entry), None)
         own.exposed_s += self.now_s - max(own.free_s, min(made_s, self.now_s))
@@ -155,16 +159,13 @@ class _Play:
         """When the last value that the next instruction reads arrives, and when it was made."""
         return own.arrivals.get(_key(own.entry), _PENDING)
 
-    def _receive(self, index: int, own: _Submesh, entry: Instruction) -> bool:
-        """Take down when a message arrives, if it is under way."""
-        under_way = self.under_way[self.homes[entry.peer], index]
-        if not under_way:
-            return False
+    def _receive(self, index: int, own: _Submesh, entry: Instruction) -> None:
+        """Post a receive; messages of a channel are matched with receives in their order."""
         key = entry.op, entry.stage, entry.microbatch
-        last = own.arrivals.get(key, _PENDING)
-        own.arrivals[key] = tuple(map(max, last, under_way.popleft()))
-        own.position += 1
-        return True
+        channel = self.homes[entry.peer], index
+        own.expected[key] += 1
+        self.receives[channel].append((own, key))
+        self._match(channel)
 
     def _send(self, index: int, entry: Instruction) -> None:
         channel = index, self.homes[entry.peer]
@@ -173,6 +174,14 @@ class _Play:
         self.channel_free_s[channel] = end_s
         self.under_way[channel].append((end_s, self.now_s))
         self._note(index, entry, EventKind.TRANSFER, start_s, end_s)
+        self._match(channel)
+
+    def _match(self, channel: tuple[int, int]) -> None:
+        while self.under_way[channel] and self.receives[channel]:
+            own, key = self.receives[channel].popleft()
+            last, message = own.arrivals.get(key, _PENDING), self.under_way[channel].popleft()
+            own.arrivals[key] = max(last[0], message[0]), max(last[1], message[1])
+            own.expected[key] -= 1
 
     def _note(
         self, index: int, entry: Instruction, kind: EventKind, start_s: float, end_s: float

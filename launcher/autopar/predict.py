@@ -6,7 +6,7 @@ planner priced.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import optax
@@ -16,6 +16,7 @@ from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.crowded import Crowd, simulate_crowded
 from launcher.autopar.intra_op import StageSharding
+from launcher.autopar.launch_arrays import launch_arrays
 from launcher.autopar.launches import submesh_launches
 from launcher.autopar.messages import messages_of, price_messages
 from launcher.autopar.optimizer_state import OptimizerFootprint
@@ -110,13 +111,26 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
     across = price_messages(messages_of(realized), realized, cluster)
+    avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
+    arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
+    each_s = cluster.device.array_launch_s
+
+    def with_arrays(seconds: Iterable[float], counts: Iterable[int]) -> tuple[float, ...]:
+        return tuple(own + each_s * count for own, count in zip(seconds, counts, strict=True))
+
     return Durations(
-        forward_s=tuple(s.forward_s for s in shardings),
-        backward_s=tuple(s.backward_s for s in shardings),
-        backward_input_s=tuple(s.backward_input_s for s in shardings),
-        backward_weight_s=tuple(s.backward_weight_s for s in shardings),
-        synchronize_s=tuple(s.synchronize_s for s in shardings),
-        update_s=tuple(s.update_s for s in shardings),
+        forward_s=with_arrays((s.forward_s for s in shardings), (a.forward for a in arrays)),
+        backward_s=with_arrays((s.backward_s for s in shardings), (a.backward for a in arrays)),
+        backward_input_s=with_arrays(
+            (s.backward_input_s for s in shardings), (a.backward for a in arrays)
+        ),
+        backward_weight_s=with_arrays(
+            (s.backward_weight_s for s in shardings), (a.backward for a in arrays)
+        ),
+        synchronize_s=with_arrays(
+            (s.synchronize_s for s in shardings), (a.synchronize for a in arrays)
+        ),
+        update_s=with_arrays((s.update_s for s in shardings), (a.update for a in arrays)),
         activation_s=across.activation_s,
         cotangent_s=across.cotangent_s,
         tied_s=across.tied_s,

@@ -87,7 +87,9 @@ def reshard_costs(shape: Shape, itemsize: int, mesh: LogicalMesh) -> ReshardCost
     np.fill_diagonal(between, 0.0)
     for (step, fraction), pairs in alike.items():
         num_bytes = fraction * itemsize * math.prod(shape)
-        between[tuple(zip(*pairs, strict=True))] = step_cost(replace(step, num_bytes=num_bytes), mesh)
+        between[tuple(zip(*pairs, strict=True))] = step_cost(
+            replace(step, num_bytes=num_bytes), mesh
+        )
     for via in range(len(number)):
         np.minimum(between, between[:, via, None] + between[None, via, :], out=between)
     return ReshardCosts(number, between)

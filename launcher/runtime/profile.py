@@ -112,13 +112,16 @@ def as_file(cluster: Cluster, measured: Measured, name: str) -> dict[str, object
     figures = {
         "peak_tflops": {dtype: _rounded(peak / _TERA) for dtype, peak in peaks.items()},
         "memory_gb_per_s": _rounded(compute.memory_bytes_per_s / _GIGA),
-        "matmul_efficiency": {dtype: _efficiency(dtype, peaks, cluster, compute) for dtype in peaks},
+        "matmul_efficiency": {
+            dtype: _efficiency(dtype, peaks, cluster, compute) for dtype in peaks
+        },
         "matmul_curve": _shares(compute.products, peaks),
         "batched_matmul_curve": _shares(compute.batched, peaks),
         "convolution_curve": _shares(compute.convolutions, peaks),
         "kernel_gradient_curve": _shares(compute.kernel_gradients, peaks),
         "op_overhead_us": _rounded(compute.op_overhead_s / _MICRO),
         "program_launch_us": _rounded(compute.program_launch_s / _MICRO),
+        "array_launch_us": _rounded(compute.array_launch_s / _MICRO),
         "concurrency": [[int(count), _rounded(factor)] for count, factor in compute.concurrency],
     }
     if compute.element_s:
@@ -178,12 +181,16 @@ def _share(rate: float, peak: float) -> float:
 
 
 def _links(cluster: Cluster, measured: Measured) -> tuple[dict, dict]:
-    intra_host, inter_host = cluster.intra_host, cluster.inter_host
-    shared = {"shared_by_host": True}
+    inside = _gb_per_s(cluster.intra_host, measured.intra_host)
+    between = _gb_per_s(cluster.inter_host, measured.inter_host)
     return (
-        {"gb_per_s": _gb_per_s(intra_host, measured.intra_host), **_link(intra_host, measured.intra_host)},
-        {"gbit_per_s": 8 * _gb_per_s(inter_host, measured.inter_host), **shared, **_link(inter_host, measured.inter_host)},
-    )  # fmt: skip
+        {"gb_per_s": inside, **_link(cluster.intra_host, measured.intra_host)},
+        {
+            "gbit_per_s": 8 * between,
+            "shared_by_host": True,
+            **_link(cluster.inter_host, measured.inter_host),
+        },
+    )
 
 
 def _gb_per_s(link: Link, measured: LinkFigures | None) -> float:
@@ -192,9 +199,7 @@ def _gb_per_s(link: Link, measured: LinkFigures | None) -> float:
 
 def _link(link: Link, measured: LinkFigures | None) -> dict[str, object]:
     curves = (
-        measured.curves
-        if measured
-        else {kind: curve.points for kind, curve in link.curves.items()}
+        measured.curves if measured else {kind: curve.points for kind, curve in link.curves.items()}
     )
     return {
         "latency_us": _rounded((measured.latency_s if measured else link.latency_s) / _MICRO),

@@ -28,7 +28,7 @@ Points = tuple[tuple[float, float], ...]
 DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 _TINY = 8  # a product of this side takes no time but that of its kernel
 _HEAD = 64  # what a head of attention sums over
-_LAUNCHED_ARRAYS = 32  # as many as a stage has parameters
+_LAUNCHED_ARRAYS = (8, 128)
 _LAUNCHES = 20
 _STREAMS = 7  # arrays that an update reads and writes
 _BLOCKS = 4
@@ -78,6 +78,7 @@ class ComputeFigures:
     memory_bytes_per_s: float
     op_overhead_s: float
     program_launch_s: float
+    array_launch_s: float
     concurrency: Points
 
 
@@ -106,12 +107,14 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
             )
     progress("memory")
     stream_s = _without(overhead_s, round_s(_update_job(sizes, device), one))
+    program_s, array_s = _launches(grid.reshape(-1))
     figures = ComputeFigures(
         **found,
         element_s={},
         memory_bytes_per_s=_STREAMS * sizes.stream_bytes / stream_s,
         op_overhead_s=overhead_s,
-        program_launch_s=_launch_s(grid.reshape(-1)),
+        program_launch_s=program_s,
+        array_launch_s=array_s,
         concurrency=(),
     )
     progress("devices at once")
@@ -202,7 +205,7 @@ def _element_jobs(sizes: Sizes, device: Device) -> Mapping[str, tuple[Job, int]]
         return Job(body=lambda held: (body(held[0]),), shapes=(shape,), guess_s=guess_s)
 
     return {
-        "arithmetic": (job(lambda x: ((x * 0.5 + 0.1) * 0.7 + 0.2)), 4),
+        "arithmetic": (job(lambda x: (x * 0.5 + 0.1) * 0.7 + 0.2), 4),
         "division": (job(lambda x: 1.0 / (1.0 + x)), 1),
         "transcendental": (job(lambda x: jnp.exp(-x)), 1),
         "reduction": (job(lambda x: x * 0.5 + x.sum(axis=1, keepdims=True)), 1),
@@ -299,11 +302,18 @@ def _in_a_program(
     return {kind: factor * seconds for kind, seconds in alone.items()}
 
 
-def _launch_s(devices: np.ndarray) -> float:
-    """A program with many arrays and hardly any work, on all devices, again and again."""
-    mesh = Mesh(devices, ("each",))
-    whole = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(_LAUNCHED_ARRAYS)]
+def _launches(devices: np.ndarray) -> tuple[float, float]:
+    """What starting a program takes on all devices, and what each array adds to it."""
+    few, many = _LAUNCHED_ARRAYS
+    few_s, many_s = (_launch_s(devices, count) for count in _LAUNCHED_ARRAYS)
+    array_s = max(0.0, many_s - few_s) / 2 / (many - few)  # each is taken, and one like it is made
+    return max(0.0, few_s - 2 * few * array_s), array_s
+
+
+def _launch_s(devices: np.ndarray, num_arrays: int) -> float:
+    """A program that has hardly any work, on all devices, again and again."""
+    whole = NamedSharding(Mesh(devices, ("each",)), PartitionSpec())
+    arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(num_arrays)]
     program = jax.jit(lambda held: [x + 1.0 for x in held]).lower(arrays).compile()
 
     def calls() -> None:
