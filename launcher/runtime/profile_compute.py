@@ -19,7 +19,7 @@ from launcher.autopar.compute import ComputeModel
 from launcher.autopar.curves import Curve
 from launcher.autopar.graph import CALLS, from_jaxpr
 from launcher.autopar.work import op_flops
-from launcher.runtime.profile_timing import Job, call_s, round_s
+from launcher.runtime.profile_timing import Job, call_s, prepared, round_s
 
 Progress = Callable[[str], None]
 Points = tuple[tuple[float, float], ...]
@@ -30,6 +30,7 @@ _TINY = 8  # a product of this side takes no time but that of its kernel
 _HEAD = 64  # what a head of attention sums over
 _LAUNCHED_ARRAYS = (8, 128)
 _LAUNCHES = 20
+_BUSY_ROUNDS = 4
 _STREAMS = 7  # arrays that an update reads and writes
 _BLOCKS = 4
 
@@ -107,7 +108,8 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
             )
     progress("memory")
     stream_s = _without(overhead_s, round_s(_update_job(sizes, device), one))
-    program_s, array_s = _launches(grid.reshape(-1))
+    progress("launches")
+    program_s, array_s = _launches(grid.reshape(-1), sizes)
     figures = ComputeFigures(
         **found,
         element_s={},
@@ -302,16 +304,28 @@ def _in_a_program(
     return {kind: factor * seconds for kind, seconds in alone.items()}
 
 
-def _launches(devices: np.ndarray) -> tuple[float, float]:
-    """What starting a program takes on all devices, and what each array adds to it."""
+def _launches(devices: np.ndarray, sizes: Sizes) -> tuple[float, float]:
+    """What starting a program takes, and what each array adds to it.
+
+    Half of the devices start programs while the others compute, as stages do: emulated devices compute on
+    the cores that start programs.
+    """
     few, many = _LAUNCHED_ARRAYS
-    few_s, many_s = (_launch_s(devices, count) for count in _LAUNCHED_ARRAYS)
+    half = max(1, devices.size // 2)
+    busy = _computing(devices[half:], sizes) if devices.size > 1 else None
+    few_s, many_s = (_launch_s(devices[:half], count, busy) for count in _LAUNCHED_ARRAYS)
     array_s = max(0.0, many_s - few_s) / 2 / (many - few)  # each is taken, and one like it is made
     return max(0.0, few_s - 2 * few * array_s), array_s
 
 
-def _launch_s(devices: np.ndarray, num_arrays: int) -> float:
-    """A program that has hardly any work, on all devices, again and again."""
+def _computing(devices: np.ndarray, sizes: Sizes) -> Callable[[], object]:
+    """Keeps devices busy for a while; gives what is there when they are done."""
+    program, arrays = prepared(_blocks_job(sizes), devices, ("each",), rounds=_BUSY_ROUNDS)
+    return lambda: program(*arrays)
+
+
+def _launch_s(devices: np.ndarray, num_arrays: int, busy: Callable[[], object] | None) -> float:
+    """A program that has hardly any work, again and again."""
     whole = NamedSharding(Mesh(devices, ("each",)), PartitionSpec())
     arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(num_arrays)]
     program = jax.jit(lambda held: [x + 1.0 for x in held]).lower(arrays).compile()
@@ -322,4 +336,4 @@ def _launch_s(devices: np.ndarray, num_arrays: int) -> float:
             held = program(held)
         jax.block_until_ready(held)
 
-    return call_s(calls) / _LAUNCHES
+    return call_s(calls, beside=busy) / _LAUNCHES

@@ -46,9 +46,16 @@ class Job:
 
 def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> float:
     """Seconds of a round, with all the devices at it at once; `devices` has the shape of the mesh."""
-    mesh = Mesh(devices, axes)
     rounds = int(min(_MOST_ROUNDS, max(1, _CALL_S / job.guess_s)))
-    spec = PartitionSpec(tuple(axes))
+    program, arrays = prepared(job, devices, axes, rounds)
+    return call_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
+
+
+def prepared(
+    job: Job, devices: np.ndarray, axes: Sequence[str], rounds: int
+) -> tuple[Callable, list[jax.Array]]:
+    """The program of so many rounds on all the devices, and its arguments."""
+    mesh, spec = Mesh(devices, axes), PartitionSpec(tuple(axes))
 
     def local(*arrays):
         return lax.scan(lambda held, _: (job.body(held), None), arrays, length=rounds)[0]
@@ -62,17 +69,23 @@ def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> f
         )
         for rows, *rest in job.shapes
     ]
-    return call_s(lambda: jax.block_until_ready(program(*arrays))) / rounds
+    return program, arrays
 
 
-def call_s(call: Callable[[], object]) -> float:
-    """The lower quartile of the times of a call, after one that warms up."""
-    call()
+def call_s(call: Callable[[], object], beside: Callable[[], object] | None = None) -> float:
+    """The lower quartile of the times of a call, after one that warms up.
+
+    Args:
+        beside: starts what the devices are to do meanwhile, and gives arrays that are there when it is done.
+    """
     took: list[float] = []
+    call()
     while len(took) < (_LEAST_REPEATS if sum(took) > _ENOUGH_S else _REPEATS):
+        other = beside() if beside else ()
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
+        jax.block_until_ready(other)
     return lower_quartile(took)
 
 
