@@ -30,7 +30,6 @@ _TINY = 8  # a product of this side takes no time but that of its kernel
 _HEAD = 64  # what a head of attention sums over
 _LAUNCHED_ARRAYS = (8, 128)
 _LAUNCHES = 20
-_BUSY_ROUNDS = 4
 _STREAMS = 7  # arrays that an update reads and writes
 _BLOCKS = 4
 
@@ -47,17 +46,18 @@ class Sizes:
     elements: int
     stream_bytes: int
     blocks: tuple[int, int, int]
+    small_blocks: tuple[int, int, int]
 
 
 ON_CPU = Sizes(
     sides=(16, 32, 64, 128, 256, 512), lengths=(8, 16, 32, 64, 128), batch=64,
     channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**22,
-    blocks=(16, 64, 64),
+    blocks=(16, 64, 64), small_blocks=(1, 16, 16),
 )  # fmt: skip
 ON_GPU = Sizes(
     sides=(128, 256, 512, 1024, 2048, 4096, 8192), lengths=(64, 256, 1024, 2048), batch=64,
     channels=(32, 64, 128, 256, 512), images=(32, 56), elements=2**26, stream_bytes=2**28,
-    blocks=(8, 1024, 2048),
+    blocks=(8, 1024, 2048), small_blocks=(1, 64, 256),
 )  # fmt: skip
 
 
@@ -109,14 +109,13 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
     progress("memory")
     stream_s = _without(overhead_s, round_s(_update_job(sizes, device), one))
     progress("launches")
-    program_s, array_s = _launches(grid.reshape(-1), sizes)
     figures = ComputeFigures(
         **found,
         element_s={},
         memory_bytes_per_s=_STREAMS * sizes.stream_bytes / stream_s,
         op_overhead_s=overhead_s,
-        program_launch_s=program_s,
-        array_launch_s=array_s,
+        program_launch_s=_program_launch_s(grid.reshape(-1), sizes),
+        array_launch_s=_array_launch_s(grid.reshape(-1)),
         concurrency=(),
     )
     progress("devices at once")
@@ -304,27 +303,14 @@ def _in_a_program(
     return {kind: factor * seconds for kind, seconds in alone.items()}
 
 
-def _launches(devices: np.ndarray, sizes: Sizes) -> tuple[float, float]:
-    """What starting a program takes, and what each array adds to it.
-
-    Half of the devices start programs while the others compute, as stages do: emulated devices compute on
-    the cores that start programs.
-    """
+def _array_launch_s(devices: np.ndarray) -> float:
+    """What each array adds to starting a program, on all devices."""
     few, many = _LAUNCHED_ARRAYS
-    half = max(1, devices.size // 2)
-    busy = _computing(devices[half:], sizes) if devices.size > 1 else None
-    few_s, many_s = (_launch_s(devices[:half], count, busy) for count in _LAUNCHED_ARRAYS)
-    array_s = max(0.0, many_s - few_s) / 2 / (many - few)  # each is taken, and one like it is made
-    return max(0.0, few_s - 2 * few * array_s), array_s
+    few_s, many_s = (_idle_launch_s(devices, count) for count in _LAUNCHED_ARRAYS)
+    return max(0.0, many_s - few_s) / 2 / (many - few)  # each is taken, and one like it is made
 
 
-def _computing(devices: np.ndarray, sizes: Sizes) -> Callable[[], object]:
-    """Keeps devices busy for a while; gives what is there when they are done."""
-    program, arrays = prepared(_blocks_job(sizes), devices, ("each",), rounds=_BUSY_ROUNDS)
-    return lambda: program(*arrays)
-
-
-def _launch_s(devices: np.ndarray, num_arrays: int, busy: Callable[[], object] | None) -> float:
+def _idle_launch_s(devices: np.ndarray, num_arrays: int) -> float:
     """A program that has hardly any work, again and again."""
     whole = NamedSharding(Mesh(devices, ("each",)), PartitionSpec())
     arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(num_arrays)]
@@ -336,4 +322,28 @@ def _launch_s(devices: np.ndarray, num_arrays: int, busy: Callable[[], object] |
             held = program(held)
         jax.block_until_ready(held)
 
-    return call_s(calls, beside=busy) / _LAUNCHES
+    return call_s(calls) / _LAUNCHES
+
+
+def _program_launch_s(devices: np.ndarray, sizes: Sizes) -> float:
+    """What starting a program takes beside its work, while other devices compute.
+
+    Two halves of the devices run a program so many times each, side by side as stages do, and all of them
+    run one program with so many rounds: the difference. It has little work, so that its arrays come out of
+    memory that the process has at hand. Where devices compute on the cores that start programs, starting
+    them takes longer than on idle ones.
+    """
+    job = _blocks_job(replace(sizes, blocks=sizes.small_blocks))
+    half = max(1, devices.size // 2)
+    halves = [part for part in (devices[:half], devices[half:]) if part.size]
+    chains = [prepared(job, part, ("each",), rounds=1) for part in halves]
+    at_once, arrays = prepared(job, devices, ("each",), rounds=_LAUNCHES)
+
+    def one_by_one() -> None:
+        held = [arrays for _, arrays in chains]
+        for _ in range(_LAUNCHES):
+            held = [program(*given) for (program, _), given in zip(chains, held, strict=True)]
+        jax.block_until_ready(held)
+
+    whole_s = call_s(lambda: jax.block_until_ready(at_once(*arrays)))
+    return max(0.0, call_s(one_by_one) - whole_s) / _LAUNCHES

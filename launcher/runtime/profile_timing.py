@@ -72,20 +72,14 @@ def prepared(
     return program, arrays
 
 
-def call_s(call: Callable[[], object], beside: Callable[[], object] | None = None) -> float:
-    """The lower quartile of the times of a call, after one that warms up.
-
-    Args:
-        beside: starts what the devices are to do meanwhile, and gives arrays that are there when it is done.
-    """
+def call_s(call: Callable[[], object]) -> float:
+    """The lower quartile of the times of a call, after one that warms up."""
     took: list[float] = []
     call()
     while len(took) < (_LEAST_REPEATS if sum(took) > _ENOUGH_S else _REPEATS):
-        other = beside() if beside else ()
         began_s = time.perf_counter()
         call()
         took.append(time.perf_counter() - began_s)
-        jax.block_until_ready(other)
     return lower_quartile(took)
 
 

@@ -27,7 +27,7 @@ COMPUTE = ComputeFigures(
 LINK = LinkFigures(curves={"all_reduce": ((4096.0, 1e8),), "send": ((4096.0, 1e8), (1e6, 2e9))})
 SMALL = profile_compute.Sizes(
     sides=(16, 32), lengths=(8,), batch=2, channels=(2,), images=(2, 4), elements=2**10,
-    stream_bytes=2**12, blocks=(2, 4, 16),
+    stream_bytes=2**12, blocks=(2, 4, 16), small_blocks=(1, 4, 16),
 )  # fmt: skip
 
 
