@@ -69,6 +69,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "optimizer.momentum": SHARES,
     "train.steps": COUNTS,
     "train.global_batch": COUNTS,
+    "train.tokens": COUNTS,
     "train.eval_every": AMOUNTS,
     "train.eval_batches": AMOUNTS,
     "train.sample_tokens": AMOUNTS,
@@ -89,6 +90,12 @@ ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     ),
 }
 
+# What an entry of plan.why_not may force: name -> the type of its value.
+FORCED: Mapping[str, type] = {
+    "dp": int, "tp": int, "pp": int, "ep": int, "zero": int, "recompute": str, "schedule": str,
+    "virtual_stages": int, "num_microbatches": int,
+}  # fmt: skip
+
 
 def validate(config: Config) -> None:
     """Raise `ConfigError` for the first value that cannot be, or that contradicts another."""
@@ -96,6 +103,8 @@ def validate(config: Config) -> None:
     for key, value in _flat("", dataclasses.asdict(config)):
         _check_value(key, value)
     _check_parallel(config.parallel)
+    for index, entry in enumerate(config.plan.why_not):
+        _check_forced(f"plan.why_not[{index}]", entry, config.parallel)
     _check_batch(config)
     _check_model(config)
     _check_watched(config)
@@ -177,14 +186,12 @@ def _check_virtual_stages(parallel: ParallelConfig) -> None:
     """The interleaved schedule has several stages on each of several submeshes, the others one."""
     v, pp, count = parallel.virtual_stages, parallel.pp, parallel.num_microbatches
     schedule = f"parallel.schedule={parallel.schedule or 'null'}"
+    is_one_submesh = parallel.name in ("single", "data", "zero")
     if parallel.schedule != "interleaved":
         if v not in (None, 1):
-            raise ConfigError(
-                f"parallel.virtual_stages={v} contradicts {schedule}, which has one stage on a "
-                f"submesh: leave it out, or take parallel.schedule=interleaved"
-            )
+            raise ConfigError(_no_virtual_stages(parallel, is_one_submesh=is_one_submesh))
         return
-    if parallel.name in ("single", "data", "zero"):
+    if is_one_submesh:
         raise ConfigError(
             f"{schedule} contradicts parallel={parallel.name}, which has one submesh: leave it out, or "
             f"take parallel=manual parallel.pp=2 {schedule}"
@@ -205,6 +212,23 @@ def _check_virtual_stages(parallel: ParallelConfig) -> None:
             f"groups them: give a multiple, such as "
             f"parallel.num_microbatches={_near_multiple(int(count), pp)}"
         )
+
+
+def _no_virtual_stages(parallel: ParallelConfig, *, is_one_submesh: bool) -> str:
+    """Say that there is one stage on a submesh, and what would have several."""
+    given = f"parallel.virtual_stages={parallel.virtual_stages}"
+    cure = "parallel.schedule=interleaved"
+    if parallel.name == "manual" and parallel.pp in (None, 1):
+        cure += " with parallel.pp=2 or more"
+    if is_one_submesh:
+        return (
+            f"{given} contradicts parallel={parallel.name}, which has one submesh with one stage: leave "
+            f"it out, or take parallel=manual parallel.pp=2 {cure}"
+        )
+    return (
+        f"{given} contradicts parallel.schedule={parallel.schedule or 'null'}, which has one stage on a "
+        f"submesh: leave it out, or take {cure}"
+    )
 
 
 def _contradiction(name: str, field: str, value: object) -> str:
@@ -231,6 +255,27 @@ def _check_path(parallel: ParallelConfig) -> None:
             f"parallel.path={parallel.path} contradicts parallel={parallel.name}: "
             f"leave it out, or take parallel=from_file"
         )
+
+
+def _check_forced(place: str, entry: object, parallel: ParallelConfig) -> None:
+    """An entry of plan.why_not, and that it goes with what the run forces itself."""
+    if not isinstance(entry, dict) or not entry:
+        raise ConfigError(f"{place}={entry} forces nothing: give a mapping, such as {{pp: 1}}")
+    for name, value in entry.items():
+        if name not in FORCED:
+            raise ConfigError(
+                f"{place}.{name}={value}: there is no such choice: take one of {', '.join(FORCED)}"
+            )
+        if type(value) is not FORCED[name]:
+            expected = "a whole number" if FORCED[name] is int else "a name"
+            raise ConfigError(f"{place}.{name}={value} is of the wrong type: give {expected}")
+    try:
+        for name, value in entry.items():
+            _check_value(f"parallel.{name}", value)
+        free = parallel if parallel.name == "auto" else ParallelConfig()
+        _check_parallel(dataclasses.replace(free, **entry))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _check_batch(config: Config) -> None:

@@ -272,6 +272,7 @@ class TrainConfig:
 
     steps: int
     global_batch: int | None  # samples per optimizer step; null: the default of the model's size
+    tokens: float | None  # a budget: what it would take is said with the plan; null: none
     eval_every: int  # steps between evaluations; 0: only after the last step
     eval_batches: int  # batches per evaluation; 0: no evaluation
     trace_steps: list[int]  # steps whose every instruction is timed, for trace.json and trace.html
@@ -287,6 +288,10 @@ class TrainConfig:
 class PlanConfig:
     """What to do with a plan besides carrying it out."""
 
+    compare: str | None  # another plan file: how the two differ, and why one is faster
+    why_not: list[
+        Any
+    ]  # forced choices to price beside the plan, such as [{pp: 1}, {tp: 2, zero: 2}]
     audit: bool  # compile every stage; compare its collectives and memory with the priced ones
 
 

@@ -16,16 +16,15 @@ import numpy as np
 from rich.console import Console
 
 from launcher import data, models
+from launcher.autopar.budget import check_tokens
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
-from launcher.autopar.plan import Prediction
-from launcher.autopar.plan_file import read_plan, write_plan
-from launcher.autopar.plan_page import write_page
+from launcher.autopar.plan import Plan
+from launcher.autopar.plan_file import read_plan
 from launcher.autopar.predict import model_flops_per_step
 from launcher.autopar.space import PlanOptions
-from launcher.autopar.summary import summarize
 from launcher.autopar.wording import large
-from launcher.config import Config, ParallelConfig
+from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.models.model import Model
@@ -45,11 +44,12 @@ from launcher.runtime.executor import Executor
 from launcher.runtime.initial import initial_values
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
-from launcher.runtime.metrics import Meter, PlanMetrics
+from launcher.runtime.metrics import Meter
+from launcher.runtime.plan_report import PlanReporter
 from launcher.runtime.progress import phase, progress_sink
 from launcher.runtime.run_end import RunEnd
 from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
-from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
+from launcher.runtime.sinks import JsonlSink, Sink, SummarySink, check_metrics
 from launcher.runtime.wandb_sink import WandbRun, WandbSink
 from launcher.runtime.watched_executor import Watch, WatchedExecutor
 from launcher.runtime.weights import WeightsFile, open_weights
@@ -67,6 +67,8 @@ class Setup:
     cluster: Cluster
     model: Model
     optimizer: Optimizer
+    given: Plan | None  # the plan of parallel.path
+    options: PlanOptions
     # Of a run that computes; a plan alone needs none of them.
     dataset: Dataset | None
     weights: WeightsFile | None
@@ -81,11 +83,14 @@ def run(config: Config, run_dir: Path) -> int:
         return 0
     setup = make_setup(config, run_dir, Console())
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
-    planned = make_plan(config, model, cluster, optimizer, setup.console)
-    save_plan(planned, model, cluster, run_dir)
+    reporter = make_reporter(setup)
+    other = reporter.price_other()  # before the search: what is wrong with its file is said at once
+    planned = make_plan(setup)
+    reporter.report(planned, other)
     if config.plan.audit:
         audit_plan(config, planned, model, cluster, optimizer, setup.console)
     if config.mode == "plan":
+        reporter.write_summary(planned)
         return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
     if config.mode == "eval":
@@ -111,8 +116,14 @@ def profile_devices(config: Config, run_dir: Path, console: Console) -> None:
 def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
     """Build everything but the plan; what the user got wrong about it is found here."""
     cluster = find_cluster(config)
-    model = build_model(config, cluster)
+    from_file = config.parallel.name == "from_file"
+    given = read_plan(Path(config.parallel.path)) if from_file else None
+    model = build_model(config, cluster, given)
+    check_tokens(config.train.tokens, model)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, model.dtype)
     computes = config.mode != "plan"
+    if computes:
+        check_metrics(run_dir)
     path = config.model.weights
     dataset = data.build(config.data, model, config.seed) if computes else None
     return Setup(
@@ -121,7 +132,9 @@ def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
         console=console,
         cluster=cluster,
         model=model,
-        optimizer=build_optimizer(config.optimizer, config.train.steps, model.dtype),
+        optimizer=optimizer,
+        given=given,
+        options=plan_options(config, given, model, optimizer),
         dataset=dataset,
         weights=open_weights(Path(path), model) if computes and path else None,
         sampler=find_sampler(config, cluster, model, dataset) if computes else None,
@@ -135,6 +148,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         local = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
             weights=setup.weights and setup.weights.values(model),
+            evaluates=config.train.eval_batches > 0,
         )  # fmt: skip
     log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
@@ -176,7 +190,9 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             "model.weights is not given: these are the initial weights of seed=%d", config.seed
         )
     values = weights.values(model) if weights else initial_values(model, config.seed)
-    evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values)
+    with phase(setup.console, "compiling") as progress:
+        evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values, progress)
+    log.info("%s", evaluation.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("evaluating on %s", setup.dataset.name)
     step = weights.step if weights else 0
@@ -185,7 +201,7 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         setup.dataset,
         dataclasses.replace(train_settings(config, planned), steps=step, first_step=step),
         meter,
-        make_sinks(setup, planned, meter, step),
+        make_sinks(setup, planned, meter, step, evaluation.compilation),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
     )
@@ -262,8 +278,11 @@ def emulates(config: Config) -> bool:
     return config.runtime.name == "emulate"
 
 
-def build_model(config: Config, cluster: Cluster) -> Model:
-    """The model, its size and dtype decided by the cluster where the config leaves them open."""
+def build_model(config: Config, cluster: Cluster, given: Plan | None) -> Model:
+    """The model; the size that is left open is that of the given plan, or decided by the cluster."""
+    asked = config.model
+    if given is not None and (asked.name, asked.size) == (given.model.name, "auto"):
+        asked = dataclasses.replace(asked, size=given.model.size)
     emulated = emulates(config) or not cluster.device.accelerator
     dtype = config.model.dtype
     if dtype == "auto":
@@ -271,7 +290,7 @@ def build_model(config: Config, cluster: Cluster) -> Model:
     if dtype == "fp64":
         jax.config.update("jax_enable_x64", True)
     resolved = models.resolve(
-        config.model,
+        asked,
         memory_bytes=cluster.memory_bytes,
         has_accelerator=cluster.device.accelerator,
         dtype=dtype,
@@ -282,26 +301,24 @@ def build_model(config: Config, cluster: Cluster) -> Model:
     return model
 
 
-def make_plan(
-    config: Config, model: Model, cluster: Cluster, optimizer: Optimizer, console: Console
-) -> Planned:
+def make_plan(setup: Setup) -> Planned:
     """Search for a plan, or take the one of a file."""
-    batch = config.train.global_batch
-    with phase(console, "planning") as progress:
-        if config.parallel.name == "from_file":
-            plan = read_plan(Path(config.parallel.path))
-            options = plan_options(config.parallel, batch or plan.global_batch, optimizer)
-            return adopt_plan(plan, model, cluster, options)
-        options = plan_options(config.parallel, batch or model.default_global_batch, optimizer)
-        return find_plan(model, cluster, options, progress)
+    with phase(setup.console, "planning") as progress:
+        if setup.given is not None:
+            return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+        return find_plan(setup.model, setup.cluster, setup.options, progress)
 
 
-def plan_options(parallel: ParallelConfig, global_batch: int, optimizer: Optimizer) -> PlanOptions:
+def plan_options(
+    config: Config, given: Plan | None, model: Model, optimizer: Optimizer
+) -> PlanOptions:
     """What the config asks of the planner."""
+    parallel = config.parallel
     count = parallel.num_microbatches
+    default_batch = given.global_batch if given else model.default_global_batch
     return PlanOptions(
         mode=parallel.name,
-        global_batch=global_batch,
+        global_batch=config.train.global_batch or default_batch,
         num_microbatches=None if count == "auto" else int(count),
         dp=parallel.dp,
         tp=parallel.tp,
@@ -315,13 +332,19 @@ def plan_options(parallel: ParallelConfig, global_batch: int, optimizer: Optimiz
     )
 
 
-def save_plan(planned: Planned, model: Model, cluster: Cluster, run_dir: Path) -> None:
-    """Print the plan, and write it for people (plan.html) and for machines (plan.json)."""
-    log.info("plan:\n%s", summarize(planned.plan, cluster, model.abstract_params))
-    write_plan(planned.plan, run_dir / "plan.json")
-    page = run_dir / "plan.html"
-    write_page(planned.plan, planned.outlook.timeline, cluster, page, model.abstract_params)
-    log.info("written: %s, %s", run_dir / "plan.json", page)
+def make_reporter(setup: Setup) -> PlanReporter:
+    """What is asked about the plan."""
+    config = setup.config
+    return PlanReporter(
+        model=setup.model,
+        cluster=setup.cluster,
+        options=setup.options,
+        run_dir=setup.run_dir,
+        console=setup.console,
+        tokens=config.train.tokens,
+        compare=config.plan.compare,
+        choices=config.plan.why_not,
+    )
 
 
 def audit_plan(
@@ -370,11 +393,11 @@ def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
 
 
 def make_sinks(
-    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation | None = None
+    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation
 ) -> list[Sink]:
     """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
     config, run_dir = setup.config, setup.run_dir
-    metrics = plan_metrics(planned.plan.predicted, planned.plan.search, compiled)
+    metrics = make_reporter(setup).metrics(planned, compiled)
     sinks: list[Sink] = [
         JsonlSink(run_dir),
         SummarySink(run_dir, metrics),
@@ -392,17 +415,3 @@ def make_sinks(
         )
         sinks.append(WandbSink(settings))
     return sinks
-
-
-def plan_metrics(predicted: Prediction, search, compiled: Compilation | None) -> PlanMetrics:
-    """The plan's numbers as they stand beside the measured ones."""
-    return PlanMetrics(
-        step_s=predicted.step_s,
-        bubble_fraction=predicted.bubble_fraction,
-        peak_bytes_per_device=tuple(predicted.peak_bytes_per_device),
-        communicated_bytes=predicted.communicated_bytes,
-        tflops_per_device=predicted.tflops_per_device,
-        solver_s=search.wall_s if search else 0.0,
-        num_programs=compiled.num_programs if compiled else None,
-        compile_s=compiled.wall_s if compiled else None,
-    )

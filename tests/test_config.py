@@ -145,7 +145,7 @@ MISTAKES = [
     (["hydra.rn.dir=x"], "did you mean hydra.run.dir?"),
     (["trian.foo=1"], "there is no key trian.foo: did you mean train?"),
     (["size=tiny"], "did you mean model.size?"),
-    (["train.foo=1"], "train has steps, global_batch, eval_every, eval_batches"),
+    (["train.foo=1"], "train has steps, global_batch, tokens, eval_every, eval_batches"),
     (["zzz=1"], "zzz=1: there is no key zzz: see all keys with --cfg job"),
     (["hydra.run.dirr=x"], "did you mean hydra.run.dir?"),
     (["model=gptt"], "model=gptt is unknown: did you mean model=gpt? There are custom, gpt"),
@@ -208,6 +208,15 @@ MISTAKES = [
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (
+        ["parallel=data", "parallel.virtual_stages=2"],
+        "contradicts parallel=data, which has one submesh with one stage: leave it out, or take "
+        "parallel=manual parallel.pp=2 parallel.schedule=interleaved",
+    ),
+    (
+        ["parallel=manual", "parallel.virtual_stages=2"],
+        "leave it out, or take parallel.schedule=interleaved with parallel.pp=2 or more",
+    ),
+    (
         ["parallel.schedule=zb_h1", "parallel.virtual_stages=3"],
         "parallel.virtual_stages=3 contradicts parallel.schedule=zb_h1, which has one stage on a",
     ),
@@ -229,6 +238,9 @@ MISTAKES = [
         "parallel.schedule=interleaved groups them: give a multiple, such as "
         "parallel.num_microbatches=8",
     ),
+    (["train.tokens=0"], "train.tokens=0.0 is less than 1"),
+    (["train.tokens=inf"], "train.tokens=inf is not a finite number"),
+    (["train.tokens=many"], "train.tokens=many is of the wrong type: give a number or null"),
     # A value that cannot be.
     (["mode=tune"], "mode=tune is unknown: take mode=train or plan"),
     (["model.dtype=fp8"], "model.dtype=fp8 is unknown: take model.dtype=auto or fp32"),

@@ -13,12 +13,14 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans"
 QUICK = ("logger=jsonl", "train.steps=2", "train.eval_batches=1", "parallel.num_microbatches=2")
 
 
-@pytest.fixture(autouse=True)
-def no_new_backend(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_new_backend():
     """The devices of this process are there already; their number cannot change any more."""
-    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)
     found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
-    monkeypatch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main.devices, "emulate", lambda num_devices: None)
+        patch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
+        yield
 
 
 def rows_of(run_dir):
@@ -100,6 +102,103 @@ def test_a_plan_of_another_family_is_refused(tmp_path):
     path.write_text(json.dumps(plan))
     with pytest.raises(PlanError, match="the plan is for model=moe, and .* is model=gpt"):
         main.run(load(["mode=plan", "parallel=from_file", f"parallel.path={path}"]), tmp_path)
+
+
+def spoiled(text, how):
+    """A plan file that is not what it should be."""
+    tree = json.loads(text)
+    match how:
+        case "version":
+            return json.dumps(tree | {"version": 2})
+        case "size":
+            return json.dumps(tree | {"model": tree["model"] | {"fingerprint": "0" * 16}})
+        case "truncated":
+            return text[: len(text) // 2]
+        case "NaN":
+            return text.replace('"global_batch": 32', '"global_batch": NaN')
+        case "shape":
+            tree["stages"][0]["params"] = {"embedding/token": [None]}
+            return json.dumps(tree)
+        case "layers":
+            tree["stages"][0]["layers"] = [0, 4000]
+            return json.dumps(tree)
+
+
+BAD_FILES = {
+    "version": r"version=2 is not 1, the one that this launcher reads",
+    "size": r"model\.fingerprint=0{16} is not .*, or plan again",
+    "truncated": r"this is no JSON, .* correct it there",
+    "NaN": r"NaN is no number of JSON",
+    "shape": r"has 1 entry, and the tensor has 2 dims",
+    "layers": r"num_layers=|stages\[0\]\.layers",
+}
+
+
+@pytest.fixture(scope="module")
+def plan_text(tmp_path_factory):
+    """The plan.json of a run."""
+    folder = tmp_path_factory.mktemp("planned")
+    main.run(load([*QUICK, "mode=plan", "cluster=cpu8", "parallel=data"]), folder)
+    return (folder / "plan.json").read_text()
+
+
+@pytest.mark.parametrize("key", ["parallel.path", "plan.compare"])
+@pytest.mark.parametrize("how", BAD_FILES)
+def test_a_bad_plan_file_is_a_user_error_of_one_line(how, key, plan_text, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(spoiled(plan_text, how))
+    source = ["parallel=from_file"] if key == "parallel.path" else ["parallel=data"]
+    given = ["mode=plan", "logger=jsonl", "cluster=cpu8", *source, f"{key}={path}"]
+    with pytest.raises(ConfigError, match=BAD_FILES[how]) as caught:
+        main.run(load(given), tmp_path)
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.json"]
+
+
+def test_a_plan_answers_what_it_is_asked(plan_text, tmp_path, caplog):
+    caplog.set_level("INFO", "launcher")
+    path = tmp_path / "other.json"
+    path.write_text(plan_text)
+    overrides = [
+        *QUICK, "mode=plan", "cluster=cpu8", "parallel=manual", "parallel.tp=2", f"plan.compare={path}",
+        "plan.why_not=[{pp: 2, tp: 4}, {tp: 3}]", "train.tokens=1e6",
+    ]  # fmt: skip
+    assert main.run(load(overrides), tmp_path) == 0
+    page = (tmp_path / "plan.html").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    predicted = json.loads((tmp_path / "plan.json").read_text())["predicted"]
+    steps = -(-1_000_000 // (32 * 64))
+    assert summary["status"] == "planned"
+    assert summary["budget_steps"] == steps
+    assert summary["budget_s"] == pytest.approx(steps * predicted["step_s"])
+    for text in (
+        f"1 million tokens are {steps:,} steps of 2,048 tokens: ",
+        "times slower than this plan",
+        "pp=2 tp=4",
+        "parallel.tp=3 cannot share out",
+    ):
+        assert text in " ".join(caplog.text.split()), text
+        assert text in page, text
+
+
+def test_a_plan_file_brings_its_size_to_another_cluster(plan_text, tmp_path):
+    """Left to the cluster, `auto` would be the largest size that fits."""
+    path = tmp_path / "given.json"
+    path.write_text(plan_text)
+    given = ["mode=plan", "logger=jsonl", "cluster=8xp3", "parallel=from_file"]
+    assert main.run(load([*given, f"parallel.path={path}"]), tmp_path) == 0
+    replayed = json.loads((tmp_path / "plan.json").read_text())
+    assert replayed["model"]["size"] == "tiny"
+    assert replayed["cluster"] == {"name": "8xp3", "hosts": 8, "devices_per_host": 8}
+    with pytest.raises(PlanError, match=r"fingerprint=.* is not"):
+        main.run(load([*given, f"parallel.path={path}", "model.size=125m"]), tmp_path)
+
+
+def test_tokens_of_images_are_refused(tmp_path):
+    given = ["mode=plan", "model=wrn", "logger=jsonl", "train.tokens=1e9"]
+    with pytest.raises(ConfigError, match=r"train\.tokens=1e\+09 .* model=wrn .*train\.steps"):
+        main.run(load(given), tmp_path)
 
 
 def test_planning_alone_needs_no_device_and_no_data(tmp_path, monkeypatch):

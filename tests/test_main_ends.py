@@ -73,6 +73,7 @@ def test_weights_are_written_evaluated_and_gone_on_from_under_any_plan(launch):
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
     assert (metadata["model"], metadata["size"], metadata["step"]) == ("gpt", "tiny", "2")
+    assert metadata["overrides"] == "model.layers=2"
     assert "1f1b, 2 microbatches: layers 0-" in metadata["plan"]
 
     evaluation = launch(

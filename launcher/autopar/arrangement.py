@@ -1,4 +1,4 @@
-"""Stages for a schedule: the DP of `inter_op`, given what schedules differ in.
+"""Stages for a schedule: the DP of `inter_op`, given what schedules differ in; see also `pace`.
 
 Microbatches in flight. The DP goes from the last stage to the first and knows how many stages follow, which
 decides what a stage holds under GPipe and 1F1B. Under ZB-H1 it depends on the number of all stages. So the
@@ -8,26 +8,35 @@ of stages is tried by itself, with what it really takes.
 Virtual stages. Of p equal submeshes each gets v stages in turn. To the DP they are p v stages on devices of
 their own, with the objective of the interleaved schedule
 
-    T = sum_i t_i  +  (v (m - p) + p - 1) * max_i t_i  +  v * max_i u_i
+    T = sum_i t_i  +  (v (m - p) + p - 1) * max_i t_i  +  max_i u_i
 
-which for equal stages is the time it takes. What they cannot know of one another is their memory: the v
-stages of a submesh share it. The DP runs with all of the memory for each stage, then with less and less down
-to a v-th, until the stages of every submesh fit together. With a v-th they always do. So a plan that is found
-fits; if it was found at the first try, it is the best one, and if later, there may be better ones.
+which for equal stages is the time it takes, but for u. What they cannot know of one another is their memory:
+the v stages of a submesh share it. The DP runs with all of the memory for each stage, then with less and less
+down to a v-th, until the stages of every submesh fit together. With a v-th they always do. So a plan that is
+found fits; if it was found at the first try, it is the best one, and if later, there may be better ones.
 
-Left out: submeshes of different shapes under virtual stages; the overlap that makes ZB-H1's bubble shorter
-than T says.
+Whatever the DP finds is judged by the simulator and compared with what else may be faster (`refine`); beside
+it stands what no other arrangement can beat.
+
+Left out: submeshes of different shapes under virtual stages.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import SearchResult, StageOption, plan_stages
+from launcher.autopar.inter_op import SearchResult, plan_stages
+from launcher.autopar.judge import judged_s
+from launcher.autopar.pace import pace_of
 from launcher.autopar.placement import Placement, place
+from launcher.autopar.plan_bounds import least_step_s
 from launcher.autopar.program import round_robin
+from launcher.autopar.refine import refine
 from launcher.autopar.schedules import AbstractSchedule
 from launcher.autopar.space import Space
+from launcher.autopar.stage_table import StageChoice, StageOption, StageTable
 from launcher.errors import InfeasiblePlanError
 
 _MEMORY_STEPS = 4  # between all of a device's memory and a v-th of it
@@ -35,21 +44,33 @@ _MEMORY_STEPS = 4  # between all of a device's memory and a v-th of it
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrangement:
-    """Stages, and where each lies."""
+    """Stages, where each lies, and how long a step takes with them."""
 
-    result: SearchResult
+    stages: tuple[StageChoice, ...]
     placement: tuple[Placement, ...]
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arranged:
+    """The best arrangement that was found, if one is worth it, and what none can beat."""
+
+    best: Arrangement | None
+    bound_s: float
+    num_candidates: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Arranger:
-    """Finds the stages of a model for a number of microbatches.
+    """Finds the stages of a model for a schedule and a number of microbatches.
 
     Attributes:
         options: ways to run layers [first, last) on a submesh, called as (first, last, submesh index).
         cuts: layers before which a stage may begin, ascending, with 0 and the number of layers.
-        transfer_s: seconds per microbatch for what crosses a cut.
+        transfer_s: seconds per microbatch for what crosses a cut, both ways.
         cures: what to suggest where nothing fits into memory.
+        worth_s: arrangements that cannot take less are not worth finding.
+        most_judged: how many arrangements the simulator may be asked about.
     """
 
     cluster: Cluster
@@ -60,17 +81,52 @@ class Arranger:
     cuts: Sequence[int]
     transfer_s: Callable[[int], float]
     cures: str
+    worth_s: float = math.inf
+    most_judged: int = 40
 
-    def best(self) -> Arrangement:
+    def find(self) -> Arranged:
         """Return the arrangement of least T, or raise `InfeasiblePlanError`."""
         if self.schedule.virtual_stages > 1:
             return self._virtual()
-        result = self._plan(self.space.num_stages)
-        if not self._fits(result):
+        result = self._plan(self.space.num_submeshes)
+        table, num_candidates = result.table, result.num_candidates
+        if result.stages is not None and not self._fits(result.stages):
             most = min(len(self.cuts) - 1, self.space.num_devices)
-            result = self._best_of(lambda n=n: self._plan(n) for n in range(1, most + 1))
-        shapes = [self.space.submeshes[choice.submesh] for choice in result.stages]
-        return Arrangement(result, self._place(shapes))
+            tries = (partial(self._plan, n) for n in range(1, most + 1))
+            result = self._best_of(tries)
+        if result.stages is None:
+            return Arranged(None, result.bound_s, num_candidates)
+        return self._refined(result, table, num_candidates)
+
+    def _refined(self, result: SearchResult, table: StageTable, num_candidates: int) -> Arranged:
+        """Look, with the simulator, whether other stages are faster than those of the formula."""
+        stages, step_s = result.stages, self._judge(result.stages)
+        step_s = math.inf if step_s is None else step_s
+        better = refine(
+            table, self.schedule, self.num_microbatches, min(step_s, self.worth_s),
+            self._judge, self.most_judged,
+        )  # fmt: skip
+        if better.stages is not None:
+            stages, step_s = better.stages, better.step_s
+        bound_s = max(result.bound_s, better.step_s) if better.is_proven else result.bound_s
+        placement = self._place([self.space.submeshes[choice.submesh] for choice in stages])
+        if not math.isfinite(step_s):
+            return Arranged(None, bound_s, num_candidates)
+        return Arranged(Arrangement(stages, placement, step_s), bound_s, num_candidates)
+
+    @property
+    def _v(self) -> int:
+        return self.schedule.virtual_stages
+
+    def _judge(self, stages: Sequence[StageChoice]) -> float | None:
+        """The simulated step time; None for stages that do not fit, in memory or on the cluster."""
+        if not self._fits(stages):
+            return None
+        try:
+            self._place([self.space.submeshes[choice.submesh] for choice in stages])
+        except InfeasiblePlanError:
+            return None
+        return judged_s(stages, self.schedule, self.num_microbatches, self.transfer_s)
 
     def _plan(self, num_stages: int | None) -> SearchResult:
         def in_flight(stages_to_end: int, num_microbatches: int) -> int:
@@ -78,34 +134,67 @@ class Arranger:
             return self.schedule.stash_peak(total - stages_to_end, total, num_microbatches)
 
         return plan_stages(
-            num_layers=self.cuts[-1],
             submeshes=self.space.submeshes,
             num_devices=self.space.num_devices,
-            num_microbatches=self.num_microbatches,
             memory_bytes=self.cluster.device.usable_bytes,
             options=self.options,
-            cuts=self.cuts,
             in_flight=in_flight,
             num_stages=num_stages,
-            transfer_s=self.transfer_s,
-            cures=self.cures,
+            **self._common(),
         )
+
+    def _common(self) -> dict:
+        """What the DP is told for any schedule."""
+        return {
+            "num_layers": self.cuts[-1],
+            "num_microbatches": self.num_microbatches,
+            "cuts": self.cuts,
+            "transfer_s": self.transfer_s,
+            "pace": pace_of(self.schedule),
+            "bound_s": partial(
+                least_step_s,
+                schedule=self.schedule,
+                num_microbatches=self.num_microbatches,
+                memory_bytes=self.cluster.device.usable_bytes,
+            ),
+            "worth_s": self.worth_s,
+            "cures": self.cures,
+        }
 
     # Virtual stages
 
-    def _virtual(self) -> Arrangement:
-        v, found, failures = self.schedule.virtual_stages, [], []
+    def _virtual(self) -> Arranged:
+        found, failures = [], []
         for submesh, num_submeshes in self._equal_submeshes():
+            known_s = [arranged.best.step_s for arranged in found if arranged.best is not None]
+            alone = replace(
+                self,
+                worth_s=min([self.worth_s, *known_s]),
+                space=replace(self.space, submeshes=(self.space.submeshes[submesh],)),
+                options=partial(self._options_on, submesh),
+            )
             try:
-                placement = self._place([self.space.submeshes[submesh]] * num_submeshes)
-                found.append(Arrangement(self._plan_equal(submesh, num_submeshes), placement * v))
+                result = alone._plan_equal(num_submeshes)
             except InfeasiblePlanError as error:
                 failures.append(error)
-        if found:
-            return min(found, key=lambda arrangement: arrangement.result.total_s)
-        if failures:
-            raise failures[-1]
-        raise InfeasiblePlanError(
+                continue
+            if result.stages is None:
+                found.append(Arranged(None, result.bound_s, result.num_candidates))
+            else:
+                refined = alone._refined(result, result.table, result.num_candidates)
+                found.append(replace(refined, best=_on(submesh, refined.best)))
+        if not found:
+            raise failures[-1] if failures else self._no_groups()
+        plans = [arranged.best for arranged in found if arranged.best is not None]
+        return Arranged(
+            min(plans, key=lambda arrangement: arrangement.step_s, default=None),
+            min(arranged.bound_s for arranged in found),
+            sum(arranged.num_candidates for arranged in found),
+        )
+
+    def _no_groups(self) -> InfeasiblePlanError:
+        v = self.schedule.virtual_stages
+        return InfeasiblePlanError(
             f"{self.space.num_devices} devices cannot be shared out to p equal submeshes where p divides "
             f"parallel.num_microbatches={self.num_microbatches} and p x {v} stages "
             f"(parallel.virtual_stages={v}) find as many of the {len(self.cuts) - 1} pieces of the model; "
@@ -119,57 +208,49 @@ class Arranger:
             number, rest = divmod(self.space.num_devices, hosts * devices)
             if rest or self.num_microbatches % number or number * v >= len(self.cuts):
                 continue
-            if self.space.num_stages in (None, number * v):
+            if self.space.num_submeshes in (None, number):
                 yield index, number
 
-    def _plan_equal(self, submesh: int, num_submeshes: int) -> SearchResult:
-        """Cut the layers for so many submeshes of a shape, with as much memory per stage as goes."""
-        v, memory_bytes = self.schedule.virtual_stages, self.cluster.device.usable_bytes
+    def _options_on(self, submesh: int, first: int, last: int, _: int) -> Sequence[StageOption]:
+        return self.options(first, last, submesh)
+
+    def _plan_equal(self, num_submeshes: int) -> SearchResult:
+        """Cut the layers for so many submeshes of the one shape there is, with as much memory as goes."""
+        v, memory_bytes = self._v, self.cluster.device.usable_bytes
+        whole: SearchResult | None = None  # with all of the memory
         for step in range(_MEMORY_STEPS + 1):
             share = 1 - step / _MEMORY_STEPS * (1 - 1 / v)
-            result = self._cut_equal(submesh, num_submeshes, share * memory_bytes)
-            if result is not None and self._fits(result):
-                return result
+            result = self._cut_equal(num_submeshes, share * memory_bytes)
+            if result is None:
+                continue
+            whole = whole or result
+            if result.stages is None or self._fits(result.stages):
+                return replace(result, bound_s=whole.bound_s, table=whole.table)
         raise InfeasiblePlanError(
             f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
             f"device that has {memory_bytes / 2**30:.2f} GiB "
             f"(parallel.num_microbatches={self.num_microbatches}); {self.cures}"
         )
 
-    def _cut_equal(self, submesh: int, p: int, memory_bytes: float) -> SearchResult | None:
+    def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult | None:
         """Run the DP for stages that may take so much; None where none do, unless it is all there is."""
-        v, m = self.schedule.virtual_stages, self.num_microbatches
-        hosts, devices = self.space.submeshes[submesh]
-
-        def options(first: int, last: int, _: int) -> list[StageOption]:
-            priced = self.options(first, last, submesh)
-            return [replace(option, once_s=v * option.once_s) for option in priced]
-
+        v, m = self._v, self.num_microbatches
+        ((hosts, devices),) = self.space.submeshes
         try:
-            result = plan_stages(
-                num_layers=self.cuts[-1],
-                submeshes=[(hosts, devices)],
+            return plan_stages(
+                submeshes=self.space.submeshes,
                 num_devices=hosts * devices * p * v,
-                num_microbatches=m,
                 weight=v * (m - p) + p - 1,
                 memory_bytes=memory_bytes,
-                options=options,
-                cuts=self.cuts,
+                options=self.options,
                 in_flight=lambda to_end, m: self.schedule.stash_peak(p * v - to_end, p * v, m),
                 num_stages=p * v,
-                transfer_s=self.transfer_s,
-                cures=self.cures,
+                **self._common(),
             )
         except InfeasiblePlanError:
             if memory_bytes == self.cluster.device.usable_bytes:
                 raise
             return None
-        stages = (
-            replace(choice, submesh=submesh, option=replace(option, once_s=option.once_s / v))
-            for choice in result.stages
-            for option in [choice.option]
-        )
-        return replace(result, stages=tuple(stages))
 
     # Both
 
@@ -182,18 +263,29 @@ class Arranger:
                 failures.append(error)
         if not found:
             raise failures[-1]
-        return min(found, key=lambda result: result.total_s)
+        best = min(found, key=lambda result: result.total_s)
+        return replace(best, bound_s=min(result.bound_s for result in found))
 
-    def _fits(self, result: SearchResult) -> bool:
+    def _fits(self, stages: Sequence[StageChoice]) -> bool:
         """Whether what the stages of each submesh hold at most fits together."""
-        number, m = len(result.stages), self.num_microbatches
+        number, m = len(stages), self.num_microbatches
         homes = round_robin(number, self.schedule.virtual_stages)
         needed_bytes = dict.fromkeys(homes, 0.0)
-        for stage, choice in enumerate(result.stages):
+        for stage, choice in enumerate(stages):
             held = self.schedule.stash_peak(stage, number, m)
             option = choice.option
             needed_bytes[homes[stage]] += option.fixed_bytes + held * option.stash_bytes
         return max(needed_bytes.values()) <= self.cluster.device.usable_bytes
 
     def _place(self, shapes: Sequence[tuple[int, int]]) -> tuple[Placement, ...]:
-        return place(shapes, self.cluster.num_hosts, self.cluster.devices_per_host)
+        """Where stages of these shapes lie; the stages of a submesh take turns."""
+        homes = shapes[: len(shapes) // self._v]
+        return place(homes, self.cluster.num_hosts, self.cluster.devices_per_host) * self._v
+
+
+def _on(submesh: int, arrangement: Arrangement | None) -> Arrangement | None:
+    """Stages that were found for the only submesh shape there was, by its index among all."""
+    if arrangement is None:
+        return None
+    stages = tuple(replace(choice, submesh=submesh) for choice in arrangement.stages)
+    return replace(arrangement, stages=stages)

@@ -1,16 +1,20 @@
 """Ops -> layers: cut the forward pass where few bytes cross, into layers of balanced work.
 
 The operator clustering of Alpa (section 5.2): among all ways to cut K ops into L consecutive layers, each
-with at most (1 + slack) times its fair share of the
-FLOPs, take those whose costliest cut crosses the
+with at most (1 + slack) times its fair share of the FLOPs, take those whose costliest cut crosses the
 fewest bytes, and of those the most even one (least sum of squared FLOPs). Alpa breaks ties by op counts.
 
-What repeats in the model repeats in the layers: ops are first gathered into atoms, and every repetition of
-a repeated block is one atom, so that all blocks become the same layer and are planned once. Ops that
-depend on nothing but literals and the random key belong to no layer; each layer that needs one has its own
-copy.
+What repeats in the model repeats in the layers. Where most of the work is in repeated blocks and no number
+of layers is asked for, every repetition is a layer, and the DP cuts what stands before, between and behind
+the blocks into layers of about their size: so all blocks are one layer, planned once, and no other layer
+has a copy of a block in it. Where a number is asked for, ops are first gathered into atoms, of which every
+repetition is one.
+
+Ops that depend on nothing but literals and the random key belong to no layer; each layer that needs one has
+its own copy.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +55,11 @@ def cluster(
     crossing = crossing_bytes(traced.graph, ops, free_results)
     runs = [_in_phase(run, crossing) for run in find_repeats([op_signature(op) for op in ops])]
     flops = np.array([op_flops(op) for op in ops], np.float64)
-    natural = _natural_number_of_layers(runs, flops)
+    block_flops = _block_flops(runs, flops)
+    if num_layers is None and block_flops is not None:
+        firsts = _around_blocks(runs, flops, crossing, block_flops)
+        return Clustering(_between(ops, firsts), tuple(free))
+    natural = _natural_number_of_layers(flops, block_flops)
     wanted = num_layers or natural
     whole = _atoms(runs if wanted <= natural else (), len(ops))
     # Blocks stay whole unless that leaves too few places to cut.
@@ -67,9 +75,34 @@ def cluster(
             f"give {key}={most} or less"
         )
     cuts = best_cuts(work, crossed, min(wanted, most))
-    firsts = [atoms[cut][0] for cut in cuts]
-    layers = tuple(tuple(ops[a:b]) for a, b in zip(firsts, [*firsts[1:], len(ops)], strict=True))
-    return Clustering(layers, tuple(free))
+    return Clustering(_between(ops, [atoms[cut][0] for cut in cuts]), tuple(free))
+
+
+def _between(ops: Sequence[Op], firsts: Sequence[int]) -> tuple[tuple[Op, ...], ...]:
+    """The layers that begin at these ops."""
+    return tuple(tuple(ops[a:b]) for a, b in itertools.pairwise((*firsts, len(ops))))
+
+
+def _around_blocks(
+    runs: Sequence[Run], flops: np.ndarray, crossing: np.ndarray, block_flops: float
+) -> list[int]:
+    """The first op of every layer: each repetition of a block, and even pieces of what is around them."""
+    firsts: list[int] = []
+
+    def cut(start: int, end: int) -> None:
+        if start < end:
+            work, crossed = flops[start:end], crossing[start:end]
+            wanted = max(1, round(float(work.sum()) / block_flops))
+            cuts = best_cuts(work, crossed, min(wanted, len(places_to_cut(work, crossed))))
+            firsts.extend(start + place for place in cuts)
+
+    position = 0
+    for run in runs:
+        cut(position, run.start)
+        position = run.start + run.count * run.period
+        firsts.extend(range(run.start, position, run.period))
+    cut(position, len(flops))
+    return firsts
 
 
 def free_ops(traced: TracedModel) -> list[Op]:
@@ -127,17 +160,23 @@ def _in_phase(run: Run, crossing: np.ndarray) -> Run:
     return Run(run.start + offset, run.period, run.end)
 
 
-def _natural_number_of_layers(runs: Sequence[Run], flops: np.ndarray) -> int:
+def _block_flops(runs: Sequence[Run], flops: np.ndarray) -> float | None:
+    """The mean work of a repetition; None where less than half of all work repeats."""
+    total = flops.sum()
+    repeated = sum(flops[run.start : run.start + run.count * run.period].sum() for run in runs)
+    if total == 0 or repeated < total / 2:
+        return None
+    return float(repeated) / sum(run.count for run in runs)
+
+
+def _natural_number_of_layers(flops: np.ndarray, block_flops: float | None) -> int:
     """As many layers as fit in if each is as heavy as a repetition of what repeats.
 
     Where little repeats, 16, as Alpa takes for its Wide-ResNets.
     """
-    total = flops.sum()
-    repeated = [flops[run.start : run.start + run.count * run.period].sum() for run in runs]
-    if total == 0 or sum(repeated) < total / 2:
+    if block_flops is None:
         return int(min(_DEFAULT_LAYERS, max(1, np.count_nonzero(flops))))
-    mean = sum(repeated) / sum(run.count for run in runs)
-    return max(2, int(total / mean))
+    return max(2, int(flops.sum() / block_flops))
 
 
 def best_cuts(flops: np.ndarray, crossing: np.ndarray, num_layers: int) -> tuple[int, ...]:

@@ -6,28 +6,39 @@ parameters held where training has them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from launcher.autopar.clustering import Clustering, free_ops
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel, build_layers
-from launcher.autopar.realize import RealizedPlan, RealizedStage
+from launcher.autopar.messages import Carried, Edge, exchanged, forward_crossings
+from launcher.autopar.realize import RealizedPlan
+from launcher.autopar.realized_stage import RealizedStage
 from launcher.autopar.spec import Spec
 from launcher.autopar.stage_layout import layout
 from launcher.autopar.trace import Role, TracedModel, trace_evaluation
 from launcher.models.model import Model
 
 
-def realize_evaluation(
-    realized: RealizedPlan, model: Model, batch_size: int
-) -> list[RealizedStage]:
-    """Plan the evaluation of a batch on the stages of a plan, one entry per stage."""
-    traced = trace_evaluation(model, batch_size)
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationPass:
+    """The evaluation of a microbatch: a forward pass per stage, and what they send one another."""
+
+    traced: TracedModel
+    stages: tuple[RealizedStage, ...]
+    activations: Mapping[Edge, Carried]
+
+
+def realize_evaluation(realized: RealizedPlan, model: Model) -> EvaluationPass:
+    """Plan the evaluation of a microbatch on the stages of a plan."""
+    traced = trace_evaluation(model, realized.plan.microbatch_size)
     holders = [{*stage.layout.params, *stage.layout.state} for stage in realized.stages]
-    layered = build_layers(traced, _cut_by_stage(traced, holders))
-    planner = IntraOpPlanner(layered)
-    return [_plan_stage(planner, stage, index) for index, stage in enumerate(realized.stages)]
+    planner = IntraOpPlanner(build_layers(traced, _cut_by_stage(traced, holders), trains=False))
+    stages = tuple(_plan_stage(planner, s, index) for index, s in enumerate(realized.stages))
+    sent, _ = exchanged(stages)
+    return EvaluationPass(traced, stages, forward_crossings(stages, traced, sent))
 
 
 def _plan_stage(planner: IntraOpPlanner, stage: RealizedStage, index: int) -> RealizedStage:

@@ -21,6 +21,7 @@ p{margin:4px 0 10px;color:var(--faint);max-width:110ch}
 .tile span{color:var(--faint);font-size:12px}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px}
 th{text-align:left;font-weight:500;color:var(--faint);padding:4px 14px 4px 0;white-space:nowrap}
+table+table{margin-top:14px}
 td{padding:4px 14px 4px 0;border-top:1px solid var(--rule);vertical-align:middle}
 td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code{font:12px ui-monospace,monospace}td svg{display:block}.split{display:flex;align-items:center}

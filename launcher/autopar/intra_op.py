@@ -184,6 +184,15 @@ class IntraOpPlanner:
         """Price known picks for other settings, or another range of the same family."""
         return _priced(self.problem(first, last, settings), picks, 0.0)
 
+    def reprice_if_possible(
+        self, first: int, last: int, settings: StageSettings, picks: Picks
+    ) -> StageSharding | None:
+        """The same for picks of another model or other settings; None where they cannot be taken."""
+        problem = self.problem(first, last, settings)
+        if any(picks.get(key) not in choices for key, choices in problem.choices.items()):
+            return None
+        return _priced(problem, picks, 0.0)
+
     def problem(self, first: int, last: int, settings: StageSettings) -> StageProblem:
         """The stage problem of layers [first, last)."""
         wiring = self.wiring(first, last)

@@ -162,9 +162,15 @@ class LayeredModel:
         )
 
 
-def build_layers(traced: TracedModel, clustering: Clustering) -> LayeredModel:
-    """Turn clustered ops into layers, differentiating each class of layers once."""
-    flows = _gradient_flow(traced)
+def build_layers(
+    traced: TracedModel, clustering: Clustering, *, trains: bool = True
+) -> LayeredModel:
+    """Turn clustered ops into layers, differentiating each class of layers once.
+
+    Args:
+        trains: whether there is a backward pass; without one nothing is kept for it either.
+    """
+    flows = _gradient_flow(traced) if trains else set()
     final = {traced.loss, *traced.state.values(), *traced.metrics.values()}
     later = _read_later(clustering, final)
     keys = _random_values(traced, clustering.free)

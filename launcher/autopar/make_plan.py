@@ -1,13 +1,14 @@
 """From search results to a `Plan`: the best candidate after simulation, with the others as runners-up."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import StageChoice
 from launcher.autopar.mesh import DATA
+from launcher.autopar.open_stages import fill_in
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.picks import specs_as_dims, strategies_of
@@ -15,17 +16,19 @@ from launcher.autopar.placement import Placement
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.search import Candidate, Search, search
+from launcher.autopar.search import Candidate, search
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.stage_layout import training_layout
-from launcher.autopar.wording import count
+from launcher.autopar.stage_table import StageChoice
+from launcher.autopar.wording import count, seconds, size
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
 log = logging.getLogger(__name__)
 
-_JUDGED = 3  # candidates that the simulator judges
+_JUDGED = 3  # candidates that the simulator judges in full, or more until one fits
 PLAN_VERSION = 1
+_HALF_PRECISIONS = {"fp16", "bf16"}  # a model has the same ops in both
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +52,11 @@ def find_plan(
     found = search(model, cluster, options, progress)
     footprint = OptimizerFootprint(options.optimizer)
     judged = []
-    for candidate in found.candidates[:_JUDGED]:
-        progress(f"simulating {candidate.num_microbatches} microbatches")
-        plan = _as_plan(candidate, found, model, cluster, options)
+    for candidate in found.candidates:
+        if len(judged) >= _JUDGED and any(_fits(outlook, cluster) for _, outlook in judged):
+            break
+        progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
+        plan = _as_plan(candidate, model, cluster, options)
         realized = realize(plan, model, cluster, candidate.planner, footprint)
         judged.append((realized, foresee(realized, cluster)))
     judged.sort(key=lambda pair: (not _fits(pair[1], cluster), pair[1].prediction.step_s))
@@ -64,7 +69,8 @@ def find_plan(
             wall_s=found.wall_s,
             ilp_solved=found.ilp_solved,
             candidates=found.priced,
-            optimality_gap=max(c.largest_gap_fraction for c in found.candidates),
+            optimality_gap=max(0.0, 1.0 - found.bound_s / outlook.prediction.step_s),
+            space=f"{found.space.describe()}; {', '.join(map(str, found.tried))} microbatches",
         ),
         runners_up=tuple(_runner_up(pair, outlook) for pair in judged[1:]),
     )
@@ -73,27 +79,51 @@ def find_plan(
 
 def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
     """Take a plan as it is, completing what it leaves out and pricing it anew."""
+    check_plan(plan, model, cluster)
     if options.global_batch != plan.global_batch:
         raise PlanError(
             f"the plan is for a global batch of {plan.global_batch} samples "
             f"(train.global_batch={options.global_batch}): leave it out, or plan again"
         )
+    plan = _for_dtype(plan, model.dtype)
+    footprint = OptimizerFootprint(options.optimizer)
+    plan = fill_in(plan, model, cluster, footprint)
+    _check_batch(plan)
+    realized = realize(plan, model, cluster, optimizer=footprint)
+    outlook = foresee(realized, cluster)
+    completed = replace(_completed(realized, model, cluster), predicted=outlook.prediction)
+    plan = _without_other_figures(completed, plan)
+    if not _fits(outlook, cluster):
+        log.warning(
+            "the plan needs %s on a device that has %s to fill (cluster.device.memory_gib less "
+            "reserved_gib)", size(max(plan.predicted.peak_bytes_per_device)),
+            size(cluster.device.usable_bytes),
+        )  # fmt: skip
+    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def check_plan(plan: Plan, model: Model, cluster: Cluster) -> None:
+    """Raise `PlanError` for a plan of another model, or one that cannot be on this cluster."""
     if plan.model.name != model.name:
         raise PlanError(
             f"the plan is for model={plan.model.name}, and the model to train is model={model.name}: "
             f"take the plan's, or plan again"
         )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
-    if plan.model.dtype not in (None, model.dtype):
-        log.warning(
-            "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s "
-            "to do as planned", plan.model.dtype, model.dtype, plan.model.dtype,
-        )  # fmt: skip
-    _check_batch(plan)
-    realized = realize(plan, model, cluster, optimizer=OptimizerFootprint(options.optimizer))
-    outlook = foresee(realized, cluster)
-    plan = replace(_completed(realized, model), predicted=outlook.prediction)
-    return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def _for_dtype(plan: Plan, dtype: str) -> Plan:
+    """Warn of a plan for another dtype; the casts of a wider one are ops that it has no strategies for."""
+    planned = plan.model.dtype
+    if planned in (None, dtype):
+        return plan
+    log.warning(
+        "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s to do "
+        "as planned", planned, dtype, planned,
+    )  # fmt: skip
+    if {planned, dtype} <= _HALF_PRECISIONS:
+        return plan
+    return replace(plan, stages=tuple(replace(stage, strategies={}) for stage in plan.stages))
 
 
 def _fits(outlook: Outlook, cluster: Cluster) -> bool:
@@ -112,13 +142,11 @@ def _check_memory(outlook: Outlook, cluster: Cluster, options: PlanOptions) -> N
         )
 
 
-def _as_plan(
-    candidate: Candidate, found: Search, model: Model, cluster: Cluster, options: PlanOptions
-) -> Plan:
+def _as_plan(candidate: Candidate, model: Model, cluster: Cluster, options: PlanOptions) -> Plan:
     stages = tuple(
         _stage(candidate, choice, place)
         for choice, place in zip(
-            candidate.result.stages, candidate.arrangement.placement, strict=True
+            candidate.arrangement.stages, candidate.arrangement.placement, strict=True
         )
     )
     return Plan(
@@ -127,8 +155,8 @@ def _as_plan(
         cluster=cluster.ref(),
         global_batch=options.global_batch,
         num_microbatches=candidate.num_microbatches,
-        schedule=found.space.schedule,
-        virtual_stages=found.space.virtual_stages,
+        schedule=candidate.schedule,
+        virtual_stages=candidate.virtual_stages,
         num_layers=len(candidate.planner.model.layers),
         stages=stages,
     )
@@ -172,7 +200,7 @@ def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     )
 
 
-def _completed(realized: RealizedPlan, model: Model) -> Plan:
+def _completed(realized: RealizedPlan, model: Model, cluster: Cluster) -> Plan:
     """A plan with everything written down that realizing it decided."""
     stages = tuple(
         _with_shardings(stage.stage, realized.planner, stage.sharding) for stage in realized.stages
@@ -180,9 +208,22 @@ def _completed(realized: RealizedPlan, model: Model) -> Plan:
     return replace(
         realized.plan,
         model=_model_ref(model),
+        cluster=cluster.ref(),
         stages=stages,
         num_layers=len(realized.planner.model.layers),
     )
+
+
+def _without_other_figures(plan: Plan, given: Plan) -> Plan:
+    """Say what a plan promised elsewhere, and drop what it says of other plans there."""
+    promised, predicted = given.predicted, plan.predicted
+    if promised is None or math.isclose(promised.step_s, predicted.step_s, rel_tol=1e-6):
+        return plan
+    log.info(
+        "the plan file promises %s a step on %s, and here, on %s, it is %s",
+        seconds(promised.step_s), given.cluster.name, plan.cluster.name, seconds(predicted.step_s),
+    )  # fmt: skip
+    return replace(plan, search=None, runners_up=())
 
 
 def _check_batch(plan: Plan) -> None:
@@ -213,7 +254,7 @@ def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
     return RunnerUp(
         description=f"{count(len(plan.stages), 'stage')} ({shapes}{more})"
         f"{f' on {plan.num_submeshes} submeshes' if plan.virtual_stages > 1 else ''}, "
-        f"{count(plan.num_microbatches, 'microbatch')}",
+        f"{count(plan.num_microbatches, 'microbatch')}, {plan.schedule}",
         step_s=outlook.prediction.step_s,
         why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",
     )

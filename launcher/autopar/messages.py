@@ -3,20 +3,23 @@
 The planner prices these crossings and the runtime's transport executes them.
 """
 
-from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.crossing import Crossing, Located, message_s, plan_crossing, total_bytes
+from launcher.autopar.graph import Value
 from launcher.autopar.param_costs import gradient_spec
-from launcher.autopar.realize import RealizedPlan, RealizedStage
-from launcher.autopar.spec import Spec, replicated
+from launcher.autopar.realized_stage import RealizedStage
+from launcher.autopar.spec import replicated
+from launcher.autopar.trace import TracedModel
 
 Edge = tuple[int, int]
 Carried = Mapping[Hashable, Crossing]
+Values = Mapping[Edge, Sequence[Value]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,14 +51,14 @@ class MessageSeconds:
     tied_s: Mapping[Edge, float]
 
 
-def price_messages(messages: Messages, realized: RealizedPlan, cluster: Cluster) -> MessageSeconds:
+def price_messages(
+    messages: Messages, stages: Sequence[RealizedStage], cluster: Cluster
+) -> MessageSeconds:
     """Price all messages on a cluster."""
 
     def seconds(carried: Mapping[Edge, Carried]) -> dict[Edge, float]:
         return {
-            (source, target): message_s(
-                values.values(), cluster, realized.stages[target].settings.mesh
-            )
+            (source, target): message_s(values.values(), cluster, stages[target].settings.mesh)
             for (source, target), values in carried.items()
         }
 
@@ -69,62 +72,85 @@ def _bytes(carried) -> int:
     return sum(total_bytes(values.values()) for values in carried)
 
 
-def messages_of(realized: RealizedPlan) -> Messages:
-    """Plan the crossings of all messages of a plan, but the norms: see `scalar_crossing`."""
-    stages, avals = realized.stages, realized.planner.model.traced.graph.avals
+def exchanged(stages: Sequence[RealizedStage]) -> tuple[dict[Edge, tuple[Value, ...]], ...]:
+    """The values that one stage sends to another; and those whose gradients come back."""
+    producer = {value: i for i, stage in enumerate(stages) for value in stage.layout.exports}
+    sent: dict[Edge, list[Value]] = defaultdict(list)
+    returned: dict[Edge, list[Value]] = defaultdict(list)
+    for index, stage in enumerate(stages):
+        for value in stage.layout.imports:
+            sent[producer[value], index].append(value)
+            if value in stage.layout.returns:
+                returned[producer[value], index].append(value)
+    return tuple({edge: tuple(values) for edge, values in t.items()} for t in (sent, returned))
 
-    def carried(values, source: int, made: Mapping, target: int, read: Mapping) -> Carried:
-        return {
+
+def plan_messages(
+    stages: Sequence[RealizedStage], traced: TracedModel, *, sent: Values, returned: Values,
+    owner: Mapping[str, int], users: Mapping[str, Sequence[int]],
+    contributors: Mapping[str, Sequence[int]],
+) -> Messages:  # fmt: skip
+    """Plan the crossings of all messages of a plan, but the norms: see `scalar_crossing`.
+
+    The arguments are fields of the realized plan.
+    """
+    cotangents = {
+        (k, i): {
             value: _cross(
-                avals[value],
-                _held(stages[source], made[value]),
-                _held(stages[target], read[value]),
+                traced.graph.avals[value],
+                stages[k].located(stages[k].layout.returns[value]),
+                stages[i].located(stages[i].layout.cotangents[value]),
             )
             for value in values
         }
-
-    activations = {
-        (i, k): carried(values, i, stages[i].layout.exports, k, stages[k].layout.imports)
-        for (i, k), values in realized.sent.items()
+        for (i, k), values in returned.items()
     }
-    cotangents = {
-        (k, i): carried(values, k, stages[k].layout.returns, i, stages[i].layout.cotangents)
-        for (i, k), values in realized.returned.items()
+    gradients: dict[Edge, dict] = defaultdict(dict)
+    parameters: dict[Edge, dict] = defaultdict(dict)
+    for path, others in sorted(users.items()):
+        for user in others:
+            edge = owner[path], user
+            aval, ends = traced.param_avals[path], [stages[index] for index in edge]
+            forth, back = _tied(path, aval, *ends)
+            parameters[edge][path] = forth
+            going_back = gradients[edge[::-1]]
+            if user in contributors[path]:
+                going_back[path] = back
+    activations = forward_crossings(stages, traced, sent)
+    return Messages(activations, cotangents, dict(gradients), dict(parameters))
+
+
+def forward_crossings(
+    stages: Sequence[RealizedStage], traced: TracedModel, sent: Values
+) -> dict[Edge, Carried]:
+    """The crossings of what forward passes send."""
+    return {
+        (i, k): {
+            value: _cross(
+                traced.graph.avals[value],
+                stages[i].located(stages[i].layout.exports[value]),
+                stages[k].located(stages[k].layout.imports[value]),
+            )
+            for value in values
+        }
+        for (i, k), values in sent.items()
     }
-    gradients, parameters = _tied(realized)
-    return Messages(activations, cotangents, gradients, parameters)
 
 
-def scalar_crossing(realized: RealizedPlan, source: int, target: int, dtype: np.dtype) -> Crossing:
+def scalar_crossing(source: RealizedStage, target: RealizedStage, dtype: np.dtype) -> Crossing:
     """A number that every device of a stage has, such as its norm, sent to all devices of another."""
-    ends = [realized.stages[stage] for stage in (source, target)]
-    whole = [_held(end, replicated(end.settings.mesh.num_axes)) for end in ends]
+    whole = [end.located(replicated(end.settings.mesh.num_axes)) for end in (source, target)]
     return plan_crossing((), dtype, *whole)
 
 
-def _tied(realized: RealizedPlan) -> tuple[dict[Edge, dict], dict[Edge, dict]]:
-    """Sums of gradients go to the owner, brought home before they go; new values to the users."""
-    avals, stages = realized.planner.model.traced.param_avals, realized.stages
-    pairs = realized.wiring.tied
-    gradients: dict[Edge, dict] = {(user, owner): {} for owner, user in pairs}
-    parameters: dict[Edge, dict] = {pair: {} for pair in pairs}
-    for path, users in sorted(realized.users.items()):
-        owner, aval = stages[realized.owner[path]], avals[path]
-        home, settings = owner.layout.params[path], owner.settings
-        for user in users:
-            at_user = _held(stages[user], stages[user].layout.params[path])
-            edge = realized.owner[path], user
-            parameters[edge][path] = _cross(aval, _held(owner, home), at_user)
-            if user in realized.contributors[path]:
-                summed = gradient_spec(home, aval.shape, settings.mesh, settings.zero)
-                gradients[edge[::-1]][path] = _cross(aval, at_user, _held(owner, summed))
-    return gradients, parameters
+def _tied(path: str, aval, owner: RealizedStage, user: RealizedStage) -> tuple[Crossing, Crossing]:
+    """A new value goes to a user; the sum of its gradients, brought home there, to the owner."""
+    home, settings = owner.layout.params[path], owner.settings
+    at_user = user.located(user.layout.params[path])
+    summed = gradient_spec(home, aval.shape, settings.mesh, settings.zero)
+    forth = _cross(aval, owner.located(home), at_user)
+    return forth, _cross(aval, at_user, owner.located(summed))
 
 
 def _cross(aval, source: Located, target: Located) -> Crossing:
     return plan_crossing(aval.shape, np.dtype(aval.dtype), source, target)
-
-
-def _held(stage: RealizedStage, spec: Spec) -> Located:
-    places = tuple((host, device) for host in stage.stage.hosts for device in stage.stage.devices)
-    return Located(spec, stage.settings.mesh.shape, places)

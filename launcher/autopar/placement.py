@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from launcher.autopar.inter_op import shapes_text
+from launcher.autopar.stage_table import shapes_text
 from launcher.errors import InfeasiblePlanError
 
 Placement = tuple[tuple[int, ...], tuple[int, ...]]

@@ -13,7 +13,7 @@ from launcher.autopar.cluster import Cluster, ClusterRef
 from launcher.autopar.mesh import DATA, TENSOR
 from launcher.autopar.program import round_robin
 from launcher.autopar.schedules import SCHEDULE_NAMES
-from launcher.autopar.wording import count
+from launcher.autopar.wording import count, ranges
 from launcher.errors import PlanError
 
 PLAN_VERSION = 1
@@ -46,9 +46,10 @@ class Stage:
     """Consecutive layers on a submesh. What is left empty, the solver completes.
 
     Attributes:
-        layers: First layer, and the one after the last.
+        layers: First layer, and the one after the last; () leaves them to the solver.
         hosts: Of the cluster; the submesh is their product with `devices`, indices in each host.
-        mesh: Axis name and length, the last axis varying fastest over the devices.
+        mesh: Axis name and length, the last axis varying fastest over the devices; () leaves it to
+            the solver.
         recompute: What the backward pass computes again: "none", "layer" or "full".
         zero: What the data axis shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 all.
         params: Parameter path -> how it lies on the mesh.
@@ -56,10 +57,10 @@ class Stage:
         strategies: Group of ops -> one text per op, as `picks` writes and reads it.
     """
 
-    layers: tuple[int, int]
+    layers: tuple[int, int] | tuple[()] = ()
     hosts: tuple[int, ...]
     devices: tuple[int, ...]
-    mesh: tuple[tuple[str, int], ...]
+    mesh: tuple[tuple[str, int], ...] = ()
     recompute: str = "none"
     zero: int = 0
     params: Mapping[str, SpecList] = field(default_factory=dict)
@@ -98,14 +99,16 @@ class SearchStats:
     """What finding a plan took.
 
     Attributes:
-        optimality_gap: The plan is at most this fraction worse than the best of its search space;
+        optimality_gap: No plan of the space takes a step that is shorter by more than this fraction;
             None where that is not known.
+        space: What a plan could be, in words.
     """
 
     wall_s: float
     ilp_solved: int
     candidates: int
     optimality_gap: float | None = None
+    space: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +245,14 @@ def _check_submeshes(plan: Plan) -> None:
 def _check_layers(plan: Plan, num_layers: int | None) -> None:
     if not plan.stages:
         raise PlanError("stages=[] has 0 stages, at least 1 is needed: add one")
+    open_stages = [index for index, stage in enumerate(plan.stages) if not stage.layers]
+    if len(open_stages) == len(plan.stages):
+        return
+    if open_stages:
+        raise PlanError(
+            f"stages[{open_stages[0]}].layers is left out, and {len(plan.stages) - len(open_stages)} of "
+            f"{len(plan.stages)} stages have theirs: give them all, or none"
+        )
     end = 0
     for index, stage in enumerate(plan.stages):
         first, last = stage.layers
@@ -265,15 +276,18 @@ def _check_layers(plan: Plan, num_layers: int | None) -> None:
 def _check_devices(plan: Plan, cluster: Cluster) -> None:
     """All submeshes lie inside the cluster, and none on top of another."""
     user: dict[tuple[int, int], int] = {}
+    hosts = _Extent(cluster.num_hosts, max((h for s in plan.stages for h in s.hosts), default=0))
+    devices = _Extent(
+        cluster.devices_per_host, max((d for s in plan.stages for d in s.devices), default=0)
+    )
     for index, stage in enumerate(plan.stages):
         first = index % plan.num_submeshes
         if index != first:
             _check_same_place(plan, first, index)
             continue
         place = f"stages[{index}]"
-        _check_indices(f"{place}.hosts", stage.hosts, cluster.num_hosts, "cluster.hosts")
-        per_host = cluster.devices_per_host
-        _check_indices(f"{place}.devices", stage.devices, per_host, "cluster.devices_per_host")
+        _check_indices(f"{place}.hosts", stage.hosts, hosts, "cluster.hosts")
+        _check_indices(f"{place}.devices", stage.devices, devices, "cluster.devices_per_host")
         for where in ((host, device) for host in stage.hosts for device in stage.devices):
             if where in user:
                 raise PlanError(
@@ -293,15 +307,25 @@ def _check_same_place(plan: Plan, first: int, index: int) -> None:
         )
 
 
-def _check_indices(place: str, indices: tuple[int, ...], limit: int, key: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """How many hosts, or devices of a host, there are, and the last that a plan names."""
+
+    number: int
+    last: int
+
+
+def _check_indices(place: str, indices: tuple[int, ...], extent: _Extent, key: str) -> None:
+    limit = extent.number
     if not indices:
         raise PlanError(f"{place}=[] has 0 entries, at least 1 is needed: add one")
-    for index in indices:
-        if not 0 <= index < limit:
-            raise PlanError(
-                f"{place} has {index}, outside 0..{limit - 1} ({key}={limit}): "
-                f"stay inside the cluster, or plan again for this one"
-            )
+    missing = [index for index in indices if not 0 <= index < limit]
+    if missing:
+        raise PlanError(
+            f"{place} has {ranges(missing)}, outside 0..{limit - 1} ({key}={limit}): "
+            f"stay inside the cluster, take one that has all ({key}={max(limit, extent.last + 1)}), or "
+            f"plan again for this one"
+        )
     if len(set(indices)) < len(indices):
         raise PlanError(f"{place}={list(indices)} names an index twice: drop one")
 
@@ -312,6 +336,14 @@ def _check_stage(place: str, stage: Stage) -> None:
         raise PlanError(
             f"{place}.zero={stage.zero} is not in 0..{LARGEST_ZERO}: choose one of them"
         )
+    if stage.mesh:
+        _check_mesh(place, stage)
+    for table, specs in (("params", stage.params), ("optimizer_state", stage.optimizer_state)):
+        for path, spec in specs.items():
+            _check_spec(f"{place}.{table}['{path}']", spec, AXIS_NAMES)
+
+
+def _check_mesh(place: str, stage: Stage) -> None:
     names = tuple(name for name, _ in stage.mesh)
     if names != AXIS_NAMES:
         raise PlanError(
@@ -327,9 +359,6 @@ def _check_stage(place: str, stage: Stage) -> None:
             f"{stage.num_devices}: "
             "change the mesh or the devices"
         )
-    for table, specs in (("params", stage.params), ("optimizer_state", stage.optimizer_state)):
-        for path, spec in specs.items():
-            _check_spec(f"{place}.{table}['{path}']", spec, names)
 
 
 def _check_spec(place: str, spec: SpecList, names: tuple[str, ...]) -> None:

@@ -34,9 +34,9 @@ _LINE = 96  # a list or a flat object that is no longer stands on one line
 T = TypeVar("T")
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a plan file."""
-    given = f"parallel.path={path}"
+def read_plan(path: Path, key: str = "parallel.path") -> Plan:
+    """Read a plan file; `key` is the one that named it, for messages."""
+    given = f"{key}={path}"
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
@@ -68,7 +68,8 @@ def to_json(plan: Plan) -> str:
     """Write a plan as JSON with a stable layout."""
     tree = asdict(plan)
     for stage in tree["stages"]:
-        stage["mesh"] = dict(stage["mesh"])
+        stage["layers"] = stage["layers"] or None
+        stage["mesh"] = dict(stage["mesh"]) or None
     return _layout(tree, "") + "\n"
 
 
@@ -112,7 +113,7 @@ def _plan(top: Node) -> Plan:
         ("virtual_stages", "num_layers", "predicted", "search", "runners_up"),
     )  # fmt: skip
     stages = tuple(_stage(node) for node in found["stages"].items())
-    covered = stages[-1].layers[1] if stages else None
+    covered = stages[-1].layers[1] if stages and stages[-1].layers else None
     return Plan(
         version=PLAN_VERSION,
         model=_model(found["model"]),
@@ -156,23 +157,27 @@ def _cluster(node: Node) -> ClusterRef:
 
 def _stage(node: Node) -> Stage:
     found = node.fields(
-        ("layers", "hosts", "devices", "mesh"),
-        ("recompute", "zero", "params", "optimizer_state", "strategies"),
+        ("hosts", "devices"),
+        ("layers", "mesh", "recompute", "zero", "params", "optimizer_state", "strategies"),
     )
-    layers = tuple(item.integer(0) for item in found["layers"].items())
-    if len(layers) != 2:
-        found["layers"].fail("is no pair", "write [first, last + 1]")
     return Stage(
-        layers=layers,
+        layers=_optional(found["layers"], _layers, ()),
         hosts=_integers(found["hosts"]),
         devices=_integers(found["devices"]),
-        mesh=_mesh(found["mesh"]),
+        mesh=_optional(found["mesh"], _mesh, ()),
         recompute=_optional(found["recompute"], Node.text, "none"),
         zero=_optional(found["zero"], lambda zero: zero.integer(0), 0),
         params=_optional(found["params"], _specs, {}),
         optimizer_state=_optional(found["optimizer_state"], _specs, {}),
         strategies=_optional(found["strategies"], _strategies, {}),
     )
+
+
+def _layers(node: Node) -> tuple[int, ...]:
+    layers = _integers(node)
+    if len(layers) != 2:
+        node.fail("is no pair", "write [first, last + 1]")
+    return layers
 
 
 def _integers(node: Node) -> tuple[int, ...]:
@@ -226,12 +231,13 @@ def _prediction(node: Node) -> Prediction:
 
 
 def _search(node: Node) -> SearchStats:
-    found = node.fields(("wall_s", "ilp_solved", "candidates"), ("optimality_gap",))
+    found = node.fields(("wall_s", "ilp_solved", "candidates"), ("optimality_gap", "space"))
     return SearchStats(
         wall_s=found["wall_s"].number(),
         ilp_solved=found["ilp_solved"].integer(0),
         candidates=found["candidates"].integer(0),
         optimality_gap=_optional(found["optimality_gap"], Node.number, None),
+        space=_optional(found["space"], Node.text, None),
     )
 
 

@@ -6,43 +6,64 @@ page; there are no scripts.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from launcher.autopar import html_page, svg
+from launcher.autopar import answers_page, html_page, svg
+from launcher.autopar.answers import Answers
 from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.cluster_picture import cluster_svg
 from launcher.autopar.html_page import cell, number, section, table
-from launcher.autopar.plan import Plan, Prediction
-from launcher.autopar.stage_bars import memory_bar, shares_of_step, time_bar
+from launcher.autopar.plan import AXIS_NAMES, Plan, Prediction
+from launcher.autopar.stage_bars import bar_legend, memory_bar, time_bar
+from launcher.autopar.step_parts import StepParts
 from launcher.autopar.summary import headline, mfu, schedule_text, stage_cells
 from launcher.autopar.tensor_groups import Shapes, Split, TensorGroup, tensor_groups
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.timeline_picture import timeline_svg
 from launcher.autopar.wording import count, digits, percent, ranges, seconds, size
 
-_MOST_GROUPS = 60
+_MOST_GROUPS = 200
 _GLYPH = 34  # px
 _MOST_CUTS = 16  # that a glyph of this size can show
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageExtras:
+    """What a page shows besides the plan and its step.
+
+    Attributes:
+        params: The model's `abstract_params`, for sizes and shapes.
+        parts: Where each submesh's time goes.
+    """
+
+    params: Shapes = field(default_factory=dict)
+    parts: Sequence[StepParts] = ()
+    answers: Answers = field(default_factory=Answers)
+
+
+_NO_EXTRAS = PageExtras()
+
+
 def write_page(
-    plan: Plan, timeline: Timeline, cluster: Cluster, path: Path, params: Shapes | None = None
+    plan: Plan, timeline: Timeline, cluster: Cluster, path: Path, extras: PageExtras = _NO_EXTRAS
 ) -> None:
-    """Write plan.html; `params`, the model's `abstract_params`, adds sizes and shapes."""
-    write_atomically(path, page(plan, timeline, cluster, params))
+    """Write plan.html."""
+    write_atomically(path, page(plan, timeline, cluster, extras))
 
 
-def page(plan: Plan, timeline: Timeline, cluster: Cluster, params: Shapes | None = None) -> str:
+def page(plan: Plan, timeline: Timeline, cluster: Cluster, extras: PageExtras = _NO_EXTRAS) -> str:
     """Return the page as a text."""
-    shapes = params or {}
+    shapes = extras.params
     sections = (
-        _head(plan, cluster, shapes),
+        _head(plan, cluster, extras),
         _machine(plan, cluster),
-        _stages(plan, timeline, cluster),
+        _stages(plan, extras.parts, cluster),
         section("A step in time", "", timeline_svg(timeline, alone=False)),
+        *answers_page.sections(extras.answers),
         _tensors(plan, shapes),
         _runners_up(plan),
     )
@@ -51,7 +72,7 @@ def page(plan: Plan, timeline: Timeline, cluster: Cluster, params: Shapes | None
     )
 
 
-def _head(plan: Plan, cluster: Cluster, params: Shapes) -> str:
+def _head(plan: Plan, cluster: Cluster, extras: PageExtras) -> str:
     batch = (
         f"{count(plan.global_batch, 'sample')} a step, number of microbatches: "
         f"{plan.num_microbatches}, of {count(plan.microbatch_size, 'sample')} each; "
@@ -68,8 +89,9 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> str:
         else ""
     )
     return (
-        f"<h1>{escape(headline(plan, cluster, params))}</h1><p>{escape(batch)}</p>"
-        f"{html_page.tiles(_promises(plan, cluster))}{nominal}\n"
+        f"<h1>{escape(headline(plan, cluster, extras.params))}</h1><p>{escape(batch)}</p>"
+        f"{html_page.tiles(_promises(plan, cluster))}{nominal}"
+        f"{answers_page.budget_note(extras.answers.budget)}\n"
     )
 
 
@@ -99,35 +121,24 @@ def _machine(plan: Plan, cluster: Cluster) -> str:
     return section("Who does what", lead, cluster_svg(plan, cluster))
 
 
-def _stages(plan: Plan, timeline: Timeline, cluster: Cluster) -> str:
-    axes = " x ".join(name for name, _ in plan.stages[0].mesh)
+def _stages(plan: Plan, parts: Sequence[StepParts], cluster: Cluster) -> str:
     heads = ["stage", *stage_cells(plan.stages[0])]
-    heads[heads.index("mesh")] = axes
+    heads[heads.index("mesh")] = " x ".join(AXIS_NAMES)
     predicted = plan.predicted
-    if timeline.events:
-        heads.append(f"time of a step, {seconds(timeline.step_s)}")
+    if parts:
+        heads.append(f"time of a step, {seconds(parts[0].step_s)}")
     if predicted is not None:
         heads += ["forward", "backward", f"memory of {size(cluster.device.memory_bytes)}"]
-    shares = shares_of_step(timeline) if timeline.events else ()
     rows = []
     for index, stage in enumerate(plan.stages):
         cells = [number(str(index)), *(cell(value) for value in stage_cells(stage).values())]
-        if shares:
-            cells.append(f"<td>{time_bar(shares[plan.submesh_of[index]])}</td>")
+        if parts:
+            own = parts[plan.submesh_of[index]]
+            cells.append(f"<td>{time_bar(own, own.step_s)}</td>")
         if predicted is not None:
             cells += _promised_cells(predicted, index, cluster.device.memory_bytes)
         rows.append("".join(cells))
-    keys = (
-        ("forward", "forward"), ("backward", "backward"), ("weight", "weight gradients"),
-        ("synchronize", "synchronize gradients"), ("update", "update"),
-        ("wait", "waits for a transfer"), ("idle", "otherwise idle"),
-    )  # fmt: skip
-    legend = "".join(
-        f'<i class="key" style="background:var(--{css})"></i>{name}'
-        for css, name in keys
-        if css != "weight" or any(share["weight"] for share in shares)
-    )
-    legend = f'<p class="legend">{legend}</p>' if shares else ""
+    legend = bar_legend(parts) if parts else ""
     lead = "Layers: the first and the last of a stage. Forward, backward: of a microbatch."
     if plan.virtual_stages > 1:
         lead += (

@@ -18,7 +18,8 @@ from launcher.autopar.crowded import Crowd, simulate_crowded
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.launch_arrays import launch_arrays
 from launcher.autopar.launches import submesh_launches
-from launcher.autopar.messages import messages_of, price_messages
+from launcher.autopar.messages import price_messages
+from launcher.autopar.open_stages import fill_in
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.predicted_buffers import predicted_buffers
@@ -48,6 +49,7 @@ def predict(
 ) -> Prediction:
     """Price a plan on a cluster, also one that was made by hand or for another cluster."""
     footprint = OptimizerFootprint(optimizer or optax.adamw(1e-3))
+    plan = fill_in(plan, model, cluster, footprint)
     return foresee(realize(plan, model, cluster, optimizer=footprint), cluster).prediction
 
 
@@ -110,7 +112,7 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
 def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
-    across = price_messages(messages_of(realized), realized, cluster)
+    across = price_messages(realized.messages, realized.stages, cluster)
     avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
     arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
     each_s = cluster.device.array_launch_s
@@ -159,7 +161,7 @@ def _communicated_bytes(realized: RealizedPlan) -> float:
             plan.num_microbatches * (sent.forward_s + sent.backward_s) + sent.seconds.synchronize
         )
         total += per_device * len(stage.stage.hosts) * len(stage.stage.devices)
-    return total + messages_of(realized).bytes_per_step(plan.num_microbatches)
+    return total + realized.messages.bytes_per_step(plan.num_microbatches)
 
 
 def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:

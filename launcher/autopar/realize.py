@@ -20,28 +20,19 @@ from launcher.autopar.graph import Value
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
+from launcher.autopar.messages import Edge, Messages, exchanged, plan_messages
 from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.picks import pins_of_stage
 from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.program import Program, Wiring
+from launcher.autopar.realized_stage import RealizedStage
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.schedules import schedule_by_name
-from launcher.autopar.stage_layout import StageLayout, training_layout
+from launcher.autopar.stage_layout import training_layout
 from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import trace_model
 from launcher.errors import ConfigError, PlanError
 from launcher.models.model import Model
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RealizedStage:
-    """One stage, ready to be compiled."""
-
-    stage: Stage
-    settings: StageSettings
-    sharding: StageSharding
-    layout: StageLayout
-    emitter: StageEmitter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +41,7 @@ class RealizedPlan:
 
     `owner` says which stage updates a parameter; `users` are the others that read it, and of them
     `contributors` have gradients for it. `sent` lists the values that one stage sends to another,
-    `returned` those whose gradients come back.
+    `returned` those whose gradients come back; `messages` says how they go.
     """
 
     plan: Plan
@@ -59,8 +50,9 @@ class RealizedPlan:
     owner: Mapping[str, int]
     users: Mapping[str, tuple[int, ...]]
     contributors: Mapping[str, tuple[int, ...]]
-    sent: Mapping[tuple[int, int], tuple[Value, ...]]
-    returned: Mapping[tuple[int, int], tuple[Value, ...]]
+    sent: Mapping[Edge, tuple[Value, ...]]
+    returned: Mapping[Edge, tuple[Value, ...]]
+    messages: Messages
     wiring: Wiring
     program: Program
 
@@ -102,13 +94,17 @@ def realize(
         planner: the one that made the plan, if it is at hand: it has done half of the work.
         optimizer: decides what updates cost, and what state they keep.
     """
-    planner = planner or IntraOpPlanner(_layers_of(plan, model))
+    planner = planner or IntraOpPlanner(layers_of(plan, model))
     stages = tuple(
         _realize_stage(stage, plan, planner, cluster, optimizer) for stage in plan.stages
     )
     _check_state(stages)
     owner, users, contributors = _owners(planner, stages)
-    sent, returned = _messages(stages)
+    sent, returned = exchanged(stages)
+    messages = plan_messages(
+        stages, planner.model.traced, sent=sent, returned=returned, owner=owner, users=users,
+        contributors=contributors,
+    )  # fmt: skip
     tied = sorted({(owner[path], user) for path, others in users.items() for user in others})
     wiring = Wiring(
         edges=tuple(sorted(sent)),
@@ -122,11 +118,11 @@ def realize(
     program = add_communication(lists, wiring)
     checker.check(program, wiring)
     return RealizedPlan(
-        plan, planner, stages, owner, users, contributors, sent, returned, wiring, program
+        plan, planner, stages, owner, users, contributors, sent, returned, messages, wiring, program
     )
 
 
-def _layers_of(plan: Plan, model: Model) -> LayeredModel:
+def layers_of(plan: Plan, model: Model) -> LayeredModel:
     """The model in as many layers as the plan's stages cover."""
     covered = plan.stages[-1].layers[1]
     layered = layered_model(model, plan.microbatch_size)
@@ -140,22 +136,30 @@ def _realize_stage(
     stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
     optimizer: OptimizerFootprint,
 ) -> RealizedStage:  # fmt: skip
+    first, last = stage.layers
+    sharding = solve_stage(stage, plan.num_microbatches, planner, cluster, optimizer)
+    described = training_layout(planner, sharding, first, last, stage.recompute)
+    emitter = StageEmitter(planner, sharding, described)
+    return RealizedStage(stage, sharding.settings, sharding, described, emitter)
+
+
+def solve_stage(
+    stage: Stage, num_microbatches: int, planner: IntraOpPlanner, cluster: Cluster,
+    optimizer: OptimizerFootprint,
+) -> StageSharding:  # fmt: skip
+    """Shard the ops of a stage, those that it leaves open."""
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
         compute=ComputeModel(cluster.device, _at_once(plan, stage, cluster)),
         restrictions=restrictions(mesh),
-        num_microbatches=plan.num_microbatches,
+        num_microbatches=num_microbatches,
         zero=stage.zero,
         recompute=stage.recompute != "none",
         optimizer=optimizer,
     )
-    first, last = stage.layers
     settings, pins = _pins(planner, stage, settings)
-    sharding = planner.solve(first, last, settings, pins=pins)
-    described = training_layout(planner, sharding, first, last, stage.recompute)
-    emitter = StageEmitter(planner, sharding, described)
-    return RealizedStage(stage, settings, sharding, described, emitter)
+    return planner.solve(*stage.layers, settings, pins=pins)
 
 
 def _at_once(plan: Plan, stage: Stage, cluster: Cluster) -> int:
@@ -208,18 +212,3 @@ def _owners(planner: IntraOpPlanner, stages: tuple[RealizedStage, ...]):
         for path, found in users.items()
     }
     return owner, users, contributors
-
-
-def _messages(stages: tuple[RealizedStage, ...]):
-    producer = {value: i for i, stage in enumerate(stages) for value in stage.layout.exports}
-    sent: dict[tuple[int, int], list[Value]] = defaultdict(list)
-    returned: dict[tuple[int, int], list[Value]] = defaultdict(list)
-    for index, stage in enumerate(stages):
-        for value in stage.layout.imports:
-            sent[producer[value], index].append(value)
-            if value in stage.layout.returns:
-                returned[producer[value], index].append(value)
-    return (
-        {edge: tuple(values) for edge, values in sent.items()},
-        {edge: tuple(values) for edge, values in returned.items()},
-    )

@@ -1,18 +1,21 @@
-"""Around the DP: the number of microbatches, the parallel mode, and the choice among the best candidates.
+"""Around the DP: the number of microbatches, the schedule, and the choice among the best candidates.
 
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
-submesh (`stage_costs`) and cut into stages (`inter_op`). Microbatch sizes are tried from the smallest upwards
-by factors of four, and then next to the best. A forced choice (parallel.tp=4) leaves a set of one; the
-manual, data, ZeRO and single modes are searches in which everything but the strategies is forced (`space`).
+submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
+Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
+as that gets better, with the strategies that were found at the first; those of the best plans are then solved
+for their own number. A forced choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single
+modes are searches in which everything but the strategies is forced (`space`).
 
-Left out: schedules other than the one asked for, which the simulator judges in a later version.
+A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
+what the optimality gap is stated against: of the numbers of microbatches that were tried.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from launcher.autopar.advice import (
@@ -22,16 +25,17 @@ from launcher.autopar.advice import (
     check_groups,
     memory_cures,
 )
-from launcher.autopar.arrangement import Arrangement, Arranger
+from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import SearchResult
 from launcher.autopar.intra_op import IntraOpPlanner
+from launcher.autopar.layers import LayeredModel
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.realize import layered_model
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
-from launcher.autopar.stage_costs import StageCosts
-from launcher.autopar.work import aval_bytes
+from launcher.autopar.stage_costs import Choices, Known, StageCosts
+from launcher.autopar.trace import Role
+from launcher.autopar.work import aval_bytes, op_flops
 from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 
@@ -39,37 +43,49 @@ log = logging.getLogger(__name__)
 
 _MOST_CUTS = 24
 _STEP_FACTOR = 4
+_ROOMY = 0.25  # of a device's memory
+_LIGHT = 0.5  # of a mean piece: less work is no stage's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidate:
-    """One planned arrangement, before the simulator has judged it."""
+    """One planned arrangement, before it is written down."""
 
     num_microbatches: int
+    schedule: str
+    virtual_stages: int
     planner: IntraOpPlanner
     arrangement: Arrangement
     largest_gap_fraction: float
 
     @property
-    def result(self) -> SearchResult:
-        return self.arrangement.result
+    def step_s(self) -> float:
+        """Of the simulator, simplified (`judge`)."""
+        return self.arrangement.step_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Search:
-    """All candidates, best first, and what finding them took."""
+    """All candidates, best first, and what finding them took.
+
+    Attributes:
+        bound_s: No plan of the space takes less, at the numbers of microbatches that were tried.
+        tried: These numbers.
+    """
 
     candidates: tuple[Candidate, ...]
     space: Space
     wall_s: float
     ilp_solved: int
     priced: int
+    bound_s: float
+    tried: tuple[int, ...]
 
 
 def search(
     model: Model, cluster: Cluster, options: PlanOptions, progress: Callable[[str], None]
 ) -> Search:
-    """Find the best arrangement for each number of microbatches worth trying."""
+    """Find the best arrangement for each schedule and each number of microbatches worth trying."""
     start = time.perf_counter()
     check_degrees(options, cluster)
     check_groups(options)
@@ -80,89 +96,180 @@ def search(
     forced = options.num_microbatches
     attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
     if attempts.found and forced is None:
-        best = min(attempts.found.values(), key=lambda c: c.result.total_s).num_microbatches
-        for neighbour in (best * 2, best // 2):
-            if neighbour in counts:
-                attempts.total_s(neighbour)
+        attempts.climb(counts)
+        attempts.settle()
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
-    candidates = sorted(attempts.found.values(), key=lambda candidate: candidate.result.total_s)
+    tried = attempts.found.values()
+    candidates = sorted((c for t in tried for c in t.candidates), key=lambda c: c.step_s)
     return Search(
         candidates=tuple(candidates),
         space=space,
         wall_s=time.perf_counter() - start,
-        ilp_solved=sum(candidate.planner.num_solved for candidate in candidates),
-        priced=sum(candidate.result.num_candidates for candidate in candidates),
+        ilp_solved=sum(attempt.planner.num_solved for attempt in tried),
+        priced=sum(attempt.num_candidates for attempt in tried),
+        bound_s=min(attempt.bound_s for attempt in tried),
+        tried=tuple(sorted((*attempts.found, *attempts.failures))),
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tried:
+    """What a number of microbatches led to."""
+
+    planner: IntraOpPlanner
+    candidates: tuple[Candidate, ...]
+    bound_s: float
+    num_candidates: int
+
+    @property
+    def step_s(self) -> float:
+        return min((candidate.step_s for candidate in self.candidates), default=math.inf)
+
+
 class _Attempts:
-    """What has been tried: the best arrangement by number of microbatches, or why there is none."""
+    """What has been tried, by number of microbatches, and why nothing fits at some of them."""
 
     def __init__(
         self, model: Model, cluster: Cluster, options: PlanOptions, space: Space, progress
     ):
-        self._plan = partial(_candidate, model, cluster, options, space)
+        self._try = partial(_try, model, cluster, options, space)
         self._progress = progress
-        self.found: dict[int, Candidate] = {}
+        self.found: dict[int, _Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
+        self._known: Known = {}
 
-    def total_s(self, num_microbatches: int) -> float:
+    def best(self) -> tuple[float, int]:
+        """The least step time, and the number of microbatches that has it."""
+        return min(((tried.step_s, m) for m, tried in self.found.items()), default=(math.inf, 0))
+
+    def step_s(self, num_microbatches: int) -> float:
         """The step time of the best arrangement; infinite where none fits."""
-        tried = (*self.found, *self.failures)
-        if num_microbatches not in tried:
+        if num_microbatches not in (*self.found, *self.failures):
             self._progress(f"{num_microbatches} microbatches")
             try:
-                self.found[num_microbatches] = self._plan(num_microbatches)
+                self.found[num_microbatches] = self._try(
+                    num_microbatches, self.best()[0], self._known
+                )
             except InfeasiblePlanError as error:
                 self.failures[num_microbatches] = error
         known = self.found.get(num_microbatches)
-        return known.result.total_s if known else math.inf
+        return known.step_s if known else math.inf
 
     def walk(self, counts: Iterable[int]) -> None:
         """Try falling counts until the best is behind.
 
         Larger microbatches need more memory: once one does not fit, none after it will.
         """
-        best_s = math.inf
         for num_microbatches in counts:
-            total_s = self.total_s(num_microbatches)
-            if self.found and total_s > best_s:
+            best_s = self.best()[0]
+            if self.step_s(num_microbatches) > best_s:
                 return
-            best_s = min(best_s, total_s)
+
+    def climb(self, counts: Sequence[int]) -> None:
+        """Try the counts next to the best, until both are worse."""
+        at = None
+        while at != self.best()[1]:
+            at = self.best()[1]
+            place = counts.index(at)
+            for neighbour in counts[max(place - 1, 0) : place + 2]:
+                self.step_s(neighbour)
+
+    def settle(self) -> None:
+        """Solve anew what the best number of microbatches took over from others."""
+        best_s, num_microbatches = self.best()
+        self._progress(f"{num_microbatches} microbatches")
+        used = {
+            (choice.option.tag.mesh, choice.option.tag.weight)
+            for candidate in self.found[num_microbatches].candidates
+            for choice in candidate.arrangement.stages
+        }
+        others = {key: picks for key, picks in self._known.items() if key not in used}
+        again = self._try(num_microbatches, math.inf, others)
+        if again.step_s <= best_s:
+            self.found[num_microbatches] = again
 
 
-def _candidate(
+def _try(
     model: Model, cluster: Cluster, options: PlanOptions, space: Space, num_microbatches: int,
-) -> Candidate:  # fmt: skip
+    worth_s: float, known: Known,
+) -> _Tried:  # fmt: skip
+    """Search all schedules for what takes less than `worth_s`."""
     microbatch_size = options.global_batch // num_microbatches
-    layered = layered_model(model, microbatch_size)
-    check_experts(options, cluster, layered)
-    if space.num_stages is not None and space.num_stages > len(layered.layers):
-        many = (options.virtual_stages or 1) > 1
-        key = "parallel.pp x parallel.virtual_stages" if many else "parallel.pp"
-        layered = layered_model(model, microbatch_size, space.num_stages, key=key)
+    layered = _layers(model, cluster, options, space, microbatch_size)
     planner = IntraOpPlanner(layered)
-    cuts = _cuts(len(layered.layers), space.num_stages)
+    optimizer = OptimizerFootprint(options.optimizer)
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
-        choices=space.choices, optimizer=OptimizerFootprint(options.optimizer),
-        microbatch_size=microbatch_size,
+        choices=_worthwhile(space.choices, layered, optimizer, cluster), optimizer=optimizer,
+        microbatch_size=microbatch_size, known=known,
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
-    arranger = Arranger(
-        cluster=cluster,
-        space=space,
-        schedule=schedule_by_name(space.schedule, space.virtual_stages),
-        num_microbatches=num_microbatches,
-        options=costs.options,
-        cuts=cuts,
-        transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
-        cures=memory_cures(options, cluster),
+    found: list[Arranged] = []
+    candidates: list[Candidate] = []
+    failures: list[InfeasiblePlanError] = []
+    for name, v in space.schedules:
+        arranger = Arranger(
+            cluster=cluster,
+            space=space,
+            schedule=schedule_by_name(name, v),
+            num_microbatches=num_microbatches,
+            options=costs.options,
+            cuts=stage_cuts(layered, (space.num_submeshes or 0) * v),
+            transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
+            cures=memory_cures(options, cluster),
+            worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),
+        )
+        try:
+            found.append(arranger.find())
+        except InfeasiblePlanError as error:
+            failures.append(error)
+            continue
+        best = found[-1].best
+        if best is not None:
+            gap = costs.largest_gap_fraction
+            candidates.append(Candidate(num_microbatches, name, v, planner, best, gap))
+    if not found:
+        raise failures[0]
+    return _Tried(
+        planner=planner,
+        candidates=tuple(candidates),
+        bound_s=min(arranged.bound_s for arranged in found),
+        num_candidates=sum(arranged.num_candidates for arranged in found),
     )
-    arrangement = arranger.best()
-    return Candidate(num_microbatches, planner, arrangement, costs.largest_gap_fraction)
+
+
+def _worthwhile(
+    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, cluster: Cluster
+) -> Choices:
+    """Without what only saves memory, where one device could hold the state of the whole model.
+
+    ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
+    """
+    inputs, avals = model.traced.inputs, model.traced.graph.avals
+    params = [avals[value] for value, source in inputs.items() if source.role is Role.PARAM]
+    kept = [optimizer.kept(aval) for aval in params]
+    state_bytes = sum(state.alike_bytes + state.whole_bytes for state in kept)
+    state_bytes += 2 * sum(map(aval_bytes, params))  # weights and accumulators
+    if state_bytes > _ROOMY * cluster.device.usable_bytes:
+        return choices
+    zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
+    return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])
+
+
+def _layers(
+    model: Model, cluster: Cluster, options: PlanOptions, space: Space, microbatch_size: int
+) -> LayeredModel:
+    """The model in its natural layers, or in more where so many stages are asked for."""
+    layered = layered_model(model, microbatch_size)
+    check_experts(options, cluster, layered)
+    least = (space.num_submeshes or 0) * min(v for _, v in space.schedules)
+    if least <= len(layered.layers):
+        return layered
+    many = (options.virtual_stages or 1) > 1
+    key = "parallel.pp x parallel.virtual_stages" if many else "parallel.pp"
+    return layered_model(model, microbatch_size, least, key=key)
 
 
 def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
@@ -174,10 +281,38 @@ def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
         size *= _STEP_FACTOR
 
 
-def _cuts(num_layers: int, num_stages: int | None) -> tuple[int, ...]:
-    """Where stages may begin; at most some two dozen places, evenly spread."""
-    pieces = min(num_layers, max(_MOST_CUTS, num_stages or 0))
-    return tuple(round(i * num_layers / pieces) for i in range(pieces + 1))
+def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
+    """Where stages may begin: before every layer, or, where that is too often, every few equal ones.
+
+    A layer with little work goes with the ones beside it.
+
+    Args:
+        num_stages: so many stages there must be room for.
+    """
+    count, most = len(model.layers), max(_MOST_CUTS, num_stages)
+    if count <= most:
+        return tuple(range(count + 1))
+    for group in range(2, count):
+        cuts = _grouped(model, group)
+        if len(cuts) - 1 <= most:
+            enough = len(cuts) - 1 >= num_stages
+            return cuts if enough else tuple(round(i * count / most) for i in range(most + 1))
+    return 0, count
+
+
+def _grouped(model: LayeredModel, group: int) -> tuple[int, ...]:
+    """Cuts before every so many equal layers, counted from the first of them."""
+    classes = [layer.cls for layer in model.layers]
+    work = [sum(op_flops(op) for op in cls.joint.ops) for cls in classes]
+    least = _LIGHT * sum(work) / len(work) * group
+    cuts, run = [0], 0
+    for index in range(1, len(classes)):
+        run = run if classes[index] is classes[index - 1] else index
+        if (index - run) % group == 0 and sum(work[cuts[-1] : index]) >= least:
+            cuts.append(index)
+    if len(cuts) > 1 and sum(work[cuts[-1] :]) < least:
+        cuts.pop()
+    return (*cuts, len(classes))
 
 
 def _crossing_bytes(planner: IntraOpPlanner) -> dict[int, float]:

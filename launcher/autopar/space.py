@@ -19,6 +19,8 @@ from launcher.autopar.restrictions import Experts
 from launcher.autopar.schedules import LEAST_VIRTUAL_STAGES
 from launcher.autopar.stage_costs import Choices
 
+_VIRTUAL_STAGES = (2, 3, 4)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
@@ -48,16 +50,25 @@ class Space:
     """What the search may combine, worked out from the options and the cluster.
 
     Attributes:
-        num_stages: All of them, however many lie on a submesh; None leaves their number open.
-        virtual_stages: How many stages a submesh holds.
+        num_submeshes: That the stages lie on; None leaves their number open.
+        schedules: Names, and how many stages a submesh holds.
     """
 
     submeshes: tuple[tuple[int, int], ...]
     num_devices: int
-    num_stages: int | None
+    num_submeshes: int | None
     choices: Choices
-    schedule: str
-    virtual_stages: int = 1
+    schedules: tuple[tuple[str, int], ...]
+
+    def describe(self) -> str:
+        """What a plan of the space may be, in words."""
+        shapes = [hosts * devices for hosts, devices in self.submeshes]
+        names = [name if v == 1 else f"{name} x {v}" for name, v in self.schedules]
+        return (
+            f"schedules {', '.join(names)}; submeshes of {', '.join(map(str, sorted(set(shapes))))} "
+            f"devices; recomputation {', '.join(self.choices.recompute)}; ZeRO "
+            f"{', '.join(map(str, self.choices.zero))}; strategies of the sharding problems"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +84,10 @@ class StageView:
 def make_space(options: PlanOptions, cluster: Cluster) -> Space:
     """Turn options whose degrees fit the cluster into sets of choices."""
     searches = options.mode == "auto"
-    zero = {"auto": (0, 2), "zero": (2,)}.get(options.mode, (0,))
-    recompute = ("none", "layer") if searches else ("none",)
+    zero = {"auto": (0, 2, 3), "zero": (2,)}.get(options.mode, (0,))
+    recompute = ("none", "layer", "full") if searches else ("none",)
     data, tensor, pp = forced_degrees(options, cluster)
     views = stage_views(options, cluster)
-    v = virtual_stages(options)
     choices = Choices(
         zero=zero if options.zero is None else (options.zero,),
         recompute=recompute if options.recompute is None else (options.recompute,),
@@ -88,11 +98,18 @@ def make_space(options: PlanOptions, cluster: Cluster) -> Space:
     return Space(
         submeshes=tuple(dict.fromkeys((view.hosts, view.devices) for view in views)),
         num_devices=num_devices(options, cluster),
-        num_stages=None if pp is None else pp * v,
+        num_submeshes=pp,
         choices=choices,
-        schedule=options.schedule or "1f1b",
-        virtual_stages=v,
+        schedules=schedules(options),
     )
+
+
+def schedules(options: PlanOptions) -> tuple[tuple[str, int], ...]:
+    """The schedules that a plan may have, by name and stages on a submesh."""
+    if options.mode != "auto" or options.schedule or options.virtual_stages:
+        return ((options.schedule or "1f1b", virtual_stages(options)),)
+    interleaved = (("interleaved", v) for v in _VIRTUAL_STAGES)
+    return ("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), *interleaved
 
 
 def virtual_stages(options: PlanOptions) -> int:

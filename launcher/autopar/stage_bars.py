@@ -1,46 +1,61 @@
 """Bars of one submesh: where its time in a step goes, and how near its memory comes to the limit."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from launcher.autopar import svg
-from launcher.autopar.timeline import Timeline
-from launcher.autopar.timeline_picture import COMPUTE
+from launcher.autopar.step_parts import StepParts
 from launcher.autopar.wording import percent, size
 
 _TIME_WIDTH, _MEMORY_WIDTH, _HEIGHT = 300, 120, 16  # px
+_LEAST_SHARE = 1e-4  # of a step, that a bar of this width can show
+
+# Part of a step -> (its colour, what a legend says).
+PART_KEYS = {
+    "computation": ("compute", "computation"),
+    "recomputation": ("again", "recomputation"),
+    "communication": ("communicate", "communication"),
+    "synchronization": ("synchronize", "synchronization of gradients"),
+    "update": ("update", "update"),
+    "transfers": ("wait", "waits for a transfer"),
+    "bubble": ("idle", "bubble"),
+}
 
 
-def shares_of_step(timeline: Timeline) -> tuple[dict[str, float], ...]:
-    """Return, per submesh, what shares of the step go to each kind of work, to waiting, to idling."""
-    busy_s: Counter[tuple[int, str]] = Counter()
-    for event in timeline.events:
-        if event.kind in COMPUTE:
-            busy_s[event.submesh, event.kind] += event.end_s - event.start_s
-    shares = []
-    for submesh, exposed_s in enumerate(timeline.exposed_s):
-        parts = {str(kind): busy_s[submesh, kind] / timeline.step_s for kind in COMPUTE}
-        left = max(0.0, 1.0 - sum(parts.values()))
-        parts["wait"] = min(left, exposed_s / timeline.step_s)
-        shares.append(parts | {"idle": left - parts["wait"]})
-    return tuple(shares)
-
-
-def time_bar(shares: Mapping[str, float]) -> str:
-    """Draw the shares of a step side by side."""
-    parts, x = [], 0.0
-    for css, share in shares.items():
-        width = share * _TIME_WIDTH
-        if width < 0.05:
+def time_bar(parts: StepParts, longest_s: float) -> str:
+    """Draw the parts of a step side by side; a step of `longest_s` has the whole width."""
+    drawn, x = [], 0.0
+    shares = {name: part_s / parts.step_s for name, part_s in parts.named().items()}
+    for name, share in shares.items():
+        width = share * parts.step_s / longest_s * _TIME_WIDTH
+        if share <= _LEAST_SHARE:
             continue
-        parts.append(svg.rectangle(x, 0, width, _HEIGHT, css, title=f"{css}: {percent(share)}"))
+        css = PART_KEYS[name][0]
+        title = f"{name}: {percent(share)}"
+        drawn.append(svg.rectangle(x, 0, width, _HEIGHT, css, title=title))
         if width >= 34:
-            ink = "on" if css in COMPUTE else "small"
-            name = f"{100 * share:.0f} %"
-            parts.append(svg.text(x + width / 2, 11.5, name, ink, anchor="middle"))
+            ink = "small" if css in ("wait", "idle", "again") else "on"
+            drawn.append(
+                svg.text(x + width / 2, 11.5, f"{100 * share:.0f} %", ink, anchor="middle")
+            )
         x += width
-    label = ", ".join(f"{css} {percent(share)}" for css, share in shares.items())
-    return svg.picture(_TIME_WIDTH, _HEIGHT, "".join(parts), label=label)
+    label = ", ".join(f"{name} {percent(share)}" for name, share in shares.items())
+    return svg.picture(_TIME_WIDTH, _HEIGHT, "".join(drawn), label=label)
+
+
+def bar_legend(bars: Sequence[StepParts]) -> str:
+    """Explain the colours of the parts that some bar has."""
+    shown = {
+        name
+        for parts in bars
+        for name, part_s in parts.named().items()
+        if part_s > _LEAST_SHARE * parts.step_s
+    }
+    keys = "".join(
+        f'<i class="key" style="background:var(--{css})"></i>{text}'
+        for name, (css, text) in PART_KEYS.items()
+        if name in shown
+    )
+    return f'<p class="legend">{keys}</p>'
 
 
 def memory_bar(peak_bytes: float, limit_bytes: float) -> str:

@@ -2,25 +2,39 @@
 
 For each logical view of the submesh the intra-operator problem is solved; ZeRO stages and recomputation are
 then priced on top of its solution. For given strategies the cost of a range is linear in how often each
-class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges.
+class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges. Of the
+options of a range those are kept that no other one beats in time and memory alike.
 
-Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO-1 and -2, and for
-recomputation.
+A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
+where they are priced anew and not solved, until the best number is known.
+
+Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO, and for
+recomputation. ZeRO-1 is not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
 
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
-from launcher.autopar.inter_op import StageOption
-from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
-from launcher.autopar.memory import class_memories, stage_memory, unread_memory
+from launcher.autopar.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
+from launcher.autopar.memory import (
+    ClassMemory,
+    ParamMemory,
+    class_memories,
+    stage_memory,
+    unread_memory,
+)
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import OptimizerFootprint
+from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import StageSettings
+from launcher.autopar.stage_table import StageOption
+from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
 from launcher.autopar.work import aval_bytes
 
@@ -29,8 +43,8 @@ from launcher.autopar.work import aval_bytes
 class Choices:
     """What the search may choose from; a forced choice is a set of one."""
 
-    zero: tuple[int, ...] = (0, 2)
-    recompute: tuple[str, ...] = ("none", "layer")
+    zero: tuple[int, ...] = (0, 2, 3)
+    recompute: tuple[str, ...] = ("none", "layer", "full")
     tensor: int | None = None  # forced degree of the tensor axis
     data: int | None = None
     experts: Experts = Experts.FREE
@@ -39,10 +53,29 @@ class Choices:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Solved:
+    """The whole model on a mesh: what its strategies cost by group, and a layer of each class in memory."""
+
+    sharding: StageSharding
+    seconds: np.ndarray  # (groups, fields of `Seconds`)
+    memories: Mapping[str, ClassMemory]
+    unread: Sequence[ParamMemory]
+
+
+Known = dict[tuple[LogicalMesh, float], Picks]
+"""Strategies of the whole model, by the mesh and the price on memory that they were solved for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StagePick:
-    """What a stage option stands for."""
+    """What a stage option stands for.
+
+    Attributes:
+        weight: Of the price on memory, as in `Choices`.
+    """
 
     mesh: LogicalMesh
+    weight: float
     zero: int
     recompute: str
     sharding: StageSharding
@@ -53,12 +86,13 @@ class StageCosts:
 
     Args:
         optimizer: decides how much state a parameter has, and what updating it takes.
+        known: strategies to price instead of solving; those that are solved are added.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
-        microbatch_size: int,
+        microbatch_size: int, known: Known | None = None,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
@@ -66,9 +100,13 @@ class StageCosts:
         self.compute = ComputeModel(cluster.device)
         self._ideal_s = self._ideal_microbatch_s()
         self._whole = (0, len(planner.model.layers))
-        self._priced: dict[tuple, tuple] = {}
+        self._priced: dict[tuple, _Solved] = {}
         self._strategies: dict[tuple, StageSharding] = {}
+        self._known = {} if known is None else known
         self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
+        self._wiring = planner.wiring(*self._whole)
+        self._groups = tuple(self._wiring.counts)
+        self._counted: dict[tuple[int, int], np.ndarray] = {}
         self.largest_gap_fraction = 0.0
 
     def _ideal_microbatch_s(self) -> float:
@@ -77,10 +115,10 @@ class StageCosts:
         return sum(self.compute.op_s(op) for op in ops) / self.cluster.num_devices
 
     def options(self, first: int, last: int, submesh: int) -> tuple[StageOption, ...]:
-        """All priced ways to run layers [first, last) on a submesh shape."""
+        """The ways to run layers [first, last) on a submesh shape that are not worse than others."""
         key = (first, last, submesh)
         if key not in self._options:
-            self._options[key] = tuple(self._price(first, last, submesh))
+            self._options[key] = _undominated(list(self._price(first, last, submesh)))
         return self._options[key]
 
     def _meshes(self, submesh: int) -> Iterable[LogicalMesh]:
@@ -98,32 +136,44 @@ class StageCosts:
             for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
                 if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
                     continue  # nothing to shard over
-                yield from self._price_mesh(first, last, self._settings(mesh, zero, weight))
+                yield from self._price_mesh(first, last, mesh, zero, weight)
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
         """Memory prices worth trying; without a tensor axis there is nothing to choose."""
         return self.choices.memory_weights if mesh.shape[1] > 1 else self.choices.memory_weights[:1]
 
-    def _price_mesh(self, first: int, last: int, settings: StageSettings):
-        wiring = self.planner.wiring(first, last)
-        counts = wiring.counts
-        whole, memories, unread = self._solved(settings)
-        if not wiring.unread:
-            unread = []
+    def _price_mesh(
+        self, first: int, last: int, mesh: LogicalMesh, zero: int, weight: float
+    ) -> Iterable[StageOption]:
+        wiring, settings = self.planner.wiring(first, last), self._settings(mesh, zero, weight)
+        solved = self._solved(mesh, zero, weight)
+        seconds = Seconds(*(self._counts(first, last) @ solved.seconds).tolist())
+        sharding = replace(solved.sharding, seconds=seconds)
         borrowed_s = self._borrowed_s(wiring)
-        sharding = whole.for_counts(counts, settings)
         for recompute in self.choices.recompute:
             again = replace(settings, recompute=recompute != "none")
             priced = replace(sharding, settings=again)
-            memory = stage_memory(memories, wiring, recompute, unread)
+            memory = stage_memory(
+                solved.memories, wiring, recompute, solved.unread if wiring.unread else ()
+            )
             floor = max(memory.workspace_bytes, memory.gradient_bytes - memory.stash_bytes)
             yield StageOption(
-                seconds=priced.forward_s + priced.backward_s,
+                forward_s=priced.forward_s,
+                backward_s=priced.backward_s,
+                weight_s=priced.backward_weight_s,
                 once_s=priced.once_s + borrowed_s,
                 fixed_bytes=memory.state_bytes + floor,
                 stash_bytes=memory.stash_bytes,
-                tag=StagePick(settings.mesh, settings.zero, recompute, priced),
+                tag=StagePick(mesh, weight, zero, recompute, priced),
             )
+
+    def _counts(self, first: int, last: int) -> np.ndarray:
+        """How often each group of costs occurs in a range."""
+        if (first, last) not in self._counted:
+            counts = self.planner.wiring(first, last).counts
+            row = [counts.get(group, 0) for group in self._groups]
+            self._counted[first, last] = np.array(row, float)
+        return self._counted[first, last]
 
     def _borrowed_s(self, wiring: StageWiring) -> float:
         """Once a step, gradients go to the stage that updates a parameter, and it comes back."""
@@ -144,23 +194,64 @@ class StageCosts:
             memory_s_per_byte=weight * self._ideal_s / self.cluster.device.usable_bytes,
         )
 
-    def _solved(self, settings: StageSettings):
-        """The whole model on a mesh: its strategies, and the memory of a layer of each class and of the
-        parameters that no layer reads.
-
-        ZeRO-1 and -2 take the strategies of no ZeRO.
-        """
-        key = (settings.mesh, settings.zero, settings.memory_s_per_byte)
+    def _solved(self, mesh: LogicalMesh, zero: int, weight: float) -> _Solved:
+        """The whole model on a mesh."""
+        key = (mesh, zero, weight)
         if key not in self._priced:
-            plain = replace(settings, zero=3 if settings.zero == 3 else 0)
-            solved_key = (plain.mesh, plain.zero, plain.memory_s_per_byte)
-            if solved_key not in self._strategies:
-                self._strategies[solved_key] = self.planner.solve(*self._whole, plain)
-            solved = self._strategies[solved_key]
-            self.largest_gap_fraction = max(self.largest_gap_fraction, solved.gap_fraction)
-            sharding = self.planner.reprice(*self._whole, settings, solved.picks)
-            wiring = self.planner.wiring(*self._whole)
-            memories = class_memories(self.planner, sharding, wiring)
-            unread = unread_memory(self.planner, settings)
-            self._priced[key] = sharding, memories, unread
+            settings = self._settings(mesh, zero, weight)
+            sharding = self._strategies_for(settings, weight)
+            self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
+            known = sharding.group_seconds
+            self._priced[key] = _Solved(
+                sharding=sharding,
+                seconds=np.array([astuple(known.get(group, Seconds())) for group in self._groups]),
+                memories=class_memories(self.planner, sharding, self._wiring),
+                unread=unread_memory(self.planner, settings),
+            )
         return self._priced[key]
+
+    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
+        """ZeRO takes the strategies without it; 3 keeps the weights in shards, and gathers them."""
+        plain = self._plain(replace(settings, zero=0), weight)
+        if settings.zero < 3:
+            return self.planner.reprice(*self._whole, settings, plain.picks)
+        picks = {key: self._home(key, pick, settings) for key, pick in plain.picks.items()}
+        sharding = self.planner.reprice_if_possible(*self._whole, settings, picks)
+        return sharding or self.planner.solve(*self._whole, settings)
+
+    def _plain(self, settings: StageSettings, weight: float) -> StageSharding:
+        key = (settings.mesh, weight)
+        if key not in self._strategies:
+            known, found = self._known.get(key), None
+            if known is not None:
+                found = self.planner.reprice_if_possible(*self._whole, settings, known)
+            self._strategies[key] = found or self.planner.solve(*self._whole, settings)
+            self._known[key] = self._strategies[key].picks
+        return self._strategies[key]
+
+    def _home(self, key, pick, settings: StageSettings):
+        """Where ZeRO-3 keeps what a node of the stage problem stands for."""
+        kind, name, *place = key
+        if kind != "slot" or self.planner.classes[name].slots[place[0]].role is not Role.PARAM:
+            return pick
+        cls = self.planner.classes[name]
+        shape = cls.joint.avals[cls.joint.inputs[place[0]]].shape
+        return optimizer_spec(pick, shape, settings.mesh, 3)
+
+
+def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:
+    """Those that none of the others beats, or equals and comes before, in everything that counts."""
+    if len(options) < 2:
+        return tuple(options)
+    costs = np.array(
+        [
+            (o.seconds, o.forward_s, o.seconds - o.weight_s, o.seconds - 2 * o.weight_s)
+            + (o.once_s, o.fixed_bytes, o.stash_bytes)
+            for o in options
+        ]
+    )
+    no_worse = (costs[:, None] <= costs[None]).all(axis=2)  # (one, than another)
+    equal = no_worse & no_worse.T
+    before = np.arange(len(options))[:, None] < np.arange(len(options))[None]
+    beaten = (no_worse & (~equal | before)).any(axis=0)
+    return tuple(option for option, worse in zip(options, beaten, strict=True) if not worse)

@@ -8,10 +8,21 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
+from launcher.autopar.budget import Budget, budget_text
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.plan import Plan, Prediction, Stage
+from launcher.autopar.plan import AXIS_NAMES, Plan, Prediction, Stage
 from launcher.autopar.tensor_groups import Shapes, TensorGroup, tensor_groups
-from launcher.autopar.wording import count, digits, large, percent, ranges, seconds, shortened, size
+from launcher.autopar.wording import (
+    aligned,
+    count,
+    digits,
+    large,
+    percent,
+    ranges,
+    seconds,
+    shortened,
+    size,
+)
 
 WIDTH = 100
 _MOST_STAGES, _MOST_TENSORS, _MOST_PLACEMENTS = 24, 8, 3
@@ -20,16 +31,20 @@ _WIDEST = 22  # columns of a tensor's shape or spec
 _RIGHT = frozenset(("stage", "zero", "memory", "forward", "backward", "once"))
 
 
-def summarize(plan: Plan, cluster: Cluster, params: Shapes | None = None) -> str:
+def summarize(
+    plan: Plan, cluster: Cluster, params: Shapes | None = None, budget: Budget | None = None
+) -> str:
     """Write a plan for people.
 
     Args:
         cluster: For the memory's limit and the peak that MFU refers to.
         params: The model's `abstract_params`; without them neither sizes nor shapes are shown.
+        budget: What a number of tokens would take, if that is asked for.
     """
     shapes = params or {}
     lines = [
         *_head(plan, cluster, shapes),
+        *(_wrapped("budget", budget_text(budget)) if budget else ()),
         "",
         *_stages(plan, cluster),
         *_tensors(plan, shapes),
@@ -82,7 +97,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
             "searched",
             f"{plan.search.candidates:,} candidates, {count(plan.search.ilp_solved, 'sharding problem')} in "
             f"{seconds(plan.search.wall_s)}"
-            f"{'' if gap is None else f', optimality gap {percent(gap)}'}",
+            f"{'' if gap is None else f'; no plan of its space is more than {percent(gap)} faster'}",
         )
 
 
@@ -124,10 +139,10 @@ def _wrapped(name: str, text: str) -> list[str]:
 def stage_cells(stage: Stage) -> dict[str, str]:
     """Describe a stage's choices, by the names of the columns."""
     return {
-        "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}",
+        "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}" if stage.layers else "open",
         "hosts": shortened(ranges(stage.hosts), 9),
         "devices": shortened(ranges(stage.devices), 9),
-        "mesh": " x ".join(str(length) for _, length in stage.mesh),
+        "mesh": " x ".join(str(length) for _, length in stage.mesh) or "open",
         "recompute": stage.recompute,
         "zero": str(stage.zero),
     }
@@ -148,7 +163,7 @@ def _stages(plan: Plan, cluster: Cluster) -> Iterator[str]:
     if cut:
         yield f"  ... {len(rows) - _MOST_STAGES} stages more ..."
         yield from body[_MOST_STAGES // 2 :]
-    note = f"layers: first-last; mesh: {' x '.join(name for name, _ in plan.stages[0].mesh)}"
+    note = f"layers: first-last; mesh: {' x '.join(AXIS_NAMES)}"
     if plan.predicted is not None:
         limit = size(cluster.device.memory_bytes)
         note += f"; memory: of {limit}; times: of a microbatch; once: of a step"
@@ -170,15 +185,8 @@ def _stage_promises(predicted: Prediction, index: int) -> dict[str, str]:
 def _table(rows: Sequence[dict[str, str]]) -> list[str]:
     """Align rows of cells under their names."""
     names = list(rows[0])
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    lines = []
-    for row in (dict(zip(names, names, strict=True)), *rows):
-        cells = (
-            row[name].rjust(widths[name]) if name in _RIGHT else row[name].ljust(widths[name])
-            for name in names
-        )
-        lines.append("  ".join(cells))
-    return lines
+    right = [index for index, name in enumerate(names) if name in _RIGHT]
+    return aligned((names, *([row[name] for name in names] for row in rows)), right)
 
 
 def _tensors(plan: Plan, params: Shapes) -> Iterator[str]:

@@ -29,7 +29,7 @@ from launcher.errors import ConfigError
 USER_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 # Keys and options that the interface has and this version has not.
-LATER_KEYS = ("checkpoint", "resume", "resume_weights_only", "replan", "plan")
+LATER_KEYS = ("checkpoint", "resume", "resume_weights_only", "replan")
 LATER_OPTIONS = ("runtime/ray", "hydra/launcher/slurm")
 
 _EXPECTED = {
@@ -45,6 +45,7 @@ _SPECIAL = {
     "parallel.num_microbatches": "auto or a whole number",
     "train.trace_steps": "a list of steps such as [10]",
     "train.profile_steps": "a list of steps such as [20,21]",
+    "plan.why_not": "a list of forced choices such as '[{pp: 1}, {num_microbatches: 8}]'",
 }
 _EXAMPLES = {"model.target": "model.target=my_package.my_module:build, a function that builds it"}
 
@@ -56,6 +57,8 @@ _FREQUENT = {
     "Could not append to config": "{given} is there already: write {bare}",
     "No match in the defaults list": "{given} is not among the defaults: write +{bare} to add it",
     "Could not delete from config": "{given} is not there with that value: leave it out",
+    "Cannot merge DictConfig with ListConfig": "{given} is a mapping, and {key} takes a list: "
+    "put it in brackets",
     "does not support deletion": "{given} cannot be taken out: give it a value",
 }
 

@@ -61,6 +61,10 @@ def build_custom(config: CustomConfig, precision: Precision) -> Model:
             vocab_size=None,
             default_global_batch=DEFAULT_GLOBAL_BATCH,
             fingerprint=fingerprint(config.target, config.args),
+            overrides={
+                "target": config.target,
+                **{f"args.{name}": value for name, value in config.args.items()},
+            },
         )
     _check_batch(config, model)
     _check_loss(config, model)

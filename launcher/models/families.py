@@ -127,6 +127,18 @@ def _identity(config: ModelConfig, size: TransformerSize | MoeSize | WrnSize) ->
         "dtype": config.dtype,
         "default_global_batch": default_global_batch(config.name, config.size),
         "fingerprint": fingerprint(config.name, dataclasses.asdict(size)),
+        "overrides": _overrides(config),
+    }
+
+
+def _overrides(config: ModelConfig) -> dict[str, Any]:
+    """The fields of its family that a config sets."""
+    of_all_families = {field.name for field in dataclasses.fields(ModelConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in of_all_families and value != defaults[name]
     }
 
 

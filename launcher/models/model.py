@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from flax import nnx
@@ -26,6 +26,7 @@ class Model:
     default_global_batch: int
     vocab_size: int | None  # integers of a batch are below it: tokens, or classes of images
     fingerprint: str  # of the family and all sizes, whatever the dtype
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the size: model.* key -> value
     abstract_params: Shapes
     abstract_state: Shapes  # what training changes besides weights, such as BatchNorm's statistics
     make_module: Callable[[nnx.Rngs], nnx.Module]

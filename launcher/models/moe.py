@@ -202,7 +202,9 @@ class Moe(nnx.Module):
         """Return logits, and the balancing losses of all blocks, added up."""
         x_BSH = self.embedding(tokens_BS)
         # A running sum, so that one scalar goes from stage to stage and not one for each block.
-        total_aux_loss = jnp.zeros((), self.reduce_dtype)
+        # It begins at zero, but at a value of the model: with a literal the first block would be unlike
+        # the others, and the planner would have to plan it by itself.
+        total_aux_loss = 0.0 * jnp.mean(x_BSH.astype(self.reduce_dtype))
         for block in self.blocks:
             if isinstance(block, ExpertsBlock):
                 x_BSH, aux_loss = block(x_BSH)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from launcher.autopar.instructions import Op
+from launcher.autopar.needed_programs import needed_programs
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -15,13 +15,15 @@ def build_programs(
 ) -> list[StagePrograms]:
     """Build the programs of all stages, not compiled yet; `grid` are hosts by devices per host."""
     return [
-        _programs(realized, index, model, optimizer, grid) for index in range(len(realized.stages))
+        _programs(realized, index, model, optimizer, grid, split="backward_weight" in needed)
+        for index, needed in enumerate(needed_programs(realized.program, realized.wiring))
     ]
 
 
 def _programs(
-    realized: RealizedPlan, index: int, model: Model, optimizer: Optimizer, grid: np.ndarray
-) -> StagePrograms:
+    realized: RealizedPlan, index: int, model: Model, optimizer: Optimizer, grid: np.ndarray, *,
+    split: bool,
+) -> StagePrograms:  # fmt: skip
     stage = realized.stages[index]
     # A parameter that no gradient reaches is updated too, as by an optimizer that sees zeros.
     owned = {
@@ -43,5 +45,5 @@ def _programs(
         tied=tied,
         num_norms=len(realized.stages),
         settings=stage.settings,
-        split=any(entry.op is Op.BACKWARD_WEIGHT for entry in realized.program.lists[0]),
+        split=split,
     )

@@ -17,6 +17,7 @@ from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.batch_queue import BatchQueue
 from launcher.runtime.build_programs import build_programs
+from launcher.runtime.compile_all import compile_all
 from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.initial import Values, place_values
 from launcher.runtime.interrupt import Interrupt
@@ -25,24 +26,30 @@ from launcher.runtime.memory_error import explained
 from launcher.runtime.metrics import Meter, TrainSummary
 from launcher.runtime.sinks import Sink
 from launcher.runtime.train_loop import TrainSettings, evaluation_loss
+from launcher.runtime.transport import InProcess
 from launcher.runtime.weights import held_arrays
 
 
 class Evaluation:
-    """A model on the devices of a plan, for its evaluation loss alone."""
+    """A model on the devices of a plan, for its evaluation loss alone.
+
+    `compilation` says what was compiled, and in what time.
+    """
 
     def __init__(
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
-        values: Values,
+        values: Values, progress: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
-        """Place everything. `grid` are the devices, hosts by devices per host."""
+        """Place and compile everything. `grid` are the devices, hosts by devices per host."""
         self._owner = realized.owner
         programs = build_programs(realized, model, optimizer, grid)
         self._residents = place_values(realized.plan, programs, values)
-        self._evaluator = Evaluator(realized, model, programs)
+        self._evaluator = Evaluator(realized, model, programs, InProcess())
+        self.compilation = compile_all(self._evaluator.compilations(), progress)
+        self._evaluator.take(self.compilation.executables)
 
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
-        """The loss of a global batch; compiled at the first."""
+        """The loss of a global batch."""
         return self._evaluator.loss(batch, self._residents)
 
     def arrays(self) -> dict[str, jax.Array]:

@@ -56,6 +56,8 @@ class Journal:
         self._learning_rate = learning_rate
         self._clock = clock
         self._untypical_steps = untypical_steps
+        # A schedule compiles when it is first asked; the first row would hold up the third step.
+        _on_host(learning_rate, first_step)
         self._timer = StepTimer(clock)
         self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="completions")
         self._loss: float | None = None

@@ -5,7 +5,7 @@ from itertools import permutations
 
 import jax.numpy as jnp
 
-from launcher.autopar.messages import Carried, Edge, messages_of, scalar_crossing
+from launcher.autopar.messages import Carried, Edge, scalar_crossing
 from launcher.autopar.realize import RealizedPlan
 from launcher.runtime.stage_programs import StagePrograms
 from launcher.runtime.transport import Channel, Transport
@@ -23,7 +23,7 @@ class Links:
     def __init__(
         self, realized: RealizedPlan, programs: Sequence[StagePrograms], transport: Transport
     ):
-        messages, stages = messages_of(realized), range(len(programs))
+        messages, stages = realized.messages, realized.stages
         self.transport = transport
         submesh = realized.program.submesh_of
 
@@ -43,9 +43,9 @@ class Links:
             NORM,
             {
                 (one, other): {
-                    NORM: scalar_crossing(realized, one, other, programs[one].norm_dtype)
+                    NORM: scalar_crossing(stages[one], stages[other], programs[one].norm_dtype)
                 }
-                for one, other in permutations(stages, 2)
+                for one, other in permutations(range(len(stages)), 2)
                 if submesh[one] != submesh[other]
             },
         )

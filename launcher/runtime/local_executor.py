@@ -10,8 +10,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
-from launcher.autopar.instructions import Op
-from launcher.autopar.launches import fused_stages
+from launcher.autopar.needed_programs import needed_programs
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -37,10 +36,6 @@ from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 log = logging.getLogger(__name__)
 
-_FUSED = ("zeros", "forward_backward", "synchronize", "update")
-_WHOLE = ("zeros", "forward", "backward", "synchronize", "update")
-_SPLIT = ("zeros", "forward", "backward_input", "backward_weight", "synchronize", "update")
-
 
 class LocalExecutor(Executor):
     """Holds the stages' state; `compilation` says what was compiled, and in what time."""
@@ -48,20 +43,22 @@ class LocalExecutor(Executor):
     def __init__(
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
         *, seed: int, progress: Callable[[str], None] = lambda text: None,
-        weights: Values | None = None,
+        weights: Values | None = None, evaluates: bool = False,
     ):  # fmt: skip
         """Place and compile everything.
 
         Args:
             grid: the devices, hosts by devices per host.
             weights: what to begin with; None: what the model draws from the seed.
+            evaluates: whether evaluations are to come. Without it the first one compiles.
         """
         self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
         self._programs = build_programs(realized, model, optimizer, grid)
         self._loose = LooseMetrics(realized.planner.model)
-        self._evaluator = Evaluator(realized, model, self._programs)
-        self._progress = progress
-        loops = is_one_loop(realized.program) and not self._loose.inputs
+        self._transport = InProcess()
+        self._evaluator = Evaluator(realized, model, self._programs, self._transport)
+        self._progress, self._evaluates = progress, evaluates
+        loops = is_one_loop(realized.program, self._loose)
         values = initial_values(model, seed) if weights is None else weights
         self.stages = list(self._hold(values, optimizer))
         self.steps = self._compile_loop() if loops else self.pipeline
@@ -89,29 +86,31 @@ class LocalExecutor(Executor):
         traced = self.realized.planner.model.traced
         count = self.plan.num_microbatches
         loop = WholeStep(self.stages[0], self._loose, count, traced, seed=self.seed)
-        compilations = {"step": partial(self._compile, 0, loop.compile)}
-        self.compilation = compile_all(compilations, self._progress)
+        self._compile_all({"step": partial(self._compile, 0, loop.compile)})
         loop.take(self.compilation.executables["step"])
         return loop
 
     @cached_property
     def pipeline(self) -> Pipeline:
         """The plan's program, instruction by instruction."""
-        self.compilation = compile_all(dict(self._compilations()), self._progress)
+        self._compile_all(dict(self._compilations()))
         for stage in self.stages:
             stage.compiled = _of_stage(self.compilation, stage.index)
             stage.beginnings = Cotangents(self.realized, stage.index, stage.programs)
-        links = Links(self.realized, self._programs, InProcess())
+        links = Links(self.realized, self._programs, self._transport)
         return Pipeline(self.realized, self.stages, links, self._loose, seed=self.seed)
+
+    def _compile_all(self, of_step: Mapping[str, Callable[[], jax.stages.Compiled]]) -> None:
+        of_evaluation = self._evaluator.compilations() if self._evaluates else {}
+        self.compilation = compile_all({**of_step, **of_evaluation}, self._progress)
+        if of_evaluation:
+            self._evaluator.take(self.compilation.executables)
 
     def _compilations(self) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
         """Each program that the plan's instructions need, by stage and name."""
-        fused = fused_stages(self.realized.program, self.realized.wiring)
-        entries = [entry for entries in self.realized.program.lists for entry in entries]
-        split = {entry.stage for entry in entries if entry.op is Op.BACKWARD_WEIGHT}
+        needed = needed_programs(self.realized.program, self.realized.wiring)
         for index, programs in enumerate(self._programs):
-            names = _FUSED if index in fused else _SPLIT if index in split else _WHOLE
-            for name, compile_ in programs.compilations(names).items():
+            for name, compile_ in programs.compilations(("zeros", *needed[index])).items():
                 yield _key(index, name), partial(self._compile, index, compile_)
 
     def _compile(self, stage: int, compile_: Callable[[], jax.stages.Compiled]):

@@ -15,6 +15,11 @@ def mean(scalars: Sequence[jax.Array]) -> jax.Array:
     return sum(scalars[1:], start=scalars[0]) / len(scalars)
 
 
+def compile_mean(scalars: Sequence[jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    """[scalar] -> their mean, where they lie."""
+    return jax.jit(mean).lower(scalars).compile()
+
+
 class Means:
     """Means of what stages report; metrics that no stage computes are averaged as they come."""
 
@@ -22,7 +27,7 @@ class Means:
         traced, count = realized.planner.model.traced, realized.plan.num_microbatches
         named = traced.metrics | {LOSS: traced.loss}
         self._compiled = {
-            name: jax.jit(mean).lower([stage.abstract_export(value)] * count).compile()
+            name: compile_mean([stage.abstract_export(value)] * count)
             for stage in programs
             for name, value in named.items()
             if value in stage.layout.exports

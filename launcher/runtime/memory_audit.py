@@ -7,15 +7,15 @@ compiles: of emulated devices, the CPU backend's.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from launcher.autopar.buffers import Footprint, peak
-from launcher.autopar.instructions import Op
-from launcher.autopar.launches import fused_stages, submesh_launches
+from launcher.autopar.launches import submesh_launches
+from launcher.autopar.needed_programs import needed_programs
 from launcher.autopar.predicted_buffers import stage_buffers
 from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
@@ -23,8 +23,7 @@ from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.stage_programs import StagePrograms
-from launcher.runtime.stage_state import StageState
-from launcher.runtime.whole_step import WholeStep, is_one_loop
+from launcher.runtime.whole_step import hollow_loop, is_one_loop
 
 LOWEST, HIGHEST = 0.9, 1.05  # measured over predicted: what is promised
 _MIB = 2**20
@@ -63,13 +62,15 @@ def audit_memory(
 ) -> list[MemoryAudit]:  # fmt: skip
     """Compile all stages' programs, and walk the plan's instructions."""
     built = build_programs(realized, model, optimizer, grid)
-    if is_one_loop(realized.program) and not LooseMetrics(realized.planner.model).inputs:
+    loose = LooseMetrics(realized.planner.model)
+    if is_one_loop(realized.program, loose):
         progress("measuring the step")
-        return [_audit_loop(realized, built[0])]
+        return [_audit_loop(realized, built[0], loose)]
+    needed = needed_programs(realized.program, realized.wiring)
     found = {}
     for index, programs in enumerate(built):
         progress(f"measuring stage {index + 1} of {len(realized.stages)}")
-        compiled = _footprints(programs, _needed(realized, index))
+        compiled = _footprints(programs, needed[index])
         found[index] = measured_buffers(realized, index, programs, compiled)
     predicted = realized.plan.predicted.peak_bytes_per_device
     audits = []
@@ -80,28 +81,17 @@ def audit_memory(
     return sorted(audits, key=lambda audit: audit.stage)
 
 
-def _audit_loop(realized: RealizedPlan, programs: StagePrograms) -> MemoryAudit:
+def _audit_loop(
+    realized: RealizedPlan, programs: StagePrograms, loose: LooseMetrics
+) -> MemoryAudit:
     """The peak of a step that is one program."""
-    model, count = realized.planner.model, realized.plan.num_microbatches
-    hollow = StageState(0, programs, {}, {}, optimizer_state=None, loss_scale=None)
-    loop = WholeStep(hollow, LooseMetrics(model), count, model.traced, seed=0)
-    running = footprint(loop.compile())
+    running = footprint(hollow_loop(realized, programs, loose).compile())
     held = measured_buffers(realized, 0, programs, {}).lasting
     parts = {**held, "results": running.result_bytes, "temporary": running.temporary_bytes}
     return MemoryAudit(0, realized.plan.predicted.peak_bytes_per_device[0], "step", parts)
 
 
-def _needed(realized: RealizedPlan, index: int) -> set[str]:
-    """The programs that a stage's instructions run."""
-    if index in fused_stages(realized.program, realized.wiring):
-        return {"forward_backward", "synchronize", "update"}
-    entries = [entry for entries in realized.program.lists for entry in entries]
-    if any(entry.op is Op.BACKWARD_WEIGHT and entry.stage == index for entry in entries):
-        return {"forward", "backward_input", "backward_weight", "synchronize", "update"}
-    return {"forward", "backward", "synchronize", "update"}
-
-
-def _footprints(programs: StagePrograms, names: set[str]) -> dict[str, Footprint]:
+def _footprints(programs: StagePrograms, names: Collection[str]) -> dict[str, Footprint]:
     return {name: footprint(make()) for name, make in programs.compilations(names).items()}
 
 

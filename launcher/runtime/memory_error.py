@@ -62,6 +62,11 @@ class Doing:
         return cls(0, "in its step, which is one program", of_parameters=False)
 
     @classmethod
+    def evaluating(cls, stage: int) -> "Doing":
+        """The forward pass of an evaluation is dispatched."""
+        return cls(stage, "in an evaluation", of_parameters=False)
+
+    @classmethod
     def step(cls, instruction: Instruction) -> "Doing":
         """An instruction is dispatched."""
         of_parameters = instruction.op in _OF_PARAMETERS

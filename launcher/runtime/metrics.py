@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.autopar.budget import Budget
+
 Value = float | int | str | None | Sequence[float | None]
 Row = dict[str, Value]
 Status = Literal["done", "interrupted", "failed"]
@@ -46,11 +48,12 @@ class StepTimer:
     def lap(self, completed_s: float, *, is_typical: bool = True) -> float:
         """Note when a step was complete, by the same clock, and give the seconds it took.
 
-        One that is not typical (it was traced) is left out of the median.
+        One that is not typical (it was traced) says nothing of how long steps take.
         """
         lap_s, self._last_s = completed_s - self._last_s, completed_s
-        self._newest_s = lap_s
         self._num_laps += 1
+        if is_typical:
+            self._newest_s = lap_s
         if is_typical and self._num_laps > WARM_UP_STEPS:
             self._steady_s.append(lap_s)
         return lap_s
@@ -67,7 +70,7 @@ class StepTimer:
 
     @property
     def median_s(self) -> float | None:
-        """The median step without the warm-up; of a run too short for that, its last step."""
+        """The median step without the warm-up; of a run too short for that, its last typical step."""
         return statistics.median(self._steady_s) if self._steady_s else self._newest_s
 
 
@@ -169,6 +172,8 @@ class PlanMetrics:
     # What had to be compiled before the first step, and how long that took.
     num_programs: int | None = None
     compile_s: float | None = None
+    # What `train.tokens` would take; None if they are not asked for.
+    budget: Budget | None = None
 
     def as_row(self) -> Row:
         """Give the predictions by the names they are logged under."""
@@ -183,6 +188,7 @@ class PlanMetrics:
             "solver_s": finite(self.solver_s),
             "num_programs": self.num_programs,
             "compile_s": finite(self.compile_s),
+            **(self.budget.as_row() if self.budget else {}),
         }
 
 

@@ -54,7 +54,7 @@ class MicrobatchPrograms:
         self._recomputes = gathers or signature.layout.recompute != "none"
         self.emitter.calls_layers = signature.devices[0].platform == "cpu"
         self.is_split = split
-        self._names = _Names(signature)
+        self._abstract = _Exchanged(signature)
         self.groups = self._grouped()
 
     @property
@@ -69,9 +69,9 @@ class MicrobatchPrograms:
             exports, new_state, kept = self.emitter.forward(*arguments)
             return exports, new_state, self.groups.of(kept)
 
-        names = self._names
-        inputs = (names.params, names.state, names.batch, names.key, names.imports)
-        return self._compile(forward, inputs, (names.exports, names.new_state, self._kept))
+        abstract = self._abstract
+        inputs = (abstract.params, abstract.state, abstract.batch, abstract.key, abstract.imports)
+        return self._compile(forward, inputs, (abstract.exports, abstract.new_state, self._kept))
 
     def compile_backward(self) -> jax.stages.Compiled:
         """(params, batch, key, imports, *kept groups, cotangents, accumulators)
@@ -84,12 +84,14 @@ class MicrobatchPrograms:
                 params, batch, key, imports, kept, cotangents, accumulators
             )
 
-        names = self._names
+        abstract = self._abstract
         inputs = (
-            names.params, names.batch, names.key, names.imports, *self._kept, names.cotangents,
-            names.accumulators,
+            abstract.params, abstract.batch, abstract.key, abstract.imports, *self._kept, abstract.cotangents,
+            abstract.accumulators,
         )  # fmt: skip
-        return self._compile(backward, inputs, (names.accumulators, names.returns), donated=(4, 8))
+        return self._compile(
+            backward, inputs, (abstract.accumulators, abstract.returns), donated=(4, 8)
+        )
 
     def compile_backward_input(self) -> jax.stages.Compiled:
         """(params, batch, key, imports, *kept groups, cotangents) -> (kept for weights, returns)"""
@@ -100,12 +102,12 @@ class MicrobatchPrograms:
                 params, batch, key, imports, _together(groups), cotangents
             )
 
-        names = self._names
+        abstract = self._abstract
         inputs = (
-            names.params, names.batch, names.key, names.imports, *self._kept, names.cotangents,
+            abstract.params, abstract.batch, abstract.key, abstract.imports, *self._kept, abstract.cotangents,
         )  # fmt: skip
         return self._compile(
-            backward_input, inputs, (self._weight_kept, names.returns), donated=(4,)
+            backward_input, inputs, (self._weight_kept, abstract.returns), donated=(4,)
         )
 
     def compile_backward_weight(self) -> jax.stages.Compiled:
@@ -113,16 +115,18 @@ class MicrobatchPrograms:
 
         Of the batch and the imports it takes those that `split` names.
         """
-        names, still = self._names, self.split
+        abstract, still = self._abstract, self.split
         *_, remaining = self._kept
         inputs = (
-            names.params,
-            {name: leaf for name, leaf in names.batch.items() if name in still.batch},
-            names.key,
-            {value: leaf for value, leaf in names.imports.items() if value in still.imports},
-            remaining, self._weight_kept, names.accumulators,
+            abstract.params,
+            {name: leaf for name, leaf in abstract.batch.items() if name in still.batch},
+            abstract.key,
+            {value: leaf for value, leaf in abstract.imports.items() if value in still.imports},
+            remaining, self._weight_kept, abstract.accumulators,
         )  # fmt: skip
-        return self._compile(self.emitter.backward_weight, inputs, names.accumulators, donated=(6,))
+        return self._compile(
+            self.emitter.backward_weight, inputs, abstract.accumulators, donated=(6,)
+        )
 
     def forward_backward(
         self, params: Arrays, state: Arrays, batch: Arrays, key, imports: Arrays, cotangents: Arrays,
@@ -141,17 +145,17 @@ class MicrobatchPrograms:
 
     def compile_forward_backward(self) -> jax.stages.Compiled:
         """(params, state, batch, key, imports, cotangents, accumulators) -> as `forward_backward`."""
-        names = self._names
+        abstract = self._abstract
         inputs = (
-            names.params, names.state, names.batch, names.key, names.imports, names.cotangents,
-            names.accumulators,
+            abstract.params, abstract.state, abstract.batch, abstract.key, abstract.imports,
+            abstract.cotangents, abstract.accumulators,
         )  # fmt: skip
-        outputs = (names.exports, names.new_state, names.accumulators, names.returns)
+        outputs = (abstract.exports, abstract.new_state, abstract.accumulators, abstract.returns)
         return self._compile(self.forward_backward, inputs, outputs, donated=(6,))
 
     @property
     def _kept(self) -> tuple[Arrays, Arrays, Arrays]:
-        return self.groups.of(self._names.kept)
+        return self.groups.of(self._abstract.kept)
 
     @property
     def _weight_kept(self) -> Arrays:
@@ -163,13 +167,13 @@ class MicrobatchPrograms:
 
     def _grouped(self) -> KeptGroups:
         """Donate as many kept values as there are results like them."""
-        names = self._names
-        made = [*names.returns.values(), *(self._weight_kept.values() if self.is_split else ())]
+        abstract = self._abstract
+        made = [*abstract.returns.values(), *(self._weight_kept.values() if self.is_split else ())]
         free = Counter(map(_likeness, made))
-        for leaf in names.accumulators.values():  # they are donated to themselves
+        for leaf in abstract.accumulators.values():  # they are donated to themselves
             free.pop(_likeness(leaf), None)
         donated, released, remaining = [], [], []
-        for name, leaf in names.kept.items():
+        for name, leaf in abstract.kept.items():
             like = _likeness(leaf)
             if self.is_split and name in self.split.kept:
                 remaining.append(name)
@@ -188,7 +192,7 @@ class MicrobatchPrograms:
         return mapped.lower(*inputs).compile()
 
 
-class _Names:
+class _Exchanged:
     """Everything that the programs exchange, abstractly."""
 
     def __init__(self, signature: StageSignature):

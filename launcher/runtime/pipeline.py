@@ -216,7 +216,8 @@ class Pipeline:
         del instruction
         for user in self._neighbours.users_here[stage.index]:
             channel = self.links.tied_gradients[user, stage.index]
-            self._add_tied(stage, hand_over(channel, self._lent_gradients(self.stages[user])))
+            lent = self._lent_gradients(self.stages[user], stage.index)
+            self._add_tied(stage, hand_over(channel, lent))
         sums, own = stage.accumulators, stage.programs.owned
         # What belongs to other stages may not have been read yet.
         stage.accumulators = {path: total for path, total in sums.items() if path not in own}
@@ -299,13 +300,18 @@ class Pipeline:
 
     def _send_tied_gradient(self, stage: StageState, instruction: Instruction):
         channel = self.links.tied_gradients[stage.index, instruction.peer]
-        return self._send(instruction, channel.send(self._lent_gradients(stage)))
+        lent = self._lent_gradients(stage, instruction.peer)
+        return self._send(instruction, channel.send(lent))
 
-    def _lent_gradients(self, stage: StageState) -> Arrays:
-        """The gradients of parameters that other stages own, summed up at home."""
+    def _lent_gradients(self, stage: StageState, owner: int) -> Arrays:
+        """The gradients of another stage's parameters; for the first of the owners all are summed up."""
         own = stage.programs.owned
         sums = {path: a for path, a in stage.accumulators.items() if path not in own}
-        return stage.compiled.reduce_tied(sums) if sums else {}
+        if sums:
+            stage.lent_gradients = stage.compiled.reduce_tied(sums)
+            stage.accumulators = {path: a for path, a in stage.accumulators.items() if path in own}
+        paths = [path for path in stage.lent_gradients if self.realized.owner[path] == owner]
+        return {path: stage.lent_gradients.pop(path) for path in paths}
 
     def _receive_tied_gradient(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.tied_gradients, instruction)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from launcher.runtime.executor import Batch
 from launcher.runtime.loose_metrics import LooseMetrics, Scalars
 from launcher.runtime.stage_programs import StagePrograms
+from launcher.runtime.stage_signature import StageSignature
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ class Placer:
         keys = random_keys(self._seed, step, self._num_microbatches)
         microbatches = split_batch(batch, self._num_microbatches)
         stages = [
-            StageInput(_put(microbatches, stage), cut(jax.device_put(keys, stage.whole)))
+            StageInput(
+                place_microbatches(microbatches, stage), cut(jax.device_put(keys, stage.whole))
+            )
             for stage, cut in zip(self._programs, self._cut, strict=True)
         ]
         return PlacedBatch(step, stages, [self._loose.of_microbatch(key) for key in keys])
@@ -112,12 +115,15 @@ def stacked_sharding(programs: StagePrograms, name: str) -> NamedSharding:
     return NamedSharding(one.mesh, PartitionSpec(None, *one.spec))
 
 
-def _put(microbatches: Sequence[Batch], programs: StagePrograms) -> list[dict[str, jax.Array]]:
-    layout = programs.layout
+def place_microbatches(
+    microbatches: Sequence[Batch], stage: StageSignature
+) -> list[dict[str, jax.Array]]:
+    """Put the leaves that a stage reads on its devices."""
+    layout = stage.layout
     if not layout.batch:
         return [{} for _ in microbatches]
     shardings = {
-        name: programs.sharding(spec, programs.avals.batch[name].ndim)
+        name: stage.sharding(spec, stage.avals.batch[name].ndim)
         for name, spec in layout.batch.items()
     }
     own = [{name: microbatch[name] for name in shardings} for microbatch in microbatches]

@@ -4,26 +4,34 @@ What is written while a program is traced (`StageEmitter.ledger`) is what the pl
 what became of it. Stages that are alike are compiled once.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from launcher.autopar.audit import Audit, audit
 from launcher.autopar.collectives import Collective, hlo_dtype
 from launcher.autopar.hlo import read_collectives
+from launcher.autopar.needed_programs import PER_MICROBATCH, needed_programs
 from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.sharded_graph import collectives
 from launcher.autopar.shards import Ledger
+from launcher.autopar.wording import count
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.build_programs import build_programs
+from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.stage_programs import StagePrograms
+from launcher.runtime.whole_step import hollow_loop, is_one_loop
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramAudit:
-    """One program of a stage: `stages` are all that it stands for, and it runs `times` per step."""
+    """One program of a stage: `stages` are all that it stands for, and it runs `times` per step.
+
+    What a program repeats in a loop counts once, as priced and as compiled.
+    """
 
     stages: tuple[int, ...]
     program: str
@@ -33,7 +41,8 @@ class ProgramAudit:
     def __str__(self) -> str:
         first, *others = self.stages
         where = f"stage {first}" + (f" (and {', '.join(map(str, others))})" if others else "")
-        return f"{where}, {self.program}, {self.times} times a step:\n{self.audit}"
+        often = "once a step" if self.times == 1 else f"{self.times} times a step"
+        return f"{where}, {self.program}, {often}:\n{self.audit}"
 
 
 def audit_plan(
@@ -43,17 +52,37 @@ def audit_plan(
     grid: np.ndarray,
     progress: Callable[[str], None],
 ) -> list[ProgramAudit]:
-    """Compile the stages that differ, and compare the collectives of each program."""
-    alike: dict[Hashable, list[int]] = {}
-    for index in range(len(realized.stages)):
-        alike.setdefault(_likeness(realized, index), []).append(index)
+    """Compile the programs that the plan runs, of the stages that differ, and compare the collectives."""
     programs = build_programs(realized, model, optimizer, grid)
+    loose = LooseMetrics(realized.planner.model)
+    if is_one_loop(realized.program, loose):
+        progress("auditing the step")
+        return [_audit_loop(realized, programs[0], loose)]
+    needed = needed_programs(realized.program, realized.wiring)
+    alike: dict[Hashable, list[int]] = {}
+    for index, names in enumerate(needed):
+        alike.setdefault((names, _likeness(realized, index)), []).append(index)
     found = []
     for number, stages in enumerate(alike.values()):
         progress(f"auditing {number + 1} of {len(alike)} kinds of stages")
-        for name, times, result in _audit_stage(realized, programs[stages[0]]):
+        stage = programs[stages[0]]
+        for name, compile_ in stage.compilations(needed[stages[0]]).items():
+            times = realized.plan.num_microbatches if name in PER_MICROBATCH else 1
+            result = _audit(stage, compile_, does={name})
             found.append(ProgramAudit(tuple(stages), name, times, result))
     return found
+
+
+def _audit_loop(
+    realized: RealizedPlan, programs: StagePrograms, loose: LooseMetrics
+) -> ProgramAudit:
+    """The step as one program, with its loop over microbatches."""
+    loop = hollow_loop(realized, programs, loose)
+    result = _audit(programs, loop.compile, does={"synchronize", "update"})
+    num_microbatches, name = realized.plan.num_microbatches, "step"
+    if num_microbatches > 1:
+        name += f" (a loop over {num_microbatches} microbatches, whose collectives stand here once)"
+    return ProgramAudit((0,), name, 1, result)
 
 
 def _likeness(realized: RealizedPlan, index: int) -> Hashable:
@@ -66,25 +95,22 @@ def _likeness(realized: RealizedPlan, index: int) -> Hashable:
     return classes, picks, stage.settings.mesh, stage.settings.zero, stage.layout.recompute, shared
 
 
-def _audit_stage(realized: RealizedPlan, programs: StagePrograms):
-    per_microbatch = (
-        ("forward", "backward_input", "backward_weight")
-        if programs.microbatch.is_split
-        else ("forward", "backward")
-    )
-    names = (*per_microbatch, "synchronize", "update")
-    for name, compile_ in programs.compilations(names).items():
-        if name not in names:
-            continue
-        times = realized.plan.num_microbatches if name in per_microbatch else 1
-        programs.emitter.ledger = Ledger()
-        text = compile_().as_text()
-        priced = programs.emitter.ledger.collectives
-        if name == "synchronize":
-            priced += _norm(programs)
-        if name == "update":
-            priced += collectives(programs.sharded_update[1])
-        yield name, times, audit(priced, read_collectives(text), programs.logical)
+def _audit(
+    programs: StagePrograms, compile_: Callable[[], jax.stages.Compiled], *, does: Set[str]
+) -> Audit:
+    """Compile a program, and compare.
+
+    Args:
+        does: of which programs it does the work. Not all of that is written down as it is traced.
+    """
+    programs.emitter.ledger = Ledger()
+    compiled = read_collectives(compile_().as_text())
+    priced = list(programs.emitter.ledger.collectives)
+    if "synchronize" in does:
+        priced += _norm(programs)
+    if "update" in does:
+        priced += collectives(programs.sharded_update[1])
+    return audit(priced, compiled, programs.logical)
 
 
 def _norm(programs: StagePrograms) -> list[Collective]:
@@ -103,7 +129,7 @@ def report(audits: list[ProgramAudit]) -> str:
     differing = [a for a in audits if not a.audit.agrees]
     total = sum(priced for a in audits for _, priced, _ in a.audit.rows)
     end = (
-        f"audit: {total} collectives priced in {len(audits)} programs, and the same compiled"
+        f"audit: {total} collectives priced in {count(len(audits), 'program')}, and the same compiled"
         if not differing
         else f"audit: {len(differing)} of {len(audits)} programs differ from what was priced"
     )

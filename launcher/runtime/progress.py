@@ -28,7 +28,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from launcher.runtime.metrics import Meter, Row, TrainSummary, is_evaluation, is_skipped
+from launcher.runtime.metrics import (
+    WARM_UP_STEPS,
+    Meter,
+    Row,
+    TrainSummary,
+    is_evaluation,
+    is_skipped,
+)
 from launcher.runtime.progress_text import (
     describe_numbers,
     describe_pace,
@@ -130,12 +137,16 @@ class LineRate:
         self._last_s = clock()
         # The step that came first, and when: a resumed run does not begin at 1.
         self._first: tuple[int, float] | None = None
+        # The same of the last step of the warm-up, which the pace of the others does not count.
+        self._warm: tuple[int, float] | None = None
 
     def is_due(self, step: int) -> bool:
         """Say whether this step gets a line; one that does starts the wait for the next."""
         now_s = self._clock()
         self._first = self._first or (step, now_s)
         first_step, first_s = self._first
+        if step == first_step + WARM_UP_STEPS - 1:
+            self._warm = step, now_s
         wait_s = min(LINE_EVERY_S_AT_MOST, max(LINE_EVERY_S, (now_s - first_s) / 20))
         due = (
             step < first_step + FIRST_LINES
@@ -147,11 +158,11 @@ class LineRate:
         return due
 
     def remaining_s(self, step: int) -> float | None:
-        """Give the seconds to the end at the pace since the first step, itself not counted."""
-        if self._first is None or not self._first[0] < step < self._steps:
+        """Give the seconds to the end at the pace since the warm-up; None while that lasts."""
+        if self._warm is None or not self._warm[0] < step < self._steps:
             return None
-        first_step, first_s = self._first
-        return (self._clock() - first_s) / (step - first_step) * (self._steps - step)
+        warm_step, warm_s = self._warm
+        return (self._clock() - warm_s) / (step - warm_step) * (self._steps - step)
 
 
 def is_milestone(step: int, steps: int) -> bool:

@@ -151,9 +151,11 @@ def _describe_memory(summary: TrainSummary, meter: Meter) -> Iterator[str]:
 
 def _describe_median(summary: TrainSummary) -> str:
     measured_s = summary.measured["step_s"]
+    if measured_s is None and summary.loss is not None:
+        return "none measured (all steps were traced or profiled, or came right after)"
     if measured_s is None:
         return "none measured"
-    of = "the last step, with its warm-up"
+    of = "one step, with its warm-up"
     if summary.timed_steps:
         steps = count(summary.timed_steps, "step")
         of = f"median of {steps}, without the first {WARM_UP_STEPS}"

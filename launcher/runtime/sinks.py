@@ -6,6 +6,7 @@ run ended.
 """
 
 from abc import ABC, abstractmethod
+from io import FileIO
 from pathlib import Path
 
 from launcher.autopar.atomic_file import storage_error
@@ -29,6 +30,21 @@ class Sink(ABC):
         """Record how the run ended, and let go of what is held open. Called once."""
 
 
+def check_metrics(run_dir: Path) -> None:
+    """Find out before the run is planned and compiled that metrics.jsonl cannot be appended to."""
+    if (run_dir / METRICS_NAME).exists():
+        _open(run_dir / METRICS_NAME).close()
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        # Unbuffered: a row is with the system once `write` returns, and nothing is left to fail
+        # in `close`.
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise storage_error(path, error, needed_bytes=0) from error
+
+
 class JsonlSink(Sink):
     """Appends each row to metrics.jsonl as it comes: a run can be followed, and may be killed."""
 
@@ -36,12 +52,7 @@ class JsonlSink(Sink):
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS_NAME
-        try:
-            # Unbuffered: a row is with the system once `write` returns, and nothing is left to fail
-            # in `close`.
-            self._file = self._path.open("ab", buffering=0)
-        except OSError as error:
-            raise storage_error(self._path, error, needed_bytes=0) from error
+        self._file = _open(self._path)
 
     def write(self, row: Row) -> None:
         """Append one line."""

@@ -61,6 +61,7 @@ class StageState:
     accumulators: Arrays = field(default_factory=dict)
     gradients: Arrays = field(default_factory=dict)
     tied_gradients: dict[str, list[jax.Array]] = field(default_factory=dict)
+    lent_gradients: Arrays = field(default_factory=dict)
     norms: dict[int, jax.Array] = field(default_factory=dict)
     norm: jax.Array | None = None
 
@@ -80,6 +81,7 @@ class StageState:
         """Let go of all arrays; no step can follow."""
         self.params, self.state, self.optimizer_state, self.loss_scale = {}, {}, None, None
         self.state_before, self.accumulators, self.gradients = {}, {}, {}
-        self.tied_gradients, self.norms, self.norm = {}, {}, None
+        self.tied_gradients, self.lent_gradients = {}, {}
+        self.norms, self.norm = {}, None
         for buffers in self.microbatch_buffers:
             buffers.clear()

@@ -243,6 +243,7 @@ def _check_tensor(file: WeightsFile, name: str, want: Entry, described: str) -> 
 def _origin(file: WeightsFile) -> str:
     keys = {"model": "model", "size": "model.size", "dtype": "model.dtype"}
     known = [f"{keys[key]}={file.metadata[key]}" for key in keys if key in file.metadata]
+    known += filter(None, [file.metadata.get("overrides")])
     return f" ({' '.join(known)})" if known else ""
 
 
@@ -258,6 +259,7 @@ def describe(model: Model, plan: Plan, step: int) -> dict[str, str]:
         "model": model.name,
         "size": model.size,
         "dtype": model.dtype,
+        "overrides": " ".join(f"model.{name}={value}" for name, value in model.overrides.items()),
         "fingerprint": model.fingerprint,
         "step": str(step),
         "plan": f"{plan.schedule}, {plan.num_microbatches} microbatches: {'; '.join(stages)}",

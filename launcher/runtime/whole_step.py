@@ -15,23 +15,37 @@ from jax import lax
 
 from launcher.autopar.instructions import Op
 from launcher.autopar.program import Program
+from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import TracedModel
 from launcher.runtime.executor import StepResult
 from launcher.runtime.loose_metrics import LooseMetrics, Scalars
 from launcher.runtime.means import LOSS, mean
 from launcher.runtime.placement import StackedBatch, StackedPlacer, stacked_sharding
+from launcher.runtime.stage_programs import StagePrograms
 from launcher.runtime.stage_state import StageState
 from launcher.runtime.update import UpdateInputs, UpdateResult, loss_cotangent
 
 Arrays = dict
 
 
-def is_one_loop(program: Program) -> bool:
-    """Whether the program is one stage's, each microbatch going back right after it went forward."""
-    if program.num_stages != 1:
+def is_one_loop(program: Program, loose: LooseMetrics) -> bool:
+    """Whether the program is one stage's, each microbatch going back right after it went forward.
+
+    Parameters and state that are metrics themselves are read between microbatches.
+    """
+    if program.num_stages != 1 or loose.inputs:
         return False
     order = [entry.op for entry in program.lists[0] if entry.op in (Op.FORWARD, Op.BACKWARD)]
     return order == [Op.FORWARD, Op.BACKWARD] * program.num_microbatches
+
+
+def hollow_loop(
+    realized: RealizedPlan, programs: StagePrograms, loose: LooseMetrics
+) -> "WholeStep":
+    """The step of a plan that is one loop, to be compiled and not to be run: its stage holds nothing."""
+    hollow = StageState(0, programs, {}, {}, optimizer_state=None, loss_scale=None)
+    traced = realized.planner.model.traced
+    return WholeStep(hollow, loose, realized.plan.num_microbatches, traced, seed=0)
 
 
 class WholeStep:

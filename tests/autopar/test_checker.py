@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from wirings import ALONE, SKIPPING, VIRTUAL
 
 from launcher.autopar.checker import check
 from launcher.autopar.communication import add_communication
@@ -11,20 +12,6 @@ from launcher.autopar.program import Wiring, parse_program
 from launcher.autopar.schedules import Interleaved, OneForwardOneBackward, ZbH1
 from launcher.errors import ScheduleError
 
-SKIPPING = Wiring(
-    edges=((0, 1), (1, 2), (0, 2), (2, 3)),
-    differentiable=((0, 1), (1, 2), (2, 3)),
-    tied=((0, 3), (3, 1)),
-    with_norm=True,
-)
-VIRTUAL = Wiring(
-    edges=((0, 1), (1, 2), (2, 3), (0, 2), (1, 3)),
-    differentiable=((0, 1), (1, 2), (2, 3), (1, 3)),
-    tied=((0, 3), (2, 0)),
-    with_norm=True,
-    submesh_of=(0, 1, 0, 1),
-)
-ALONE = Wiring.chain(2, tied=((0, 1),), with_norm=True, virtual_stages=2)
 ORDERED = [  # in its list, the first must come after the second
     ("F", "RECV_F"),
     ("FREE_F", "F"),

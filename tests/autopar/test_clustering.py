@@ -89,8 +89,8 @@ def traced(tiny_gpt):
 def test_blocks_become_equal_layers(traced):
     layered = build_layers(traced, cluster(traced))
     names = [layer.cls.name for layer in layered.layers]
-    assert len(names) == 6
-    assert len(set(names[1:5])) == 1  # the first has the embedding with it, the last the head
+    assert len(names) == 8  # the embedding, six blocks, the head
+    assert len(set(names[1:7])) == 1
     assert len(layered.classes) == 3
 
 

@@ -4,7 +4,9 @@ import pathlib
 import re
 
 from launcher.autopar.cluster import load_cluster
+from launcher.autopar.make_plan import adopt_plan
 from launcher.autopar.plan_file import from_json
+from launcher.autopar.space import PlanOptions
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -13,10 +15,18 @@ def example(name: str, language: str) -> str:
     return re.search(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)[1]
 
 
-def test_the_smallest_plan_is_one():
-    plan = from_json(example("plan-file.md", "json"))
-    plan.check(5, load_cluster("cpu8"))
-    assert [stage.num_devices for stage in plan.stages] == [4, 4]
+def test_the_smallest_plan_is_one(tiny_gpt, cpu8):
+    given = from_json(example("plan-file.md", "json"))
+    options = PlanOptions(mode="from_file", global_batch=given.global_batch)
+    plan = adopt_plan(given, tiny_gpt(), cpu8, options).plan
+    first, second = (stage.layers for stage in plan.stages)
+    assert (first[0], first[1], second[1]) == (0, second[0], plan.num_layers)
+    assert dict(plan.stages[0].mesh) == {"data": 2, "tensor": 2}
+    assert plan.stages[0].params["blocks/0/mlp/up/kernel"] == (None, "tensor")
+    assert plan.stages[1].strategies
+    assert {path for stage in plan.stages for path in stage.params} == set(
+        tiny_gpt().abstract_params
+    )
 
 
 def test_the_example_of_schedules_prints_the_grid_below_it(capsys):

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from launcher.autopar.inter_op import StageOption, plan_stages
+from launcher.autopar.inter_op import plan_stages
 from launcher.autopar.placement import place
+from launcher.autopar.stage_table import StageOption
 from launcher.errors import InfeasiblePlanError
 
 CASES, CASES_PER_TEST = 1600, 200
@@ -27,7 +28,12 @@ def gpipe(stages_to_end, num_microbatches):
 
 def option(seconds=1.0, once_s=0.0, fixed_bytes=0.0, stash_bytes=0.0, tag=None):
     return StageOption(
-        seconds=seconds, once_s=once_s, fixed_bytes=fixed_bytes, stash_bytes=stash_bytes, tag=tag
+        forward_s=seconds / 4,
+        backward_s=seconds - seconds / 4,
+        once_s=once_s,
+        fixed_bytes=fixed_bytes,
+        stash_bytes=stash_bytes,
+        tag=tag,
     )
 
 

@@ -1,5 +1,7 @@
 """Which instructions are dispatched together: by hand for small programs, by order for all."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from launcher.autopar.communication import add_communication
@@ -49,5 +51,6 @@ def test_every_instruction_is_launched_once_and_in_the_order_of_its_list(
 )
 def test_what_can_be_one_program(name, num_stages, num_microbatches, loops):
     program, _ = program_of(name, num_stages, num_microbatches)
-    assert is_one_loop(program) == loops
+    assert is_one_loop(program, SimpleNamespace(inputs={})) == loops
+    assert not is_one_loop(program, SimpleNamespace(inputs={"scale": "a parameter"}))
     assert sum(e.op is Op.FORWARD for e in program.lists[0]) == num_microbatches

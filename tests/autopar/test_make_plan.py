@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from plans import plan_of, stage_of
 
-from launcher.autopar.cluster import ClusterRef
 from launcher.autopar.clustering import cluster
 from launcher.autopar.make_plan import _check_memory, _fits, adopt_plan, find_plan, make_plan
-from launcher.autopar.plan import ModelRef, Plan, Stage
+from launcher.autopar.plan import ModelRef
 from launcher.autopar.plan_file import from_json, to_json
 from launcher.autopar.predict import predict
 from launcher.autopar.realize import realize
@@ -63,7 +63,8 @@ def test_what_is_forced_is_in_the_plan(name, gpt, cpu8):
     plan = make_plan(gpt, cpu8, options(mode, **fields))
     plan.check(num_layers=None, cluster=cpu8, fingerprint=gpt.fingerprint)
     assert plan.num_microbatches == fields.get("num_microbatches", MICROBATCHES)
-    assert plan.schedule == fields.get("schedule", "1f1b")
+    if mode != "auto" or "schedule" in fields:
+        assert plan.schedule == fields.get("schedule", "1f1b")
     assert plan.num_devices == (1 if mode == "single" else 8)
     for stage in plan.stages:
         mesh = dict(stage.mesh)
@@ -99,7 +100,7 @@ def test_the_schedules_keep_what_they_promise(schedule, gpt, cpu8):
 def test_a_found_plan_holds_together(gpt, cpu8):
     found = planned(gpt, cpu8, "manual", tp=2, pp=2)
     plan = found.plan
-    assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 4)
+    assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 6)
     assert plan.model == ModelRef(
         name="gpt", size="tiny", fingerprint=gpt.fingerprint, dtype="fp32"
     )
@@ -113,7 +114,8 @@ def test_a_found_plan_holds_together(gpt, cpu8):
     assert plan.predicted.step_s == found.outlook.timeline.step_s
     assert plan.search.ilp_solved >= 1
     assert plan.search.candidates >= 1
-    assert plan.search.optimality_gap == pytest.approx(0.0, abs=1e-6)
+    assert 0.0 <= plan.search.optimality_gap < 0.2
+    assert "8 microbatches" in plan.search.space
     assert found.realized.plan == plan
 
 
@@ -191,23 +193,11 @@ def test_virtual_stages_by_hand_are_completed_and_run_on_the_same_devices(gpt, c
 
 
 def bare(stages, num_layers=None):
-    return Plan(
-        model=ModelRef(name="gpt", size="tiny"),
-        cluster=ClusterRef(name="cpu8", hosts=2, devices_per_host=4),
-        global_batch=BATCH,
-        num_microbatches=MICROBATCHES,
-        schedule="1f1b",
-        num_layers=num_layers,
-        stages=stages,
-    )
+    batch = {"global_batch": BATCH, "num_microbatches": MICROBATCHES}
+    return plan_of(*stages, num_layers=num_layers, **batch)
 
 
-def stage(first, last, *, host, mesh, **fields):
-    axes = (("data", mesh[0]), ("tensor", mesh[1]))
-    return Stage(layers=(first, last), hosts=(host,), devices=(0, 1, 2, 3), mesh=axes, **fields)
-
-
-_TWO = (stage(0, 3, host=0, mesh=(2, 2)), stage(3, 4, host=1, mesh=(4, 1), zero=2))
+_TWO = (stage_of((0, 3), mesh=(2, 2)), stage_of((3, 4), host=1, mesh=(4, 1), zero=2))
 
 
 def test_a_bare_plan_is_completed_by_the_solver(gpt, cpu8):
@@ -226,7 +216,7 @@ def test_a_bare_plan_is_completed_by_the_solver(gpt, cpu8):
 def test_placed_parameters_stay_where_the_plan_puts_them(gpt, cpu8):
     path = "blocks/3/mlp/up/kernel"
     dims = (None, ("tensor",))
-    stages = (_TWO[0], stage(3, 4, host=1, mesh=(1, 4), params={path: dims}))
+    stages = (_TWO[0], stage_of((3, 4), host=1, mesh=(1, 4), params={path: dims}))
     found = adopt_plan(bare(stages), gpt, cpu8, options("auto")).plan
     assert found.stages[1].params[path] == (None, "tensor")
 

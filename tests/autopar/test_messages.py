@@ -8,7 +8,7 @@ import pytest
 
 from launcher.autopar.cluster import Link
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.messages import messages_of, price_messages, scalar_crossing
+from launcher.autopar.messages import price_messages, scalar_crossing
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.spec import local_shape
 
@@ -24,7 +24,7 @@ def realized(tiny_gpt, cpu8):
 
 def test_both_ends_lie_as_the_stages_have_them(realized):
     first, second = (stage.layout for stage in realized.stages)
-    messages = messages_of(realized)
+    messages = realized.messages
     for (source, target), ends in (
         ((0, 1), (first.exports, second.imports)),
         ((1, 0), (second.returns, first.cotangents)),
@@ -40,7 +40,7 @@ def test_both_ends_lie_as_the_stages_have_them(realized):
 
 
 def test_a_tied_parameter_goes_from_owner_to_user_and_its_gradient_back(realized):
-    messages = messages_of(realized)
+    messages = realized.messages
     [((owner, user), carried)] = messages.tied_parameters.items()
     [(path, crossing)] = carried.items()
     assert (owner, user) == realized.wiring.tied[0]
@@ -54,11 +54,11 @@ def test_a_tied_parameter_goes_from_owner_to_user_and_its_gradient_back(realized
 def test_bytes_and_seconds_add_up(realized, cpu8):
     """A network that costs by the byte alone; the planner has split what crosses as far as it goes."""
     links = replace(cpu8, inter_host=Link(bytes_per_s=1000.0, latency_s=0.0))
-    messages, across = messages_of(realized), 4 * BATCH // 2 * 64 * 64
+    messages, across = realized.messages, 4 * BATCH // 2 * 64 * 64
     for carried in (messages.activations[0, 1], messages.cotangents[1, 0]):
         assert sum(crossing.bytes_across for crossing in carried.values()) == across
         assert not any(crossing.gathers for crossing in carried.values())
-    seconds = price_messages(messages, realized, links)
+    seconds = price_messages(messages, realized.stages, links)
     assert seconds.activation_s == {(0, 1): pytest.approx(across / 1000)}
     assert seconds.cotangent_s == {(1, 0): pytest.approx(across / 1000)}
     assert messages.bytes_per_step(5) - messages.bytes_per_step(4) == 2 * across
@@ -79,6 +79,6 @@ def local_bytes(carried):
 
 
 def test_a_number_goes_to_every_device_of_the_other_stage(realized):
-    crossing = scalar_crossing(realized, 0, 1, np.dtype(np.float64))
+    crossing = scalar_crossing(*realized.stages, np.dtype(np.float64))
     assert [(tile.source, tile.target) for tile in crossing.tiles] == [(i, i) for i in range(4)]
     assert (crossing.bytes_across, crossing.gathers) == (4 * 8, ())

@@ -9,6 +9,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from wirings import ALONE, SKIPPING, VIRTUAL
 
 from launcher.autopar.checker import check
 from launcher.autopar.communication import add_communication
@@ -18,20 +19,6 @@ from launcher.autopar.schedules import GPipe, Interleaved, OneForwardOneBackward
 from launcher.errors import ScheduleError
 
 CHAIN = Wiring.chain(3, tied=((0, 2),), with_norm=True)
-SKIPPING = Wiring(
-    edges=((0, 1), (1, 2), (0, 2), (2, 3)),
-    differentiable=((0, 1), (1, 2), (2, 3)),
-    tied=((0, 3), (3, 1)),
-    with_norm=True,
-)
-VIRTUAL = Wiring(
-    edges=((0, 1), (1, 2), (2, 3), (0, 2), (1, 3)),
-    differentiable=((0, 1), (1, 2), (2, 3), (1, 3)),
-    tied=((0, 3), (2, 0)),
-    with_norm=True,
-    submesh_of=(0, 1, 0, 1),
-)
-ALONE = Wiring.chain(2, tied=((0, 1),), with_norm=True, virtual_stages=2)
 WITHOUT_NORM = Wiring(edges=((0, 1), (0, 2)), differentiable=((0, 1),), tied=((2, 1),))
 
 

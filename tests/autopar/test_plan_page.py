@@ -6,19 +6,28 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from launcher.autopar.answers import Answers
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.cluster_picture import cluster_svg
 from launcher.autopar.communication import add_communication
-from launcher.autopar.plan_page import page, write_page
+from launcher.autopar.compare import PricedPlan, compare
+from launcher.autopar.plan import RunnerUp
+from launcher.autopar.plan_page import PageExtras, page, write_page
 from launcher.autopar.program import Wiring
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.simulator import Durations, simulate
-from launcher.autopar.stage_bars import memory_bar, shares_of_step
-from launcher.autopar.timeline import Timeline
+from launcher.autopar.stage_bars import bar_legend, memory_bar, time_bar
+from launcher.autopar.step_parts import StepParts
+from launcher.autopar.timeline import EventKind, Timeline
 from launcher.autopar.timeline_picture import timeline_svg
+from launcher.autopar.why_not import Alternative, WhyNot
 from launcher.errors import StorageError
 
 SVG = "{http://www.w3.org/2000/svg}"
+PARTS = (
+    StepParts(computation_s=0.02, recomputation_s=0.01, communication_s=0.005, bubble_s=0.0062),
+    StepParts(computation_s=0.03, synchronization_s=0.002, transfers_s=0.003, bubble_s=0.0062),
+)
 
 
 def make_timeline(
@@ -65,7 +74,7 @@ def texts(picture: str) -> list[str]:
 
 def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cpu8, params, tmp_path):
     path = tmp_path / "plan.html"
-    write_page(plan, timeline, cpu8, path, params)
+    write_page(plan, timeline, cpu8, path, PageExtras(params=params, parts=PARTS))
     text = path.read_text()
     assert text.startswith("<!doctype html>")
     for part in (
@@ -84,17 +93,43 @@ def test_the_page_is_written_and_needs_nothing_else(plan, timeline, cpu8, params
 
 
 def test_every_picture_of_the_page_is_well_formed(plan, timeline, cpu8, params):
-    pictures = re.findall(r"<svg.*?</svg>", page(plan, timeline, cpu8, params), re.DOTALL)
+    text = page(plan, timeline, cpu8, PageExtras(params=params, parts=PARTS))
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(pictures) > 6
     for picture in pictures:
         ElementTree.fromstring(picture)
 
 
+HOSTILE = "<script>alert(1)</script>'\"&"
+
+
 def test_names_cannot_break_the_page(plan, timeline, cpu8, params):
-    model = dataclasses.replace(plan.model, name="<script>alert(1)</script>")
-    text = page(dataclasses.replace(plan, model=model), timeline, cpu8, params)
+    first, *others = plan.stages
+    stage = dataclasses.replace(first, params={**first.params, HOSTILE: (None,)}, recompute=HOSTILE)
+    runner_up = RunnerUp(description=HOSTILE, step_s=1.0, why=HOSTILE)
+    hostile = dataclasses.replace(
+        plan,
+        model=dataclasses.replace(plan.model, name=HOSTILE, size=HOSTILE),
+        stages=(stage, *others),
+        runners_up=(runner_up,),
+        schedule=HOSTILE,
+    )
+    priced = [
+        PricedPlan(name=HOSTILE, plan=each, parts=parts, usable_bytes=1.0)
+        for each, parts in zip((hostile, plan), PARTS, strict=True)
+    ]
+    forced = Alternative(name=HOSTILE, best=None, reason=HOSTILE)
+    answers = Answers(
+        comparison=compare(*priced, params),
+        why_not=WhyNot(chosen=priced[0], alternatives=(forced,)),
+    )
+    extras = PageExtras(params=params, parts=PARTS, answers=answers)
+    machine = dataclasses.replace(cpu8, name=HOSTILE)
+    text = page(hostile, timeline, machine, extras)
     assert "<script" not in text
-    assert "&lt;script&gt;" in text
+    assert text.count("&lt;script&gt;") > 10
+    body = re.sub(r"<!doctype html>|<meta[^>]*>", "", text)
+    ElementTree.fromstring(body)  # every tag is closed, every & escaped
 
 
 def test_a_plan_without_a_price_has_a_page(plan, cpu8):
@@ -137,7 +172,6 @@ def test_a_submesh_has_one_row_for_all_its_stages(timeline):
         for box in boxes(picture, "forward")[1:]
     }
     assert places["stage 0"] == places["stage 2"] != places["stage 1"]
-    assert len(shares_of_step(virtual)) == 2
     assert "weight gradients" not in texts(picture)
 
 
@@ -146,9 +180,6 @@ def test_weight_gradients_have_a_colour_of_their_own():
     picture = timeline_svg(split)
     assert len(boxes(picture, "weight")) == 16 + 1
     assert {"W0", "I0", "weight gradients"} <= set(texts(picture))
-    shares = shares_of_step(split)[0]
-    assert shares["weight"] == pytest.approx(8 * 0.001 / split.step_s)
-    assert sum(shares.values()) == pytest.approx(1)
     long = timeline_svg(make_timeline(4, 200, "zb_h1"))
     assert "200 microbatches" in next(text for text in texts(long) if text.startswith("One step"))
 
@@ -161,7 +192,8 @@ def test_the_page_of_virtual_stages(plan, cpu8, params):
     virtual = dataclasses.replace(
         plan, schedule="interleaved", virtual_stages=2, stages=stages, predicted=None
     )
-    text = page(virtual, make_timeline(4, 4, "interleaved", 2), cpu8, params)
+    extras = PageExtras(params=params, parts=PARTS)
+    text = page(virtual, make_timeline(4, 4, "interleaved", 2), cpu8, extras)
     for part in (
         "schedule interleaved, 2 stages on each of 2 submeshes",
         "2 submeshes of 4 devices each",
@@ -204,15 +236,36 @@ def test_slices_have_the_area_of_what_they_stand_for(long_timeline):
         for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True)
     )
     row_px, width_px = 24.0, max(x for x, _ in points) - left
-    shown = shares_of_step(long_timeline)[0]["forward"]
+    forward_s = sum(
+        event.end_s - event.start_s
+        for event in long_timeline.events
+        if event.kind is EventKind.FORWARD and event.submesh == 0
+    )
+    shown = forward_s / long_timeline.step_s
     assert abs(area) / (row_px * width_px) == pytest.approx(shown, rel=0.02)
 
 
-def test_shares_of_a_step_add_up(timeline):
-    for shares in shares_of_step(timeline):
-        assert sum(shares.values()) == pytest.approx(1.0)
-        assert min(shares.values()) >= 0
-    assert shares_of_step(timeline)[0]["forward"] == pytest.approx(8 * 0.001 / timeline.step_s)
+def test_a_bar_is_as_long_as_its_step_and_cut_by_its_parts():
+    picture = time_bar(PARTS[0], 0.0412)
+    widths = {
+        css: float(boxes(picture, css)[0].get("width"))
+        for css in ("compute", "again", "communicate", "idle")
+    }
+    assert sum(widths.values()) == pytest.approx(300, abs=0.3)
+    assert widths["compute"] == pytest.approx(300 * 0.02 / 0.0412, abs=0.1)
+    assert not boxes(picture, "update")
+    assert "49 %" in texts(picture)
+    half = time_bar(PARTS[0], 2 * 0.0412)
+    assert float(boxes(half, "compute")[0].get("width")) == pytest.approx(
+        widths["compute"] / 2, abs=0.1
+    )
+
+
+def test_the_legend_of_bars_has_what_they_have():
+    legend = bar_legend(PARTS[:1])
+    assert ">recomputation" in legend
+    assert "update" not in legend
+    assert "waits for a transfer" in bar_legend(PARTS)
 
 
 def test_memory_beyond_the_limit_is_shown_as_such():

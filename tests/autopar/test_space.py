@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.autopar.restrictions import Experts
+from launcher.autopar.schedules import SCHEDULE_NAMES
 from launcher.autopar.space import (
     PlanOptions,
     divisors,
@@ -38,10 +39,10 @@ MODES = {
 def test_degrees_of_a_mode_without_search(mode, cpu8):
     fields, (data, tensor, stages), zero = MODES[mode]
     space = make_space(options(mode.strip(), **fields), cpu8)
-    assert (space.choices.data, space.choices.tensor, space.num_stages) == (data, tensor, stages)
+    assert (space.choices.data, space.choices.tensor, space.num_submeshes) == (data, tensor, stages)
     assert space.choices.zero == zero
     assert space.choices.recompute == ("none",)
-    assert space.schedule == "1f1b"
+    assert space.schedules == (("1f1b", 1),)
     ((hosts, devices),) = space.submeshes
     assert hosts * devices == data * tensor
     assert space.num_devices == data * tensor * stages
@@ -49,16 +50,17 @@ def test_degrees_of_a_mode_without_search(mode, cpu8):
 
 def test_auto_leaves_everything_open_that_is_not_forced(cpu8):
     space = make_space(options("auto"), cpu8)
-    assert (space.choices.data, space.choices.tensor, space.num_stages) == (None, None, None)
+    assert (space.choices.data, space.choices.tensor, space.num_submeshes) == (None, None, None)
     assert set(space.submeshes) == {(1, 1), (1, 2), (1, 4), (2, 4)}
     assert len(space.choices.zero) > 1
     assert len(space.choices.recompute) > 1
+    assert {name for name, _ in space.schedules} == set(SCHEDULE_NAMES)
     forced = make_space(
         options("auto", dp=2, tp=2, pp=2, zero=3, recompute="full", schedule="gpipe"), cpu8
     )
-    assert (forced.choices.data, forced.choices.tensor, forced.num_stages) == (2, 2, 2)
+    assert (forced.choices.data, forced.choices.tensor, forced.num_submeshes) == (2, 2, 2)
     assert (forced.choices.zero, forced.choices.recompute) == ((3,), ("full",))
-    assert forced.schedule == "gpipe"
+    assert forced.schedules == (("gpipe", 1),)
 
 
 @pytest.mark.parametrize(

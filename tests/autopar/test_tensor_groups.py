@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from plans import plan_of, stage_of
 
-from launcher.autopar.cluster import load_cluster
-from launcher.autopar.plan import ModelRef, Plan, Stage
+from launcher.autopar.plan import ModelRef, Plan
 from launcher.autopar.tensor_groups import Placement, Split, tensor_groups
 
 SHAPES = {
@@ -23,21 +23,8 @@ WHOLE = {path: (None,) * len(shape) for path, shape in SHAPES.items()}
 
 @pytest.fixture
 def plan() -> Plan:
-    stage = Stage(
-        layers=(0, 1),
-        hosts=(0,),
-        devices=(0, 1, 2, 3),
-        mesh=(("data", 4), ("tensor", 1)),
-        params=WHOLE,
-    )
-    return Plan(
-        model=ModelRef(name="wrn", size="tiny"),
-        cluster=load_cluster("cpu8").ref(),
-        global_batch=8,
-        num_microbatches=1,
-        schedule="1f1b",
-        stages=(stage,),
-    )
+    stage = stage_of((0, 1), mesh=(4, 1), params=WHOLE)
+    return plan_of(stage, model=ModelRef(name="wrn", size="tiny"))
 
 
 def with_specs(plan: Plan, **changes) -> Plan:

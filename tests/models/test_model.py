@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import draw_batch
 
 from launcher import models
 from launcher.config import GptConfig, MoeConfig, WrnConfig
@@ -21,17 +22,6 @@ FAMILIES = pytest.mark.parametrize("family", list(CONFIGS))
 @functools.cache
 def build(family, dtype="fp32", **fields):
     return models.build(CONFIGS[family](size="tiny", dtype=dtype, **(SMALL[family] | fields)))
-
-
-def draw_batch(model, batch_size=4):
-    draw = np.random.default_rng(0)
-
-    def values(spec):
-        if jnp.issubdtype(spec.dtype, jnp.integer):
-            return draw.integers(10, size=spec.shape).astype(spec.dtype)
-        return draw.normal(size=spec.shape).astype(spec.dtype)
-
-    return {name: values(spec) for name, spec in model.example_batch(batch_size).items()}
 
 
 def trace(model, batch_size=2):
@@ -94,7 +84,7 @@ def test_loss_is_pure(family):
     model = build(family)
     params, state = model.init(0)
     kept = {name: np.array(array) for name, array in (params | state).items()}
-    batch = draw_batch(model)
+    batch = draw_batch(model, 4)
     loss = jax.jit(model.loss)
     first, (new_state, metrics) = loss(params, state, batch, KEY)
     second, _ = loss(params, state, batch, OTHER_KEY)
@@ -143,7 +133,7 @@ def test_dropout_follows_the_key_and_is_off_in_evaluation(family):
     params, state = model.init(0)
     # Larger weights than initial ones, so that what is dropped matters.
     params = {name: array * (5 if array.ndim > 1 else 1) for name, array in params.items()}
-    batch = draw_batch(model)
+    batch = draw_batch(model, 4)
     loss, evaluate = jax.jit(model.loss), jax.jit(model.eval_loss)
     with_key = loss(params, state, batch, KEY)[0]
     assert with_key == loss(params, state, batch, KEY)[0]
@@ -189,7 +179,7 @@ def test_half_precision_keeps_fp32_master_weights(family, dtype):
 def test_fp64_computes_in_fp64_from_the_same_weights(family):
     single = build(family)
     params, state = single.init(0)
-    batch = draw_batch(single)
+    batch = draw_batch(single, 4)
     loss, _ = jax.jit(single.loss)(params, state, batch, KEY)
     with jax.enable_x64(True):
         double = models.build(CONFIGS[family](size="tiny", dtype="fp64", **SMALL[family]))

@@ -83,6 +83,20 @@ def test_a_step_is_timed_to_its_completion_not_to_when_it_is_read(fake):
     assert [row["step_s"] for row in sink.rows] == [1.0] * 4
 
 
+def test_the_schedule_is_compiled_before_the_first_step(fake):
+    executor = fake.Executor([3.0, 2.0])
+
+    def rate(step):
+        executor.events.append(f"rate of {step}")
+        return 0.1
+
+    train_loop.run(
+        executor, fake.Dataset(), fake.settings(2), fake.METER, [], learning_rate=rate,
+        explain_memory=lambda error: error,
+    )  # fmt: skip
+    assert executor.events[:2] == ["rate of 0", "step 0"]
+
+
 def test_the_time_of_an_evaluation_is_no_steps(fake):
     now_s = [0.0]
 

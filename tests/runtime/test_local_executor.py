@@ -12,14 +12,15 @@ import pytest
 from flax import nnx
 
 from launcher.autopar.cluster import load_cluster
+from launcher.autopar.evaluation import realize_evaluation
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.messages import messages_of
 from launcher.autopar.space import PlanOptions
 from launcher.models.layers import PRECISIONS
 from launcher.models.model import make_model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.pipeline import Pipeline
 
 WIDTH = 8
 
@@ -44,7 +45,10 @@ class Remembering(nnx.Module):
 
 @pytest.fixture(params=[1, 2], ids=["one program", "pipeline"])
 def executor(request) -> LocalExecutor:
-    pp = request.param
+    return build(request.param)
+
+
+def build(pp: int, **more) -> LocalExecutor:
     model = make_model(
         Remembering, precision=PRECISIONS["fp32"], casts=True, name="remembering", size="tiny",
         dtype="fp32", sample_unit="samples", units_per_sample=1, vocab_size=None,
@@ -55,7 +59,7 @@ def executor(request) -> LocalExecutor:
     realized = find_plan(model, machine, options, lambda text: None).realized
     optimizer = Optimizer(transform=optax.adam(0.1), clip_norm=None, schedule=lambda step: 0.1)
     grid = np.array(jax.devices()[:pp], dtype=object).reshape(1, -1)
-    return LocalExecutor(realized, model, optimizer, grid, seed=0)
+    return LocalExecutor(realized, model, optimizer, grid, seed=0, **more)
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -98,6 +102,24 @@ def test_cotangents_are_summed_in_the_order_of_the_stages():
     assert float(cotangents.of({7: parts})[7]) == 1.0  # (1 + 1e8) - 1e8 would be 0
 
 
+def test_what_is_lent_by_several_owners_is_summed_up_once():
+    reduced = []
+
+    def reduce_tied(sums):
+        reduced.append(sorted(sums))
+        return {path: f"sum of {path}" for path in sums}
+
+    stage = SimpleNamespace(
+        accumulators={"a": 1, "b": 2, "own": 3}, lent_gradients={},
+        programs=SimpleNamespace(owned={"own"}), compiled=SimpleNamespace(reduce_tied=reduce_tied),
+    )  # fmt: skip
+    pipeline = SimpleNamespace(realized=SimpleNamespace(owner={"a": 0, "b": 1, "own": 2}))
+    for owner, path in ((0, "a"), (1, "b")):
+        assert Pipeline._lent_gradients(pipeline, stage, owner) == {path: f"sum of {path}"}
+    assert reduced == [["a", "b"]]
+    assert (stage.accumulators, stage.lent_gradients) == ({"own": 3}, {})
+
+
 @pytest.mark.parametrize("executor", [2], indirect=True, ids=["pipeline"])
 def test_the_bytes_that_move_are_those_of_the_plan(executor):
     steps = 3
@@ -105,9 +127,31 @@ def test_the_bytes_that_move_are_those_of_the_plan(executor):
         executor.step(executor.place(batch(), step))
     sent = executor.pipeline.links.transport.bytes_sent()
     norms = sent.pop("norm")
-    planned = messages_of(executor.realized).bytes_per_step(executor.plan.num_microbatches)
+    planned = executor.realized.messages.bytes_per_step(executor.plan.num_microbatches)
     assert planned > 0
     assert sum(sent.values()) == steps * planned
     assert norms == steps * 2 * np.dtype(np.float32).itemsize  # each of two devices to the other
     # One activation forward and one cotangent back, a microbatch of two rows at a time.
     assert sent["activation"] == sent["cotangent"] == steps * 4 * WIDTH * 4
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_an_evaluation_that_is_to_come_is_compiled_before_the_first_step(pp, monkeypatch):
+    counted = build(pp).compilation.num_programs
+    executor = build(pp, evaluates=True)
+    assert executor.compilation.num_programs == counted + pp
+    first = float(executor.evaluate(batch()))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", None)  # nothing is compiled any more
+    executor.step(executor.place(batch(), 0))
+    assert float(executor.evaluate(batch())) < first
+
+
+def test_an_evaluation_sends_through_channels_and_keeps_nothing():
+    executor = build(2)
+    executor.evaluate(batch())
+    executor.step(executor.place(batch(), 0))
+    sent = executor.pipeline.links.transport.bytes_sent()
+    assert sent["evaluation"] == sent["activation"] == 4 * WIDTH * 4
+    passing = realize_evaluation(executor.realized, executor.model)
+    for stage in passing.stages:
+        assert {**stage.layout.kept, **stage.layout.cotangents, **stage.layout.accumulators} == {}

@@ -5,13 +5,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 import optax
+import plans
 import pytest
+from plans import stage_of
 
 from launcher import models
 from launcher.autopar.cluster import load_cluster
 from launcher.autopar.instructions import Instruction, Op
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.plan import ClusterRef, ModelRef, Plan, Prediction, Stage
+from launcher.autopar.plan import ClusterRef, Prediction
 from launcher.autopar.space import PlanOptions
 from launcher.config import GptConfig
 from launcher.errors import TrainingError
@@ -42,26 +44,22 @@ def exhausted(text="Out of memory while trying to allocate 3221225472 bytes.\nA 
 
 
 def plan_of(num_stages=2, data=2, tensor=1, microbatches=4, batch=32, layers=4, **stage):
-    count = data * tensor
-    each = layers // num_stages
-    stages = tuple(
-        Stage(
-            layers=(i * each, (i + 1) * each), hosts=(0,), mesh=(("data", data), ("tensor", tensor)),
-            devices=tuple(range(i * count, (i + 1) * count)), **stage,
-        )
+    count, each = data * tensor, layers // num_stages
+    stages = [
+        stage_of((i * each, (i + 1) * each), mesh=(data, tensor), first=i * count, **stage)
         for i in range(num_stages)
-    )  # fmt: skip
+    ]
     per_stage = tuple([0.0] * num_stages)
-    return Plan(
-        model=ModelRef(name="gpt", size="tiny"),
-        cluster=ClusterRef(name="mine", hosts=1, devices_per_host=8),
-        global_batch=batch, num_microbatches=microbatches, schedule="1f1b", stages=stages,
-        predicted=Prediction(
-            step_s=1.0, bubble_fraction=0.0, tflops_per_device=0.0, tflops_convention="",
-            peak_bytes_per_device=tuple(2.0**30 * (i + 1) for i in range(num_stages)),
-            communicated_bytes=0.0, stage_forward_s=per_stage, stage_backward_s=per_stage,
-            stage_sync_s=per_stage, stage_update_s=per_stage,
-        ),
+    predicted = Prediction(
+        step_s=1.0, bubble_fraction=0.0, tflops_per_device=0.0, tflops_convention="",
+        peak_bytes_per_device=tuple(2.0**30 * (i + 1) for i in range(num_stages)),
+        communicated_bytes=0.0, stage_forward_s=per_stage, stage_backward_s=per_stage,
+        stage_sync_s=per_stage, stage_update_s=per_stage,
+    )  # fmt: skip
+    machine = ClusterRef(name="mine", hosts=1, devices_per_host=8)
+    return plans.plan_of(
+        *stages, cluster=machine, global_batch=batch, num_microbatches=microbatches,
+        predicted=predicted,
     )  # fmt: skip
 
 
@@ -148,6 +146,19 @@ def test_only_memory_errors_are_turned_into_ours():
         memory_errors(plan_of(), Doing.placing(0), ()),
     ):
         raise exhausted()
+
+
+def test_an_evaluation_names_its_stage(monkeypatch):
+    executor = executor_of(pp=2)
+    batch = {n: np.zeros(s.shape, s.dtype) for n, s in executor.model.example_batch(8).items()}
+    assert np.isfinite(float(executor.evaluate(batch)))
+
+    def fail(*arguments):
+        raise exhausted()
+
+    monkeypatch.setitem(executor._evaluator._executables, "evaluation:1", fail)
+    with pytest.raises(TrainingError, match="on stage 1 of 2, in an evaluation .*try parallel"):
+        executor.evaluate(batch)
 
 
 def executor_of(**forced) -> LocalExecutor:

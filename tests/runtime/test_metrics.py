@@ -98,6 +98,15 @@ def test_steps_that_were_watched_are_left_out_of_the_median():
     assert (timer.median_s, timer.timed_steps) == (1.0, 3)  # of 0.5, 1 and 3 s
 
 
+def test_a_short_run_takes_a_step_of_its_warm_up_before_one_that_was_watched():
+    timer = StepTimer(clock=lambda: 0.0)
+    timer.lap(9.0, is_typical=False)
+    assert (timer.median_s, timer.timed_steps) == (None, 0)
+    timer.lap(11.0)
+    timer.lap(99.0, is_typical=False)
+    assert (timer.median_s, timer.timed_steps) == (2.0, 0)
+
+
 def test_speed_of_a_step():
     # 16 samples x 128 tokens / 0.5 s; 8 TFLOP / 4 devices / 0.5 s = 4 TFLOP/s of a peak of 10.
     assert make_meter().speed(0.5) == {

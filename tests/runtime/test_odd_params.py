@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import draw_batch
 from flax import nnx
 
 from launcher.autopar.cluster import load_cluster
@@ -83,13 +84,6 @@ def odd_model(precision: str = "fp64"):
     return model_of(OddModel, precision)
 
 
-def draw_batch(model):
-    rng = np.random.default_rng(0)
-    return {
-        n: rng.normal(size=s.shape).astype(s.dtype) for n, s in model.example_batch(BATCH).items()
-    }
-
-
 def planned(model, plan: str, transform):
     forced = dict(PLANS[plan])
     devices = forced.pop("devices", 1)
@@ -116,7 +110,7 @@ def on_one_device(model, transform):
     for step in range(STEPS):
         found = []
         for k in range(MICROBATCHES):
-            part = {n: np.split(a, MICROBATCHES)[k] for n, a in draw_batch(model).items()}
+            part = {n: np.split(a, MICROBATCHES)[k] for n, a in draw_batch(model, BATCH).items()}
             key = np.array([SEED, step * MICROBATCHES + k], np.uint32)
             (_, (_, metrics)), gradients = run(params, state, part, key)
             found.append((metrics, gradients))
@@ -140,7 +134,7 @@ def test_steps_are_those_of_one_device(name, plan):
         model = odd_model()
         executor = executor_for(model, plan, OPTIMIZERS[name])
         for step, (metrics, norm, params) in enumerate(wanted(name)):
-            result = executor.step(executor.place(draw_batch(model), step))
+            result = executor.step(executor.place(draw_batch(model, BATCH), step))
             assert float(result.grad_norm) == pytest.approx(float(norm), rel=1e-9)
             assert result.metrics.keys() == metrics.keys()
             for key, value in metrics.items():
@@ -162,7 +156,7 @@ def test_gradients_of_all_parameters_are_there_and_zero_where_no_gradient_comes(
     with jax.enable_x64(True):
         model = odd_model()
         executor = executor_for(model, "pipeline", OPTIMIZERS["adamw"])
-        _, gradients = executor.gradients(draw_batch(model), 0)
+        _, gradients = executor.gradients(draw_batch(model, BATCH), 0)
         assert gradients.keys() == model.abstract_params.keys()
         for path in ("frozen", "spare"):
             assert not np.any(np.asarray(gradients[path]))
@@ -196,7 +190,7 @@ def test_evaluation_reads_them_as_one_device_does():
     with jax.enable_x64(True):
         model = odd_model()
         executor = executor_for(model, "three stages", OPTIMIZERS["adamw"])
-        batch = draw_batch(model)
+        batch = draw_batch(model, BATCH)
         wanted_loss, _ = model.eval_loss(*model.init(SEED), batch)
         assert float(executor.evaluate(batch)) == pytest.approx(float(wanted_loss), rel=1e-12)
 
@@ -224,7 +218,7 @@ class Remembering(nnx.Module):
 def test_state_that_is_written_and_never_read_is_kept():
     model = model_of(functools.partial(Remembering, reads=False), "fp32")
     executor = executor_for(model, "pipeline", OPTIMIZERS["sgd"])
-    batch = draw_batch(model)
+    batch = draw_batch(model, BATCH)
     executor.step(executor.place(batch, 0))
     params, state = model.init(SEED)
     last = {name: leaf[BATCH // MICROBATCHES :] for name, leaf in batch.items()}

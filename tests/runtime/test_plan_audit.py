@@ -32,12 +32,14 @@ ON_FOUR = {
 ON_EIGHT = {
     "data, zero-2": {"dp": 8, "zero": 2},
     "all three, recomputed": {"dp": 2, "tp": 2, "pp": 2, "recompute": "layer"},
+    "stages of data, zero-2": {"dp": 4, "pp": 2, "zero": 2},
+    "split, zero-3": {"dp": 2, "tp": 2, "pp": 2, "zero": 3, "schedule": "zb_h1"},
 }
 CASES = [
     ("gpt", 1, "tensor"), ("gpt", 1, "data x tensor, zero-3"), ("gpt", 2, "data, zero-2"),
     ("gpt", 2, "all three, recomputed"), ("gpt-fp16", 1, "data x tensor, zero-3"),
     ("moe", 1, "data x tensor, zero-3"), ("moe", 2, "data, zero-2"),
-    ("wrn", 1, "data x tensor, zero-3"), ("wrn", 2, "data, zero-2"),
+    ("wrn", 1, "data x tensor, zero-3"), ("wrn", 2, "data, zero-2"), ("gpt", 2, "split, zero-3"),
 ]  # fmt: skip
 ALL = [(family, 1 + (plan in ON_EIGHT), plan) for family in CONFIGS for plan in ON_FOUR | ON_EIGHT]
 
@@ -80,10 +82,21 @@ def test_what_is_compiled_is_what_was_priced_in_the_other_cases(family, hosts, p
     check(family, hosts, plan)
 
 
+def test_a_step_that_is_one_program_is_audited_as_one():
+    (step,) = audits_of("wrn", 1, "tensor")
+    assert str(step).startswith("stage 0, step (a loop over 2 microbatches, whose")
+    assert "once a step" in str(step)
+    assert plan_audit.report([step]).endswith("priced in 1 program, and the same compiled")
+
+
 def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
     """All that data parallelism communicates of the parameters is in the programs that run once."""
-    audits = audits_of("gpt", 2, "data, zero-2")
-    per_microbatch = [a for a in audits if a.program in ("forward", "backward")]
+    audits = audits_of("gpt", 2, "stages of data, zero-2")
+    assert [(a.stages, a.program) for a in audits] == [
+        *(((0,), name) for name in ("forward", "backward", "synchronize", "update")),
+        *(((1,), name) for name in ("forward_backward", "synchronize", "update", "reduce_tied")),
+    ]
+    per_microbatch = [a for a in audits if "ward" in a.program]
     once = [a for a in audits if a.program == "synchronize"]
     assert {a.times for a in per_microbatch} == {2}
     assert {a.times for a in once} == {1}

@@ -124,15 +124,16 @@ def test_milestones_are_at_most_ten_and_end_with_the_last_step(steps):
 def test_log_lines_say_all_there_is(lines, tmp_path):
     clock = Clock()
     sink = LogSink(METER, 40, tmp_path, clock)
-    for step in (1, 2):
-        clock.now_s += 0.5
+    for step, took_s in ((1, 90.0), (2, 30.0), (3, 0.5)):  # the first two are the warm-up
+        clock.now_s += took_s
         sink.write(make_row(step))
-    sink.write(eval_row(2, 2.25))
+    sink.write(eval_row(3, 2.25))
     numbers = "loss 2.5000  8.19k tokens/s  1 TFLOP/s/device  MFU 25.0 %  500 ms per step"
     assert lines() == [
         f"step  1/40  {numbers}",
-        f"step  2/40  {numbers}  ETA 19.0 s",
-        "step  2/40  eval_loss 2.2500",
+        f"step  2/40  {numbers}",
+        f"step  3/40  {numbers}  ETA 18.5 s",
+        "step  3/40  eval_loss 2.2500",
     ]
 
 
@@ -181,6 +182,14 @@ def test_final_lines_of_a_run_that_never_finished_a_step(tmp_path):
     )
 
 
+def test_a_run_whose_steps_were_all_watched_says_so(tmp_path):
+    measured = {**METER.speed(None), "peak_bytes_per_device": None}
+    summary = dataclasses.replace(SUMMARY, measured=measured, timed_steps=0)
+    (line,) = [line for line in final_lines(summary, METER, tmp_path) if "step time" in line]
+    watched = "all steps were traced or profiled, or came right after"
+    assert line == f"step time: none measured ({watched}), 250 ms predicted"
+
+
 GIB = 2.0**30
 
 
@@ -227,7 +236,7 @@ def promise(summary: TrainSummary, meter: Meter, folder) -> str:
 @pytest.mark.parametrize(
     ("timed_steps", "text"),
     [
-        (0, "step time: 500 ms measured (the last step, with its warm-up), 250 ms predicted"),
+        (0, "step time: 500 ms measured (one step, with its warm-up), 250 ms predicted"),
         (1, "step time: 500 ms measured (median of 1 step, without the first 2), 250 ms predicted"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from launcher.autopar.atomic_file import write_atomically
 from launcher.errors import StorageError
 from launcher.runtime.metrics import Meter, PlanMetrics, TrainSummary
-from launcher.runtime.sinks import JsonlSink, SummarySink
+from launcher.runtime.sinks import JsonlSink, SummarySink, check_metrics
 from launcher.runtime.summary_file import write_summary
 
 METER = Meter(
@@ -81,6 +81,14 @@ def test_metrics_on_a_full_disk(tmp_path):
     with pytest.raises(StorageError, match=r"metrics\.jsonl \(No space left on device; 12 bytes"):
         sink.write({"step": 1})
     sink.finish(SUMMARY)
+
+
+def test_metrics_that_cannot_be_appended_to_are_found_before_there_are_any(tmp_path):
+    check_metrics(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl .*Is a directory"):
+        check_metrics(tmp_path)
 
 
 def test_metrics_in_a_folder_that_is_not_there(tmp_path):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import draw_batch
 from flax import nnx
 
 from launcher import models
@@ -115,16 +116,6 @@ def _quick_compilation():
 @functools.cache
 def model_of(family: str):
     return MODELS[family]()
-
-
-def draw_batch(model, batch_size: int):
-    rng = np.random.default_rng(0)
-    return {
-        name: rng.integers(0, model.vocab_size, leaf.shape).astype(leaf.dtype)
-        if np.issubdtype(leaf.dtype, np.integer)
-        else rng.normal(size=leaf.shape).astype(leaf.dtype)
-        for name, leaf in model.example_batch(batch_size).items()
-    }
 
 
 @functools.cache

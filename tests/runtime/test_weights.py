@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from plans import plan_of, stage_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,7 @@ from launcher import models
 from launcher.autopar.trace import Role
 from launcher.config import GptConfig, WrnConfig
 from launcher.errors import ConfigError, StorageError
-from launcher.runtime.weights import DTYPES, held_arrays, open_weights, write_weights
+from launcher.runtime.weights import DTYPES, describe, held_arrays, open_weights, write_weights
 
 
 def sharded(array, *spec):
@@ -152,6 +153,15 @@ def test_other_names_shapes_and_dtypes(tmp_path, model, arrays):
     message = changed(arrays, model, tmp_path, **{bias: jnp.ones(64, jnp.float16)})
     assert f"has {bias} as float16[64], and in model=gpt model.size=tiny it is float32" in message
     assert "take the model.dtype that it was written with" in message
+
+
+def test_a_file_names_the_sizes_that_were_overridden(tmp_path, model):
+    other = models.build(GptConfig(size="tiny", dtype="fp32", layers=3, dropout=0.5))
+    metadata = describe(other, plan_of(stage_of((0, 1), mesh=(1, 1))), 7)
+    path = tmp_path / "w.safetensors"
+    write_weights(path, {"a": jnp.ones(2)}, metadata)
+    origin = "(model=gpt model.size=tiny model.dtype=fp32 model.layers=3 model.dropout=0.5)"
+    assert refusal(path, model).endswith(f"give the model that it was written by {origin}")
 
 
 def _with_header(header: dict, data: bytes) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,13 +73,7 @@ def _transform(model) -> optax.GradientTransformation:
 
 
 def draw_batch(model, step: int):
-    rng = np.random.default_rng(step)
-    return {
-        name: rng.integers(0, model.vocab_size, leaf.shape).astype(leaf.dtype)
-        if np.issubdtype(leaf.dtype, np.integer)
-        else rng.normal(size=leaf.shape).astype(leaf.dtype)
-        for name, leaf in model.example_batch(BATCH).items()
-    }
+    return batches.draw_batch(model, BATCH, seed=step)
 
 
 @functools.cache

@@ -1,0 +1,58 @@
+"""How long a plan takes, before it is written down: the simulator on the stages that the search has chosen.
+
+The same simulator as for a finished plan, on the schedule's own program, with two simplifications: what
+crosses a cut goes to the next stage, wherever it is read, and only as many microbatches are played as it
+takes until all others add the same time. So hundreds of candidates can be judged where a finished plan takes
+seconds.
+"""
+
+from collections.abc import Callable, Sequence
+
+from launcher.autopar.communication import add_communication
+from launcher.autopar.program import Wiring
+from launcher.autopar.schedules import AbstractSchedule
+from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.stage_table import StageChoice
+
+_WARM_UP, _SPAN = 6, 4  # microbatches per submesh: until time grows evenly, and then
+
+
+def judged_s(
+    stages: Sequence[StageChoice], schedule: AbstractSchedule, num_microbatches: int,
+    transfer_s: Callable[[int], float], *, warm_up: int = _WARM_UP,
+) -> float:  # fmt: skip
+    """The step time of some stages.
+
+    Args:
+        transfer_s: seconds per microbatch for what crosses a cut, both ways.
+        warm_up: microbatches per submesh until the others all add the same time.
+    """
+    durations = _durations(stages, transfer_s)
+    v = schedule.virtual_stages
+    wiring = Wiring.chain(len(stages), with_norm=True, virtual_stages=v)
+
+    def play(count: int) -> float:
+        program = add_communication(schedule.build(len(stages), count), wiring)
+        return simulate(program, durations, with_events=False).step_s
+
+    submeshes = len(stages) // v
+    few, more = warm_up * submeshes, (warm_up + _SPAN) * submeshes
+    if num_microbatches <= more:
+        return play(num_microbatches)
+    few_s, more_s = play(few), play(more)
+    return more_s + (num_microbatches - more) * (more_s - few_s) / (more - few)
+
+
+def _durations(stages: Sequence[StageChoice], transfer_s: Callable[[int], float]) -> Durations:
+    options = [choice.option for choice in stages]
+    one_way_s = {(i - 1, i): transfer_s(stages[i].first) / 2 for i in range(1, len(stages))}
+    return Durations(
+        forward_s=tuple(option.forward_s for option in options),
+        backward_s=tuple(option.backward_s for option in options),
+        backward_input_s=tuple(option.backward_s - option.weight_s for option in options),
+        backward_weight_s=tuple(option.weight_s for option in options),
+        synchronize_s=tuple(option.once_s for option in options),
+        update_s=(0.0,) * len(options),
+        activation_s=one_way_s,
+        cotangent_s={(target, source): s for (source, target), s in one_way_s.items()},
+    )

@@ -1,0 +1,270 @@
+"""The table that the inter-operator search works on: all ways to run all ranges of layers on all submeshes.
+
+Layers are cut into pieces, between neighbouring cuts; a stage is consecutive pieces on a submesh. A sweep
+over the table is the DP of Alpa (OSDI 2022, section 5.2): stages from the last to the first, with s, the
+number of stages from k on, telling how many microbatches a stage has in flight:
+
+    F(s, k, d) = least over j, submesh, option of
+                 value(k..j, submesh, option)  combined with  F(s - 1, j, d - devices)
+
+What is combined, and how, is the caller's: `inter_op` adds up seconds, `plan_bounds` bounds them from below.
+Left out: which hosts and devices a submesh is made of (`placement`).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.errors import InfeasiblePlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOption:
+    """One way to run a range of layers on a submesh.
+
+    Attributes:
+        forward_s: Of one microbatch.
+        backward_s: Of one microbatch, with what is recomputed for it.
+        weight_s: What of `backward_s` only gradients of parameters need.
+        once_s: Per step: synchronisation and update.
+        fixed_bytes: Per device: parameters, optimizer state, accumulators, workspace.
+        stash_bytes: Per device and microbatch in flight.
+        tag: The caller's.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float = 0.0
+    once_s: float
+    fixed_bytes: float
+    stash_bytes: float
+    tag: object
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of one microbatch, forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoice:
+    """Layers [first, last) on a submesh of shape `submeshes[submesh]`, run as `option` says."""
+
+    first: int
+    last: int
+    submesh: int
+    option: StageOption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """What a plan may look like. Neighbouring cuts enclose a piece; stages are made of pieces."""
+
+    cuts: tuple[int, ...]
+    sizes: tuple[int, ...]  # of the submeshes
+    num_devices: int
+    num_stages: int | None
+    use_all_devices: bool
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def max_stages(self) -> int:
+        return self.num_stages or min(self.num_pieces, self.num_devices // min(self.sizes))
+
+    @property
+    def numbers_of_stages(self) -> range:
+        return range(1, self.max_stages + 1)
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """The (first, last, submesh) beside which pieces and devices can be used up."""
+        reach = self._tilings()
+        for start, end in itertools.combinations(range(self.num_pieces + 1), 2):
+            behind = self.num_pieces - end
+            fewest, most = (start > 0) + (behind > 0), start + behind  # other stages
+            if self.num_stages is not None:
+                fewest, most = max(fewest, self.num_stages - 1), min(most, self.num_stages - 1)
+            for submesh, size in enumerate(self.sizes):
+                rest = self.num_devices - size
+                if rest >= 0 and reach[fewest : most + 1, rest].any():
+                    yield self.cuts[start], self.cuts[end], submesh
+
+    def _tilings(self) -> np.ndarray:
+        """`result[n, d]`: whether n submeshes can take d devices, or leave some of them idle."""
+        reach = np.zeros((self.num_pieces + 1, self.num_devices + 1), bool)
+        reach[0, : 1 if self.use_all_devices else None] = True
+        for n, size in itertools.product(range(self.num_pieces), self.sizes):
+            reach[n + 1, size:] |= reach[n, : max(self.num_devices + 1 - size, 0)]
+        return reach
+
+
+def make_pieces(
+    *, num_layers: int, submeshes: Sequence[tuple[int, int]], num_devices: int, cuts: Sequence[int],
+    num_stages: int | None, use_all_devices: bool,
+) -> Pieces:  # fmt: skip
+    """Check that there are plans at all, whatever their stages cost."""
+    if list(cuts) != sorted({0, *cuts, num_layers}):
+        raise ValueError(f"cuts {tuple(cuts)} do not ascend from 0 to the {num_layers} layers")
+    sizes = [math.prod(shape) for shape in submeshes]
+    # Where all submeshes are whole hosts, the DP counts hosts.
+    unit = math.gcd(*sizes, num_devices if use_all_devices else 0)
+    pieces = Pieces(
+        cuts=tuple(cuts),
+        sizes=tuple(size // unit for size in sizes),
+        num_devices=num_devices // unit,
+        num_stages=num_stages,
+        use_all_devices=use_all_devices,
+    )
+    if next(pieces.ranges(), None) is None:
+        raise InfeasiblePlanError(
+            f"{num_devices} devices and {pieces.num_pieces} pieces of the model cannot be shared "
+            f"out to {num_stages or 'any number of'} stages on submeshes of {shapes_text(submeshes)} "
+            f"(parallel.pp={num_stages or 'null'}); set another parallel.pp or cluster.hosts"
+        )
+    return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """What a search chose from: `rows` are those that fit; `rows["number"]` counts the choices."""
+
+    pieces: Pieces
+    rows: np.ndarray
+    choices: Sequence[StageChoice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a stage adds to a schedule's step time, from the rows of `make_rows`.
+
+    Attributes:
+        steady_s: for each microbatch, where it is the slowest stage.
+        path_s: once.
+    """
+
+    steady_s: Callable[[np.ndarray], np.ndarray]
+    path_s: Callable[[np.ndarray], np.ndarray]
+
+
+def microbatch_time_s(rows: np.ndarray) -> np.ndarray:
+    """A microbatch's forward and backward, and what it takes to come and go."""
+    return rows["forward_s"] + rows["backward_s"] + rows["received_s"]
+
+
+_PACE = ("steady_s", "path_s")
+ALPA = Pace(steady_s=microbatch_time_s, path_s=microbatch_time_s)
+
+
+def make_rows(
+    pieces: Pieces, choices: Sequence[StageChoice], transfer_s: Callable[[int], float], pace: Pace
+) -> np.ndarray:
+    """A table of the choices, ordered by start, end and submesh; starts and ends count cuts.
+
+    Args:
+        transfer_s: seconds per microbatch for what crosses a cut, both ways, which the stage behind it pays.
+    """
+    piece = {cut: index for index, cut in enumerate(pieces.cuts)}
+    received_s = {cut: transfer_s(cut) if cut else 0.0 for cut in pieces.cuts[:-1]}
+    columns = {
+        "start": [piece[choice.first] for choice in choices],
+        "end": [piece[choice.last] for choice in choices],
+        "submesh": [choice.submesh for choice in choices],
+        "forward_s": [choice.option.forward_s for choice in choices],
+        "backward_s": [choice.option.backward_s for choice in choices],
+        "weight_s": [choice.option.weight_s for choice in choices],
+        "once_s": [choice.option.once_s for choice in choices],
+        "received_s": [received_s[choice.first] for choice in choices],
+        "number": range(len(choices)),
+    }
+    kinds = [(name, float if name.endswith("_s") else int) for name in (*columns, *_PACE)]
+    # In "fits"[:, s - 1]: whether it can be the first of s stages.
+    # "need_bytes" is filled in by `that_fit`.
+    by_stages = [("fits", bool, (pieces.max_stages,)), ("need_bytes", float, (pieces.max_stages,))]
+    rows = np.zeros(len(choices), [*kinds, *by_stages])
+    for name, values in columns.items():
+        rows[name] = values
+    rows["steady_s"], rows["path_s"] = pace.steady_s(rows), pace.path_s(rows)
+    stages, behind = np.arange(1, pieces.max_stages + 1), pieces.num_pieces - rows["end"][:, None]
+    rows["fits"] = ((behind == 0) == (stages == 1)) & (stages - 1 <= behind)
+    if pieces.num_stages is not None:
+        rows["fits"] &= (rows["start"] == 0)[:, None] == (stages == pieces.num_stages)
+    return rows
+
+
+def needed_bytes(choices: Sequence[StageChoice], held: np.ndarray) -> np.ndarray:
+    """What each choice needs on a device, (choices, stages), where it has `held` microbatches in flight.
+
+    Args:
+        held: by the number of stages from it to the last.
+    """
+    fixed_bytes = np.array([choice.option.fixed_bytes for choice in choices], float)
+    stash_bytes = np.array([choice.option.stash_bytes for choice in choices], float)
+    return fixed_bytes[:, None] + held * stash_bytes[:, None]
+
+
+def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> np.ndarray:
+    """The rows that fit into memory somewhere in the pipeline, and only there."""
+    fits = rows["fits"] & (need_bytes <= memory_bytes)
+    is_used = fits.any(axis=1)
+    fitting = rows[is_used]
+    fitting["fits"], fitting["need_bytes"] = fits[is_used], need_bytes[is_used]
+    return fitting
+
+
+def sweep(pieces: Pieces, rows: np.ndarray, values: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """One pass of the DP: F(s, k, d) of the module's head, infinite where there is no plan.
+
+    Args:
+        values: what stages cost, one value per row, or one per row and number of stages.
+        combine: `np.add` for their sum, `np.maximum` for the greatest of them.
+    """
+    places = np.array([rows["start"], rows["end"], rows["submesh"]])
+    heads = np.flatnonzero(np.diff(places, prepend=-1).any(axis=0))
+    values = np.where(rows["fits"], np.atleast_2d(values.T).T, np.inf)
+    cheapest = np.minimum.reduceat(values, heads, axis=0)  # of the options of a place
+
+    def step(live: np.ndarray, stages: int, behind: np.ndarray) -> np.ndarray:
+        return combine(behind, cheapest[live, stages - 1, None], out=behind)
+
+    return _sweep(pieces, rows[heads], np.isfinite(cheapest), step)
+
+
+def sweep_longest(
+    pieces: Pieces, rows: np.ndarray, own: np.ndarray, path: np.ndarray
+) -> np.ndarray:
+    """The same for the least over plans of the greatest of `own_i + sum of path_j before i`."""
+
+    def step(live: np.ndarray, stages: int, behind: np.ndarray) -> np.ndarray:
+        del stages
+        behind += path[live, None]
+        return np.maximum(behind, np.where(np.isinf(behind), behind, own[live, None]), out=behind)
+
+    return _sweep(pieces, rows, rows["fits"], step)
+
+
+def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarray:
+    width = pieces.num_devices + 1
+    table = np.full((pieces.max_stages + 1, pieces.num_pieces + 1, width), np.inf)
+    table[0, -1, : 1 if pieces.use_all_devices else None] = 0.0  # behind the last stage
+    start, end, submesh = rows["start"], rows["end"], rows["submesh"]
+    behind = np.full((len(pieces.sizes), pieces.num_pieces + 1, width), np.inf)
+    for stages in range(1, pieces.max_stages + 1):
+        live = np.flatnonzero(fits[:, stages - 1])
+        if not len(live):
+            continue
+        for index, size in enumerate(pieces.sizes):
+            behind[index, :, size:] = table[stages - 1, :, : max(width - size, 0)]
+        ways = step(live, stages, behind[submesh[live], end[live]])  # (rows, devices)
+        groups = np.flatnonzero(np.diff(start[live], prepend=-1))
+        table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)
+    return table
+
+
+def shapes_text(submeshes: Sequence[tuple[int, int]]) -> str:
+    """Write shapes of submeshes as hosts x devices."""
+    return ", ".join(f"{hosts}x{devices}" for hosts, devices in submeshes)
