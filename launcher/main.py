@@ -29,14 +29,7 @@ from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
-from launcher.runtime import (
-    devices,
-    evaluation_run,
-    memory_audit,
-    plan_audit,
-    profile,
-    train_loop,
-)
+from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
 from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.compile_all import Compilation
 from launcher.runtime.evaluation_run import Evaluation
@@ -46,6 +39,7 @@ from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
 from launcher.runtime.metrics import Meter
 from launcher.runtime.plan_report import PlanReporter
+from launcher.runtime.profile import run_profile
 from launcher.runtime.progress import phase, progress_sink
 from launcher.runtime.run_end import RunEnd
 from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
@@ -79,7 +73,9 @@ def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
     use_cache(config.runtime.compilation_cache)
     if config.mode == "profile":
-        profile_devices(config, run_dir, Console())
+        with phase(Console(), "measuring") as progress:
+            written = run_profile(find_cluster(config), config.profile, run_dir, progress)
+        log.info("%s", written)
         return 0
     setup = make_setup(config, run_dir, Console())
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
@@ -98,19 +94,6 @@ def run(config: Config, run_dir: Path) -> int:
     else:
         train(setup, planned, grid)
     return 0
-
-
-def profile_devices(config: Config, run_dir: Path, console: Console) -> None:
-    """Measure the devices at hand, and write what was found as a cluster file."""
-    cluster = find_cluster(config)
-    name = config.profile.name or profile.default_name(cluster)
-    profile.check_name(name)
-    grid = profile.reachable(cluster)
-    with phase(console, "measuring") as progress:
-        measured = profile.measure(cluster, grid, progress)
-    folder = Path(config.profile.dir or run_dir).resolve()
-    path = profile.write_cluster(folder, name, profile.as_file(cluster, measured, name))
-    log.info("written: %s; to plan with it: %s", path, profile.usage(folder, name))
 
 
 def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:

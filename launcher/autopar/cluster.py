@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from launcher.autopar.curves import Curves, read_curve, read_curves
 from launcher.autopar.strict_reader import Node
+from launcher.autopar.strict_yaml import load_yaml
 from launcher.autopar.wording import count
 from launcher.autopar.work import KINDS
 from launcher.config import ClusterConfig, conf_dir
@@ -25,7 +25,6 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send
 _GIB, _TERA, _GIGA, _MEGA = 2**30, 1e12, 1e9, 1e6
 _MICRO, _NANO = 1e-6, 1e-9
 _CURVES = ("matmul_curve", "convolution_curve", "kernel_gradient_curve", "batched_matmul_curve")
-_LARGEST_FILE_BYTES = 2**20
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
 # Devices that JAX may report, by the packaged cluster that has the figures of their kind.
@@ -265,43 +264,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
             f"cluster={text} is unknown, the launcher has {len(names)}: "
             f"take one of {', '.join(names)}, or give the path of a YAML file"
         )
-    return _read(Node(value=_load_yaml(path), place="", source=str(path)))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return the mapping that `super` builds, which does not compare keys."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) != len(keys):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key stands there twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_FILE_BYTES + 1)
-        if len(data) > _LARGEST_FILE_BYTES:
-            raise ConfigError(
-                f"{path} has more than {_LARGEST_FILE_BYTES} bytes (cluster={path}): "
-                "give the path of a cluster file"
-            )
-        return yaml.load(data.decode(), _StrictLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}, {error.strerror} (cluster={path}): correct the path"
-        ) from error
-    # Beside YAMLError: what PyYAML's constructors let through for values such as `!!int ''`.
-    except (
-        yaml.YAMLError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError,
-        RecursionError,
-    ) as error:  # fmt: skip
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} is no YAML (cluster={path}), {why}: correct it there") from error
+    return _read(Node(value=load_yaml(path), place="", source=str(path)))
 
 
 def _read(top: Node) -> Cluster:

@@ -137,7 +137,8 @@ def _realize_stage(
     optimizer: OptimizerFootprint,
 ) -> RealizedStage:  # fmt: skip
     first, last = stage.layers
-    sharding = solve_stage(stage, plan.num_microbatches, planner, cluster, optimizer)
+    at_once = _at_once(plan, stage, cluster)
+    sharding = solve_stage(stage, plan.num_microbatches, planner, cluster, optimizer, at_once)
     described = training_layout(planner, sharding, first, last, stage.recompute)
     emitter = StageEmitter(planner, sharding, described)
     return RealizedStage(stage, sharding.settings, sharding, described, emitter)
@@ -145,13 +146,17 @@ def _realize_stage(
 
 def solve_stage(
     stage: Stage, num_microbatches: int, planner: IntraOpPlanner, cluster: Cluster,
-    optimizer: OptimizerFootprint,
+    optimizer: OptimizerFootprint, at_once: int | None = None,
 ) -> StageSharding:  # fmt: skip
-    """Shard the ops of a stage, those that it leaves open."""
+    """Shard the ops of a stage, those that it leaves open.
+
+    Args:
+        at_once: how many devices of a machine compute at the same time; None: all of them.
+    """
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
-        compute=ComputeModel(cluster.device, _at_once(plan, stage, cluster)),
+        compute=ComputeModel(cluster.device, at_once),
         restrictions=restrictions(mesh),
         num_microbatches=num_microbatches,
         zero=stage.zero,

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from launcher.autopar.cluster import Cluster, Link, load_cluster
+from launcher.config import ProfileConfig
 from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime.profile_compute import ComputeFigures, measure_compute
 from launcher.runtime.profile_links import LinkFigures, measure_links
@@ -32,6 +33,18 @@ class Measured:
     compute: ComputeFigures
     intra_host: LinkFigures | None
     inter_host: LinkFigures | None
+
+
+def run_profile(
+    cluster: Cluster, settings: ProfileConfig, run_dir: Path, progress: Progress
+) -> str:
+    """Measure a cluster, write its file, and say where it is and how it is used."""
+    name = settings.name or default_name(cluster)
+    check_name(name)
+    measured = measure(cluster, reachable(cluster), progress)
+    folder = Path(settings.dir or run_dir).resolve()
+    path = write_cluster(folder, name, as_file(cluster, measured, name))
+    return f"written: {path}; to plan with it: {usage(folder, name)}"
 
 
 def reachable(cluster: Cluster) -> np.ndarray:

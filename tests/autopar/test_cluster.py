@@ -10,7 +10,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launcher.autopar import cluster as cluster_module
 from launcher.autopar.cluster import Cluster, Link, Submesh, load_cluster
 from launcher.autopar.curves import Curve
 from launcher.cli.compose import load
@@ -286,7 +285,7 @@ def test_what_is_no_yaml_is_refused(tmp_path, text):
 
 
 def test_a_file_that_is_no_cluster_is_not_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "_LARGEST_FILE_BYTES", 10)
+    monkeypatch.setattr("launcher.autopar.strict_yaml._LARGEST_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="more than 10 bytes"):
         load_cluster(write(tmp_path, MINE))
 

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from launcher.autopar.cluster import load_cluster
+from launcher import main
+from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime import profile, profile_compute, profile_links
 from launcher.runtime.profile import Measured
@@ -140,6 +142,21 @@ def test_names_of_files():
         profile.check_name("cpu8")
     with pytest.raises(ConfigError, match="profile.name=a/b is no name for a cluster file"):
         profile.check_name("a/b")
+
+
+def test_a_run_writes_a_file_that_the_command_line_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        profile, "measure",
+        lambda cluster, grid, progress: Measured(compute=COMPUTE, intra_host=LINK, inter_host=LINK),
+    )  # fmt: skip
+    config = load(["mode=profile", "cluster=cpu8", "profile.name=mine"])
+    assert main.run(config, tmp_path) == 0
+    found = load(["cluster=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    cluster = Cluster.from_config(found.cluster)
+    assert cluster.device.program_launch_s == pytest.approx(3e-4)
+    assert profile.usage(tmp_path, "mine") == (
+        f"python -m launcher cluster=mine 'hydra.searchpath=[file://{tmp_path}]'"
+    )
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
