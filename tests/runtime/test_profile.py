@@ -149,6 +149,7 @@ def test_a_run_writes_a_file_that_the_command_line_finds(tmp_path, monkeypatch):
         profile, "measure",
         lambda cluster, grid, progress: Measured(compute=COMPUTE, intra_host=LINK, inter_host=LINK),
     )  # fmt: skip
+    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)  # the tests have done so
     config = load(["mode=profile", "cluster=cpu8", "profile.name=mine"])
     assert main.run(config, tmp_path) == 0
     found = load(["cluster=mine", f"hydra.searchpath=[file://{tmp_path}]"])
