@@ -129,16 +129,20 @@ class Arranger:
         return judged_s(stages, self.schedule, self.num_microbatches, self.transfer_s)
 
     def _plan(self, num_stages: int | None) -> SearchResult:
-        def in_flight(stages_to_end: int, num_microbatches: int) -> int:
-            total = num_stages or stages_to_end  # where it is open, the least that it can be
-            return self.schedule.stash_peak(total - stages_to_end, total, num_microbatches)
+        def counted(peak: Callable[[int, int, int], int]) -> Callable[[int, int], int]:
+            def count(stages_to_end: int, num_microbatches: int) -> int:
+                total = num_stages or stages_to_end  # where it is open, the least that it can be
+                return peak(total - stages_to_end, total, num_microbatches)
+
+            return count
 
         return plan_stages(
             submeshes=self.space.submeshes,
             num_devices=self.space.num_devices,
             memory_bytes=self.cluster.device.usable_bytes,
             options=self.options,
-            in_flight=in_flight,
+            in_flight=counted(self.schedule.stash_peak),
+            split=counted(self.schedule.split_peak),
             num_stages=num_stages,
             **self._common(),
         )
@@ -272,9 +276,10 @@ class Arranger:
         homes = round_robin(number, self.schedule.virtual_stages)
         needed_bytes = dict.fromkeys(homes, 0.0)
         for stage, choice in enumerate(stages):
-            held = self.schedule.stash_peak(stage, number, m)
-            option = choice.option
+            held, option = self.schedule.stash_peak(stage, number, m), choice.option
             needed_bytes[homes[stage]] += option.fixed_bytes + held * option.stash_bytes
+            split = self.schedule.split_peak(stage, number, m)
+            needed_bytes[homes[stage]] += split * option.weight_stash_bytes
         return max(needed_bytes.values()) <= self.cluster.device.usable_bytes
 
     def _place(self, shapes: Sequence[tuple[int, int]]) -> tuple[Placement, ...]:

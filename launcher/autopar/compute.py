@@ -25,9 +25,12 @@ from launcher.autopar.work import (
     result_bytes,
 )
 
-# Share of the results of elementwise ops that reach memory: one in four, the length of a typical fused
-# chain in a transformer block (cast, scale, add, activate).
+# Share of elementwise ops that end a kernel, whose results reach memory: one in four, the length of a
+# typical fused chain in a transformer block (cast, scale, add, activate).
 _UNFUSED_FRACTION = 0.25
+_WRITTEN_AND_READ = 2
+# What never becomes a kernel of its own.
+_VIRTUAL = frozenset({prim.broadcast_in_dim_p, prim.iota_p, prim.reshape_p, prim.squeeze_p})
 _DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 

@@ -8,7 +8,7 @@ priced; XLA is left no choice of its own.
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 
 import jax
@@ -25,10 +25,11 @@ from launcher.autopar.split_layout import (
     Source,
     SpecsOnly,
     SplitLayout,
+    WeightKept,
     split_layout,
 )
 from launcher.autopar.stage_inputs import Cotangents, StageInputs
-from launcher.autopar.stage_layout import StageLayout
+from launcher.autopar.stage_layout import StageLayout, read_later
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
 from launcher.autopar.trace import Role
 
@@ -57,7 +58,8 @@ class StageEmitter:
             for cls in {layer.cls for layer in self.model.layers[layout.first : layout.last]}
         }
         self._new_values = ShardedValues
-        self.calls_layers = False  # see `apart`; whoever knows the devices sets it
+        # See `apart`; whoever knows the devices sets them: for backward and for forward passes.
+        self.calls_layers = self.calls_forward = False
 
     # The programs
 
@@ -69,9 +71,8 @@ class StageEmitter:
         inputs = self._inputs(params, state, batch, key_data, imports)
         values = {}
         for index in range(self.layout.first, self.layout.last):
-            values[index] = self._start(index, inputs, values)
-            cls = self.model.layers[index].cls
-            values[index].run(cls.forward_ops, self.strategies[cls.name])
+            run = partial(self._run_forward, index, inputs, values)
+            values[index] = self._run_apart(index, run) if self.calls_forward else run()
         exports = {v: self._output(values, v, spec) for v, spec in self.layout.exports.items()}
         new_state = {
             path: self._output(values, value, self.layout.state[path])
@@ -99,7 +100,7 @@ class StageEmitter:
         for index in self._backwards():
             own = values[index] if index in values else self._resumed(index, inputs, kept)
             both = partial(self._both_halves, index, own, self._totals(index, incoming), sums)
-            handed_on, out, changed = call_apart(both) if self.calls_layers else both()
+            handed_on, out, changed = self._apart(both)
             _merge(handed_on, out, incoming, returned)
             sums |= changed
         return self._packed(sums), returned
@@ -114,15 +115,15 @@ class StageEmitter:
         """
         inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
         returned: dict[Value, jax.Array] = {}
-        weight_kept = {}
-        for index, own in self._first_half(inputs, kept, cotangents, returned):
-            weight_kept |= {
-                (index, start.value, start.spec): pack(
-                    own.at_hand(start.value, start.spec), start.spec
-                )
-                for start in self.split.starts[index]
-                if start.source is Source.FIRST_HALF
-            }
+        weight_kept: dict[WeightKept, jax.Array] = {}
+        values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
+        incoming = Cotangents(cotangents)
+        for index in self._backwards():
+            own = values[index] if index in values else self._resumed(index, inputs, kept)
+            half = partial(self._input_half, index, own, self._totals(index, incoming))
+            handed_on, out, left = self._apart(half)
+            _merge(handed_on, out, incoming, returned)
+            weight_kept |= left
         return weight_kept, returned
 
     def backward_weight(
@@ -135,8 +136,9 @@ class StageEmitter:
         """
         inputs = self._inputs(params, {}, batch, key_data, imports)
         sums = self._unpacked(accumulators)
-        for index in reversed(range(self.layout.first, self.layout.last)):
-            self._second_half(index, self._between(index, inputs, kept, weight_kept), sums)
+        for index in self._backwards():
+            own = self._between(index, inputs, kept, weight_kept)
+            sums |= self._apart(partial(self._added, index, own, sums))
         return self._packed(sums)
 
     # What goes in and out
@@ -203,6 +205,24 @@ class StageEmitter:
                 own.put_later(value, spec, partial(self._given, inputs, index, slot))
         return own
 
+    def _run_forward(self, index: int, inputs: StageInputs, values) -> ShardedValues:
+        own, cls = self._start(index, inputs, values), self.model.layers[index].cls
+        own.run(cls.forward_ops, self.strategies[cls.name])
+        return own
+
+    def _run_apart(self, index: int, run: Callable[[], ShardedValues]) -> ShardedValues:
+        """The same as a call; what is read of it later is its result."""
+        read = read_later(self.model, self.layout, index, self.slot_spec)
+        found = self._values(self.model.layers[index].cls, FORWARD_COPY)
+
+        def shards():
+            own = run()
+            return {name: own.get(*name) for name in read}
+
+        for name, shard in call_apart(shards).items():
+            found.put_later(*name, partial(jax.numpy.asarray, shard))
+        return found
+
     def _given(self, inputs: StageInputs, index: int, slot: int) -> jax.Array:
         """A layer's input that enters the stage."""
         layer = self.model.layers[index]
@@ -252,17 +272,9 @@ class StageEmitter:
 
     # The halves of the backward pass
 
-    def _first_half(
-        self, inputs: StageInputs, kept: Arrays, cotangents: Arrays, returned: dict
-    ) -> Iterator[tuple[int, ShardedValues]]:
-        """Yield each layer's values, the last layer first, when its input gradients are handed on."""
-        values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
-        incoming = Cotangents(cotangents)
-        for index in self._backwards():
-            own = values[index] if index in values else self._resumed(index, inputs, kept)
-            handed_on, out = self._first_half_of(index, own, self._totals(index, incoming))
-            _merge(handed_on, out, incoming, returned)
-            yield index, own
+    def _apart(self, function: Callable):
+        """Run what computes one layer, as a call of its own where that is needed."""
+        return call_apart(function) if self.calls_layers else function()
 
     def _backwards(self) -> Iterator[int]:
         return reversed(range(self.layout.first, self.layout.last))
@@ -276,9 +288,17 @@ class StageEmitter:
         """One layer's backward pass, which writes to nothing outside: what it hands on, what leaves the
         stage, and the accumulators that it added to."""
         handed_on, returned = self._first_half_of(index, own, totals)
-        added = dict(sums)
-        self._second_half(index, own, added)
-        return handed_on, returned, {p: a for p, a in added.items() if a is not sums[p]}
+        return handed_on, returned, self._added(index, own, sums)
+
+    def _input_half(self, index: int, own: ShardedValues, totals: Mapping):
+        """One layer's first half: what it hands on, what leaves the stage, what the second half reads."""
+        handed_on, returned = self._first_half_of(index, own, totals)
+        left = {
+            (index, start.value, start.spec): pack(own.at_hand(start.value, start.spec), start.spec)
+            for start in self.split.starts[index]
+            if start.source is Source.FIRST_HALF
+        }
+        return handed_on, returned, left
 
     def _first_half_of(self, index: int, own: ShardedValues, totals: Mapping):
         """One layer's first half: the gradients for earlier layers, and those that leave the stage."""
@@ -309,16 +329,17 @@ class StageEmitter:
         index, output = self.producer[traced_value]
         return self.picks.get(("cotangent", self.model.layers[index].cls.name, output))
 
-    def _second_half(self, index: int, own: ShardedValues, sums: dict[str, jax.Array]) -> None:
-        """Make the gradients of a layer's parameters, and add them to the sums."""
-        layer = self.model.layers[index]
+    def _added(self, index: int, own: ShardedValues, sums: Arrays) -> dict[str, jax.Array]:
+        """Make the gradients of a layer's parameters; the sums with them added, where there are any."""
+        layer, added = self.model.layers[index], {}
         own.run(layer.cls.weight_ops, self.strategies[layer.cls.name])
         for slot, value in layer.cls.gradients.items():
             if layer.cls.slots[slot].role is Role.PARAM:
                 path = self.model.traced.inputs[layer.inputs[slot]].path
                 spec = self.layout.accumulators.get(path)
                 if spec is not None and isinstance(value, Value):
-                    sums[path] = sums[path] + own.get(value, spec)
+                    added[path] = added.get(path, sums[path]) + own.get(value, spec)
+        return added
 
     def _between(self, index: int, inputs: StageInputs, kept: Arrays, weight_kept: Arrays):
         """The values of a layer between the halves, as the first one left them."""
@@ -350,10 +371,15 @@ class StageEmitter:
         kept = dict.fromkeys(self.layout.kept, ANY_SHARD)
         cotangents = dict.fromkeys(self.layout.cotangents, ANY_SHARD)
         sums = dict.fromkeys(self.layout.accumulators, ANY_SHARD)
+        values = walk._recomputed(None) if self.layout.recompute == "full" else {}
+        incoming = Cotangents(cotangents)
         found: dict[int, SpecsOnly] = {}
-        for index, own in walk._first_half(None, kept, cotangents, {}):
+        for index in self._backwards():
+            own = values[index] if index in values else walk._resumed(index, None, kept)
+            handed_on, out = walk._first_half_of(index, own, walk._totals(index, incoming))
+            _merge(handed_on, out, incoming, {})
             own.begin_second_half()
-            walk._second_half(index, own, sums)
+            walk._added(index, own, sums)
             found[index] = own
         return split_layout(self.model, self.layout, found)
 

@@ -184,8 +184,14 @@ def evaluate_op(op: Op, values: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(results) if op.primitive.multiple_results else (results,)
 
 
-def evaluate(graph: Graph, arguments: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Run a graph, op by op; `arguments` in the order of `graph.inputs`."""
+def evaluate(
+    graph: Graph, arguments: Sequence[jax.Array],
+    revise: Callable[[Value, jax.Array], jax.Array] = lambda value, array: array,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Run a graph, op by op; `arguments` in the order of `graph.inputs`.
+
+    `revise` gets every result, and says what those read that read it.
+    """
     env = dict(zip(graph.inputs, arguments, strict=True))
 
     def read(operand: Operand):
@@ -193,7 +199,7 @@ def evaluate(graph: Graph, arguments: Sequence[jax.Array]) -> tuple[jax.Array, .
 
     for op in graph.ops:
         results = evaluate_op(op, [read(operand) for operand in op.operands])
-        env.update(zip(op.results, results, strict=True))
+        env |= {v: revise(v, array) for v, array in zip(op.results, results, strict=True)}
     return tuple(read(operand) for operand in graph.outputs)
 
 

@@ -76,6 +76,7 @@ def plan_stages(
     options: Callable[[int, int, int], Sequence[StageOption]],
     cuts: Sequence[int],
     in_flight: Callable[[int, int], int],
+    split: Callable[[int, int], int] = lambda stages_to_end, num_microbatches: 0,
     num_stages: int | None = None,
     weight: int | None = None,
     use_all_devices: bool = True,
@@ -95,6 +96,7 @@ def plan_stages(
         cuts: layers before which a stage may begin, ascending, with 0 and `num_layers`.
         in_flight: how many microbatches a stage holds at once, called as (stages from it to the
             last, both counted; number of microbatches).
+        split: likewise, how many of them are between the halves of their backward pass.
         num_stages: forces the number of stages.
         weight: of max t_i in the objective; B - 1 where it is not given.
         use_all_devices: whether submeshes must add up to `num_devices`, or may leave some idle.
@@ -114,8 +116,11 @@ def plan_stages(
         for option in options(first, last, submesh)
     ]
     rows = make_rows(pieces, choices, transfer_s, pace)
-    held = np.array([in_flight(s, num_microbatches) for s in pieces.numbers_of_stages])
-    need_bytes = needed_bytes(choices, held)
+    held, halves = (
+        np.array([count(s, num_microbatches) for s in pieces.numbers_of_stages])
+        for count in (in_flight, split)
+    )
+    need_bytes = needed_bytes(choices, held, halves)
     fitting = that_fit(rows, need_bytes, memory_bytes)
     weight = num_microbatches - 1 if weight is None else weight
     least_s = bound_s(pieces, fitting)

@@ -5,7 +5,7 @@ happens once a step. The problem is over the classes of layers in the stage, so 
 blocks costs as much to plan as one of two.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -158,6 +158,7 @@ class IntraOpPlanner:
         self._producer = model.producer()
         self.param_owners = model.param_owners()
         self._fragments: dict[tuple, ClassFragment] = {}
+        self._solutions: dict[Hashable, tuple[Picks, float]] = {}
         self.wiring = lru_cache(maxsize=None)(self._wiring)
 
     def solve(
@@ -172,11 +173,20 @@ class IntraOpPlanner:
         _check_feasible(problem, settings)
         if pins and all(len(pins.get(key, ())) == 1 for key in problem.choices):
             return _priced(problem, {key: pins[key][0] for key in problem.choices}, 0.0)
-        pairwise, keys = _pinned(problem, pins or {}).pairwise()
-        solution = solve(pairwise, time_limit_s=self.time_limit_s)
-        self.num_solved += 1
-        picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
-        return _priced(problem, picks, solution.gap_fraction)
+        picks, gap_fraction = self._picked(problem, pins or {})
+        return _priced(problem, picks, gap_fraction)
+
+    def _picked(self, problem: StageProblem, pins: Pins) -> tuple[Picks, float]:
+        """Solve a problem, or remember what was picked for its equal: the stages in the middle of a
+        pipeline are alike."""
+        key = _identity(problem, pins)
+        if key not in self._solutions:
+            pairwise, keys = _pinned(problem, pins).pairwise()
+            solution = solve(pairwise, time_limit_s=self.time_limit_s)
+            self.num_solved += 1
+            picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
+            self._solutions[key] = picks, solution.gap_fraction
+        return self._solutions[key]
 
     def reprice(
         self, first: int, last: int, settings: StageSettings, picks: Picks
@@ -295,6 +305,17 @@ class IntraOpPlanner:
 
     def _wiring(self, first: int, last: int) -> StageWiring:
         return wire(self.model, self._producer, self.param_owners, first, last)
+
+
+def _identity(problem: StageProblem, pins: Pins) -> Hashable:
+    """Equal for problems of one planner with the same nodes, choices and costs."""
+    settings = problem.settings
+    return (
+        settings.mesh, settings.compute.key, settings.restrictions, settings.num_microbatches,
+        settings.zero, settings.recompute, settings.memory_s_per_byte, settings.optimizer,
+        frozenset(problem.counts.items()), tuple(problem.choices),
+        frozenset((key, tuple(choices)) for key, choices in pins.items()),
+    )  # fmt: skip
 
 
 def _pinned(problem: StageProblem, pins: Pins) -> StageProblem:

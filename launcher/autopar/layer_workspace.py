@@ -8,11 +8,13 @@ from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.layers import LayerClass
 from launcher.autopar.reshard import Kind
 from launcher.autopar.spec import replicated
+from launcher.autopar.split_layout import Source, Start
 from launcher.autopar.stage_layout import produced_spec
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
+from launcher.autopar.tape import Buffer, Tape
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place
-from launcher.autopar.workspace import Buffer, Tape, temporary_bytes
+from launcher.autopar.workspace import temporary_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +22,20 @@ class LayerWorkspace:
     """Bytes per device beside what the layer is given and what it leaves.
 
     Attributes:
+        forward_bytes: where the residuals are results, whose buffers hold something else before.
+        passing_bytes: of a forward pass that leaves no residuals.
         backward_bytes: where the residuals were kept.
         again_bytes: where the forward ops run again: all residuals, and gathered weights, are there at the
             turn, whatever of them XLA then computes inside their readers; it copies others for that.
+        both_bytes: of a program that goes forward and back, with the residuals: each is there from when
+            it is made until it is read for the last time.
     """
 
     forward_bytes: float
+    passing_bytes: float
     backward_bytes: float
     again_bytes: float
+    both_bytes: float
 
 
 def layer_workspace(
@@ -36,8 +44,38 @@ def layer_workspace(
     """Write the passes of a layer down, and see what they hold."""
     writer = _Writer(cls, sharding, aliases)
     return LayerWorkspace(
-        writer.forward(), writer.backward(again=False), writer.backward(again=True)
+        forward_bytes=writer.forward(keeps=True),
+        passing_bytes=writer.forward(keeps=False),
+        backward_bytes=writer.backward(again=False),
+        again_bytes=writer.backward(again=True),
+        both_bytes=writer.both(),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HalfWorkspaces:
+    """Bytes per device for one layer's halves of a split backward pass, beside what they are given.
+
+    Attributes:
+        input_bytes: of the first, with what it leaves for the second as far as it is there.
+        there_bytes: what of that is there when all of the forward pass has run again.
+        left_bytes: what it leaves.
+        weight_bytes: of the second.
+    """
+
+    input_bytes: float
+    there_bytes: float
+    left_bytes: float
+    weight_bytes: float
+
+
+def half_workspaces(
+    cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place], recompute: str,
+    starts: Iterable[Start],
+) -> HalfWorkspaces:  # fmt: skip
+    """What the halves of a split backward pass need of one layer; `starts` pass between them."""
+    writer, starts = _Writer(cls, sharding, aliases), tuple(starts)
+    return HalfWorkspaces(*writer.input_half(starts, recompute), writer.weight_half(starts))
 
 
 class _Writer:
@@ -46,20 +84,85 @@ class _Writer:
         self.mesh = sharding.settings.mesh
         self._index = {op.results: index for index, op in enumerate(cls.joint.ops)}
 
-    def forward(self) -> float:
-        tape, cls = self._tape(FORWARD_COPY), self.cls
+    def forward(self, *, keeps: bool) -> float:
+        tape, residuals, exports = self._forward()
+        if not keeps:
+            return temporary_bytes(tape, made=exports)
+        results = {*residuals, *exports}
+        return max(0.0, temporary_bytes(tape, lasting=results) - sum(map(tape.bytes, results)))
+
+    def both(self) -> float:
+        tape, residuals, exports = self._forward()
+        grown = temporary_bytes(tape, made=exports, lasting=residuals)
+        tape, given, handed_on = self._backward(again=False)
+        crossing = sum(map(tape.bytes, {*given, *handed_on}))
+        return max(
+            grown, crossing + temporary_bytes(tape, handed_on, there=residuals, is_call=True)
+        )
+
+    def backward(self, *, again: bool) -> float:
+        tape, given, handed_on = self._backward(again=again)
+        crossing = sum(map(tape.bytes, {*given, *handed_on}))
+        turn = self._turn(tape) if again else 0.0
+        return crossing + max(temporary_bytes(tape, handed_on, is_call=True), turn)
+
+    def input_half(self, starts: Iterable[Start], recompute: str) -> tuple[float, float, float]:
+        tape, given, handed_on = self._backward(
+            again=recompute != "none", ops=self.cls.input_ops, slots=self._activations(),
+            is_there=recompute == "full",
+        )  # fmt: skip
+        left = {tape.get(s.value, s.spec) for s in starts if s.source is Source.FIRST_HALF}
+        made = {buffer for line in tape.lines for buffer in line.makes}
+        there = left.union(self._residuals()) - made if recompute == "full" else set()
+        crossing = sum(map(tape.bytes, {*given, *handed_on}))
+        needed = temporary_bytes(tape, handed_on, there=there, lasting=left, is_call=True)
+        return crossing + needed, sum(map(tape.bytes, there)), sum(map(tape.bytes, left))
+
+    def weight_half(self, starts: Iterable[Start]) -> float:
+        tape = Tape(self.cls.joint.avals, self.mesh)
+        tape.via = self._copies(BACKWARD_COPY)
+        for start in starts:
+            tape.put(start.value, start.spec)
+        tape.run(self._planned(self.cls.weight_ops))
+        for slot in self.cls.gradients:
+            if self.cls.slots[slot].role is Role.PARAM:
+                self._gradient(tape, slot)
+        return temporary_bytes(tape, is_call=True)
+
+    def _activations(self) -> list[int]:
+        return [slot for slot in self.cls.gradients if self.cls.slots[slot].role is not Role.PARAM]
+
+    def _turn(self, tape: Tape) -> float:
+        """What there is at the turn, after the forward ops have run again."""
+        return sum(map(tape.bytes, (*self._residuals(), *_gathered(tape, self.cls))))
+
+    def _forward(self) -> tuple[Tape, list[Buffer], list[Buffer]]:
+        """The lines of the forward pass, what it keeps, and what leaves the stage."""
+        tape, cls, exports = self._tape(FORWARD_COPY), self.cls, []
         tape.run(self._planned(cls.forward_ops))
-        left = [tape.get(value, spec) for value, spec, _ in self._residuals()]
+        residuals = [tape.get(value, spec) for value, spec, _ in self._residuals()]
         for output, value in enumerate(cls.outputs):
             spec = self.picks.get(("export", cls.name, output))
             if spec is not None and isinstance(value, Value):
-                left.append(tape.get(value, spec))
-        return temporary_bytes(tape, made=left)
+                exports.append(tape.get(value, spec))
+        return tape, residuals, exports
 
-    def backward(self, *, again: bool) -> float:
+    def _backward(
+        self, *, again: bool, ops: Iterable[Op] | None = None, slots: Iterable[int] | None = None,
+        is_there: bool = False,
+    ) -> tuple[Tape, list[Buffer], list[Buffer]]:  # fmt: skip
+        """The lines of the backward pass, the gradients that come in, and those that are handed on.
+
+        Args:
+            again: whether forward ops run again first; `is_there`: before, so that they are no lines of it.
+            ops: its ops, if not all.
+            slots: whose gradients it makes, if not all.
+        """
         tape, cls = self._tape(FORWARD_COPY), self.cls
         if again:
             tape.run(self._planned(cls.recomputed_ops()))
+            if is_there:
+                tape.lines.clear()
         else:
             for value, spec, _ in self._residuals():
                 tape.put(value, spec)
@@ -69,11 +172,9 @@ class _Writer:
             spec = self.picks["cotangent", cls.name, output]
             tape.put(value, spec)
             given.append((value, spec, None))
-        tape.run(self._planned(cls.backward_ops))
-        handed_on = [b for slot in cls.gradients for b in self._gradient(tape, slot)]
-        crossing = sum(map(tape.bytes, {*given, *handed_on}))
-        turn = sum(map(tape.bytes, (*self._residuals(), *_gathered(tape, cls)))) if again else 0.0
-        return crossing + max(temporary_bytes(tape, handed_on), turn)
+        tape.run(self._planned(cls.backward_ops if ops is None else ops))
+        wanted = cls.gradients if slots is None else slots
+        return tape, given, [b for slot in wanted for b in self._gradient(tape, slot)]
 
     def _residuals(self) -> list[Buffer]:
         cls = self.cls
@@ -87,7 +188,7 @@ class _Writer:
         if cls.slots[slot].role is Role.PARAM:
             spec = self.picks.get(("accumulator", *self._place(slot)))
             if spec is not None:
-                tape.get(value, spec)
+                tape.accumulate(tape.get(value, spec))
             return []
         return [tape.get(value, self.picks["slot", *self._place(slot)])]
 

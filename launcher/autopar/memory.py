@@ -34,12 +34,14 @@ class StageMemory:
         stash_bytes: kept per microbatch in flight.
         workspace_bytes: needed beside them at the worst moment of a backward pass.
         gradient_bytes: the synchronised gradients, when nothing is in flight any more.
+        weight_stash_bytes: kept on top of the stash between the halves of a split backward pass.
     """
 
     state_bytes: float
     stash_bytes: float
     workspace_bytes: float
     gradient_bytes: float
+    weight_stash_bytes: float = 0.0
 
     def peak_bytes(self, in_flight: int) -> float:
         """The most at any time of a step."""
@@ -74,6 +76,8 @@ class ClassMemory:
         input_bytes: slot -> an activation that it reads.
         backward_slots: those of the slots that its backward ops read, without recomputation.
         batch_bytes: its leaves of the batch.
+        handed_bytes: what the first half of its backward pass leaves for the second, less what of the
+            residuals it lets go, without and with recomputation.
         statistics_bytes: the state that its backward ops read, without and with recomputation.
         workspace: the temporary buffers of its passes.
     """
@@ -84,6 +88,7 @@ class ClassMemory:
     input_bytes: Mapping[int, float]
     backward_slots: frozenset[int]
     batch_bytes: float
+    handed_bytes: tuple[float, float]
     statistics_bytes: tuple[float, float]
     workspace: LayerWorkspace
 
@@ -137,6 +142,9 @@ def stage_memory(
         ),
         stash_bytes=stash + _received_bytes(memories, wiring, recompute),
         workspace_bytes=backward_workspace(memories, wiring, recompute),
+        weight_stash_bytes=sum(
+            layers * memory.handed_bytes[recompute != "none"] for memory, layers in counted
+        ),
         gradient_bytes=sum(
             owned * param.gradient_bytes
             + borrowed * bool(param.accumulator_bytes) * param.weight_bytes
@@ -155,10 +163,11 @@ def backward_workspace(
             return max(memory.workspace.backward_bytes for memory, _ in counted)
         case "layer":
             return max(memory.workspace.again_bytes for memory, _ in counted)
-    # All of the forward pass is there again before the first layer goes back.
+    # All of the forward pass is there again before the first layer goes back, and ends layer by layer;
+    # which one that is decides how much the others keep, so here it is the worst.
     residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    going_back = max(memory.workspace.backward_bytes for memory, _ in counted)
-    return residuals + _passed_on_bytes(memories, wiring, "layer") + going_back
+    going_back = max(m.workspace.both_bytes - m.residual_bytes for m, _ in counted)
+    return residuals + _passed_on_bytes(memories, wiring, "none") + going_back
 
 
 def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):
@@ -227,6 +236,21 @@ class _Counter:
             self.local(cls, value, produced_spec(cls, value, self.picks)) for value in cls.residuals
         )
 
+    def handed(self, cls: LayerClass) -> tuple[float, float]:
+        """Between the halves: what the second one reads and the first one has made, or recomputed."""
+        read = used_values(cls.weight_ops)
+        made = {value for op in cls.input_ops for value in op.results}
+        left = sum(
+            self.local(cls, value, produced_spec(cls, value, self.picks)) for value in read & made
+        )
+        for output, value in cls.cotangents.items():
+            if value in read:
+                left += self.local(cls, value, self.picks["cotangent", cls.name, output])
+        specs = {value: produced_spec(cls, value, self.picks) for value in cls.residuals}
+        sizes = {value: self.local(cls, value, spec) for value, spec in specs.items()}
+        still_read = sum(size for value, size in sizes.items() if value in read)
+        return left - (sum(sizes.values()) - still_read), left + still_read
+
     def layer(self, cls: LayerClass) -> ClassMemory:
         slots = {
             slot: self.local(cls, value, self.picks["slot", cls.name, slot])
@@ -244,6 +268,7 @@ class _Counter:
             params=self.params(cls),
             state_bytes=sum(slots[slot] for slot in slots if cls.slots[slot].role is Role.STATE),
             residual_bytes=self.residuals(cls),
+            handed_bytes=self.handed(cls),
             input_bytes=of(None, slots),
             backward_slots=frozenset(of(None, backward)),
             batch_bytes=sum(of(Role.BATCH, slots).values()),

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 
 from launcher.autopar.buffers import FUSED, Footprint, StageBuffers
 from launcher.autopar.instructions import Op
-from launcher.autopar.memory import backward_workspace, class_memories
+from launcher.autopar.layer_workspace import half_workspaces
+from launcher.autopar.memory import ClassMemory, class_memories
 from launcher.autopar.param_costs import gradient_spec, optimizer_spec
 from launcher.autopar.realize import RealizedPlan, RealizedStage
 from launcher.autopar.spec import Spec, num_shards
@@ -112,34 +113,89 @@ def _programs(
 ) -> dict[str, Footprint]:
     wiring = realized.planner.wiring(*stage.stage.layers)
     memories = class_memories(realized.planner, stage.sharding, wiring)
-    forward = max(memories[name].workspace.forward_bytes for name in wiring.classes)
-    backward = backward_workspace(memories, wiring, stage.stage.recompute)
+    walk = _LayerWalk(realized, stage, memories)
     returns, exports = passing["returns"], passing["exports"]
     for_weights = passing.get("kept for weights", 0.0)
-    return {
-        "forward": Footprint(passing["kept"] + exports, forward),
-        "backward": Footprint(returns, backward),
-        "backward_input": Footprint(returns + for_weights, backward),
-        "backward_weight": Footprint(0.0, backward),
-        FUSED: Footprint(returns + exports, passing["kept"] + backward),
+    found = {
+        "forward": Footprint(passing["kept"] + exports, walk.forward()),
+        "backward": Footprint(returns, walk.backward()),
+        FUSED: Footprint(returns + exports, walk.forward_backward()),
         "synchronize": Footprint(passing["gradients"], 0.0),
-        "update": Footprint(0.0, _update_bytes(realized, stage)),
+        "update": Footprint(0.0, 0.0),  # XLA updates parameters and optimizer state in place
     }
+    if "kept for weights" in passing:
+        input_half, weight_half = walk.halves()
+        found |= {
+            "backward_input": Footprint(returns + for_weights, input_half),
+            "backward_weight": Footprint(0.0, weight_half),
+        }
+    return found
 
 
-def _update_bytes(realized: RealizedPlan, stage: RealizedStage) -> float:
-    """What the update needs beside what it replaces.
+class _LayerWalk:
+    """The temporary buffers of programs that go through a stage's layers one by one."""
 
-    XLA's CPU backend computes the new moments of all parameters before it updates the first of them, beside
-    the old ones; on accelerators a parameter and its moments are updated in one loop, in place.
-    """
-    if stage.settings.compute.device.accelerator:
-        return 0.0
-    traced = realized.planner.model.traced
-    params = {
-        i.path: traced.graph.avals[v] for v, i in traced.inputs.items() if i.role is Role.PARAM
-    }
-    return _optimizer_bytes(realized, realized.stages.index(stage), params)
+    def __init__(
+        self, realized: RealizedPlan, stage: RealizedStage, memories: Mapping[str, ClassMemory]
+    ):
+        self.stage, self.recompute = stage, stage.stage.recompute
+        self.wiring = realized.planner.wiring(*stage.stage.layers)
+        self.layers = list(enumerate(realized.planner.model.layers))[slice(*stage.stage.layers)]
+        self.memories = [memories[layer.cls.name] for _, layer in self.layers]
+        made = {value for _, layer in self.layers for value in layer.outputs}
+        self.passed_on = [
+            {slot: size for slot, size in memory.input_bytes.items() if layer.inputs[slot] in made}
+            for (_, layer), memory in zip(self.layers, self.memories, strict=True)
+        ]
+
+    def backward(self) -> float:
+        """Of a backward pass to which the forward pass left what it keeps."""
+        if self.recompute == "full":
+            return self._in_turn()
+        again = self.recompute == "layer"
+        needs = [memory.workspace for memory in self.memories]
+        return max(w.again_bytes if again else w.backward_bytes for w in needs)
+
+    def forward_backward(self) -> float:
+        """Of both passes in one: what is kept ends with the layer that reads it."""
+        if self.recompute != "layer":
+            return self._in_turn()
+        found, before = 0.0, 0.0
+        for memory, inputs in zip(self.memories, self.passed_on, strict=True):
+            before += sum(inputs.values())
+            needs = memory.workspace
+            found = max(found, before + max(needs.passing_bytes, needs.again_bytes))
+        return found
+
+    def _in_turn(self) -> float:
+        """Where the layers before one still keep everything, and those after it nothing any more."""
+        found, before = 0.0, 0.0
+        for memory, inputs in zip(self.memories, self.passed_on, strict=True):
+            before += sum(size for slot, size in inputs.items() if slot in memory.backward_slots)
+            found = max(found, before + memory.workspace.both_bytes)
+            before += memory.residual_bytes
+        return found
+
+    def forward(self) -> float:
+        """Of a forward pass. What its results are to hold is free until the last layer makes them."""
+        if self.recompute == "none":
+            return self.memories[-1].workspace.forward_bytes
+        return max(memory.workspace.passing_bytes for memory in self.memories)
+
+    def halves(self) -> tuple[float, float]:
+        """Of the halves of a split backward pass."""
+        aliases, starts = self.wiring.aliases, self.stage.emitter.split.starts
+        needs = [
+            half_workspaces(layer.cls, self.stage.sharding, aliases, self.recompute, starts[index])
+            for index, layer in self.layers
+        ]
+        most = left = 0.0
+        before = sum(layer.there_bytes for layer in needs)
+        for layer in reversed(needs):
+            before -= layer.there_bytes
+            most = max(most, before + left + layer.input_bytes)
+            left += layer.left_bytes
+        return max(0.0, most - left), max(layer.weight_bytes for layer in needs)
 
 
 def _received(realized: RealizedPlan, index: int, sizes: Sizes, params: Mapping):

@@ -41,6 +41,11 @@ class AbstractSchedule(ABC):
         """Return how many microbatches the stage keeps at most, from the forward of one to the end
         of its backward, both halves included."""
 
+    def split_peak(self, stage: int, num_stages: int, num_microbatches: int) -> int:
+        """Return how many microbatches the stage has at most from the `I` of one to the end of its `W`."""
+        del stage, num_stages, num_microbatches
+        return 0
+
     @property
     def virtual_stages(self) -> int:
         """How many stages a submesh holds."""
@@ -169,6 +174,10 @@ class ZbH1(AbstractSchedule):
     def stash_peak(self, stage: int, num_stages: int, num_microbatches: int) -> int:
         del stage
         return min(num_microbatches, num_stages)
+
+    def split_peak(self, stage: int, num_stages: int, num_microbatches: int) -> int:
+        del num_stages
+        return min(num_microbatches, stage + 1)
 
     @property
     def splits_backward(self) -> bool:

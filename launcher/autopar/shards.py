@@ -55,7 +55,7 @@ def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
     source_dim, target_dim = step.source[step.axis], step.target[step.axis]
     match step.kind:
         case Kind.ALL_GATHER:
-            return lax.all_gather(shard, name, axis=source_dim, tiled=True)
+            return _gathered(shard, name, source_dim)
         case Kind.ALL_REDUCE:
             return lax.psum(shard, name)
         case Kind.REDUCE_SCATTER:
@@ -67,6 +67,18 @@ def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
             return lax.dynamic_slice_in_dim(shard, lax.axis_index(name) * size, size, target_dim)
         case Kind.MASK:
             return jnp.where(lax.axis_index(name) == 0, shard, jnp.zeros_like(shard))
+
+
+def _gathered(shard: jax.Array, name: str, dim: int) -> jax.Array:
+    """The shards of an axis side by side along a dim.
+
+    They are gathered one after the other and put in order then: to gather along an inner dim, XLA reorders
+    all shards before as well, and holds these copies as long as the shards are there.
+    """
+    if dim == 0:
+        return lax.all_gather(shard, name, axis=0, tiled=True)
+    stacked = jnp.moveaxis(lax.all_gather(shard, name), 0, dim)
+    return stacked.reshape(*shard.shape[:dim], -1, *shard.shape[dim + 1 :])
 
 
 def reshard_local(

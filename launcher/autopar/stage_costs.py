@@ -164,6 +164,7 @@ class StageCosts:
                 once_s=priced.once_s + borrowed_s,
                 fixed_bytes=memory.state_bytes + floor,
                 stash_bytes=memory.stash_bytes,
+                weight_stash_bytes=memory.weight_stash_bytes,
                 tag=StagePick(mesh, weight, zero, recompute, priced),
             )
 
@@ -246,7 +247,7 @@ def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:
     costs = np.array(
         [
             (o.seconds, o.forward_s, o.seconds - o.weight_s, o.seconds - 2 * o.weight_s)
-            + (o.once_s, o.fixed_bytes, o.stash_bytes)
+            + (o.once_s, o.fixed_bytes, o.stash_bytes, o.weight_stash_bytes)
             for o in options
         ]
     )

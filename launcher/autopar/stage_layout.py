@@ -5,7 +5,7 @@ Names: parameters and state go by path, batch leaves by name, values that cross 
 the traced model, kept values by (layer, value of the layer's joint graph).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from launcher.autopar.graph import Value, used_values
@@ -184,6 +184,28 @@ class _Layouter:
             if not again:
                 for value in cls.residuals:
                     yield (index, value), produced_spec(cls, value, self.picks)
+
+
+def read_later(
+    model: LayeredModel,
+    layout: StageLayout,
+    index: int,
+    slot_spec: Callable[[LayerClass, int], Spec],
+) -> list[tuple[Value, Spec]]:
+    """What of a layer its stage's later layers, and the results of the forward pass, read, and how."""
+    layer, later = model.layers[index], model.layers[index + 1 : layout.last]
+    found = []
+    for value, inner in zip(layer.outputs, layer.cls.outputs, strict=True):
+        specs = [
+            slot_spec(other.cls, slot)
+            for other in later
+            for slot, read in enumerate(other.inputs)
+            if read == value
+        ]
+        specs += [layout.exports[value]] if value in layout.exports else []
+        specs += [layout.state[path] for path, new in layout.new_state.items() if new == value]
+        found += [(inner, spec) for spec in specs if isinstance(inner, Value)]
+    return found + [(v, spec) for (owner, v), spec in layout.kept.items() if owner == index]
 
 
 def produced_spec(cls: LayerClass, value: Value, picks) -> Spec:

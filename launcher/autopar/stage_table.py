@@ -32,6 +32,7 @@ class StageOption:
         once_s: Per step: synchronisation and update.
         fixed_bytes: Per device: parameters, optimizer state, accumulators, workspace.
         stash_bytes: Per device and microbatch in flight.
+        weight_stash_bytes: Beside them, per microbatch between the halves of a split backward pass.
         tag: The caller's.
     """
 
@@ -41,6 +42,7 @@ class StageOption:
     once_s: float
     fixed_bytes: float
     stash_bytes: float
+    weight_stash_bytes: float = 0.0
     tag: object
 
     @property
@@ -196,15 +198,19 @@ def make_rows(
     return rows
 
 
-def needed_bytes(choices: Sequence[StageChoice], held: np.ndarray) -> np.ndarray:
+def needed_bytes(
+    choices: Sequence[StageChoice], held: np.ndarray, split: np.ndarray | float = 0.0
+) -> np.ndarray:
     """What each choice needs on a device, (choices, stages), where it has `held` microbatches in flight.
 
     Args:
         held: by the number of stages from it to the last.
+        split: likewise, how many are between the halves of their backward pass.
     """
+    weight_bytes = np.array([choice.option.weight_stash_bytes for choice in choices], float)
     fixed_bytes = np.array([choice.option.fixed_bytes for choice in choices], float)
     stash_bytes = np.array([choice.option.stash_bytes for choice in choices], float)
-    return fixed_bytes[:, None] + held * stash_bytes[:, None]
+    return fixed_bytes[:, None] + held * stash_bytes[:, None] + split * weight_bytes[:, None]
 
 
 def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> np.ndarray:

@@ -48,6 +48,10 @@ PLANS: Mapping[str, Mapping] = {
     "1f1b, full": {**_TWO_STAGES, "recompute": "full"},
     "gpipe": {**_TWO_STAGES, "schedule": "gpipe"},
     "zb-h1": {**_TWO_STAGES, "schedule": "zb_h1"},
+    "zb-h1, layer": {**_TWO_STAGES, "schedule": "zb_h1", "recompute": "layer"},
+    "zb-h1, full": {**_TWO_STAGES, "schedule": "zb_h1", "recompute": "full"},
+    "interleaved": {**_TWO_STAGES, "schedule": "interleaved"},
+    "interleaved, zero-3": {**_TWO_STAGES, "schedule": "interleaved", "zero": 3},
     "four stages": {"dp": 1, "tp": 1, "pp": 4, "num_microbatches": 8},
 }
 
@@ -58,7 +62,7 @@ def run(settings: Mapping[str, str]) -> int:
     wanted = chosen(settings, "models", MODELS)
     devices.emulate(4)
     sys.stdout.write(
-        f"{'model':<10}{'plan':<15}{'stage':>5}{'predicted':>15}{'measured':>15}{'ratio':>8}  at\n"
+        f"{'model':<10}{'plan':<20}{'stage':>5}{'predicted':>15}{'measured':>15}{'ratio':>8}  at\n"
     )
     ratios: dict[str, float] = {}
     for name in wanted:
@@ -92,6 +96,6 @@ def measure(config: ModelConfig, plan: str) -> list[MemoryAudit]:
 def _row(model: str, plan: str, audit: MemoryAudit) -> str:
     mark = "" if audit.agrees else "  <-- out of bounds"
     return (
-        f"{model:<10}{plan:<15}{audit.stage:>5}{audit.predicted_bytes / _MIB:>11.2f} MiB"
+        f"{model:<10}{plan:<20}{audit.stage:>5}{audit.predicted_bytes / _MIB:>11.2f} MiB"
         f"{audit.measured_bytes / _MIB:>11.2f} MiB{audit.ratio:>8.3f}  {audit.at}{mark}\n"
     )

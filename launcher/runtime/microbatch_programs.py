@@ -53,6 +53,8 @@ class MicrobatchPrograms:
         self.signature, self.emitter = signature, signature.emitter
         self._recomputes = gathers or signature.layout.recompute != "none"
         self.emitter.calls_layers = signature.devices[0].platform == "cpu"
+        # Or it gathers the parameters of all layers before the first one.
+        self.emitter.calls_forward = self.emitter.calls_layers and gathers
         self.is_split = split
         self._abstract = _Exchanged(signature)
         self.groups = self._grouped()

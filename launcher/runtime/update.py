@@ -21,6 +21,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Sharding
 
+from launcher.autopar.graph import Literal, Value, evaluate, trace
 from launcher.models.optimizer import LossScaling, Optimizer
 
 Arrays = dict[str, Array]
@@ -92,12 +93,48 @@ def apply_update(optimizer: Optimizer, inputs: UpdateInputs) -> UpdateResult:
     inverse = _inverse_scale(scaling, inputs.loss_scale, total.dtype)
     norm = jnp.sqrt(total) if inverse is None else jnp.sqrt(total) * inverse
     gradients = _scaled(inputs.gradients, _factor(optimizer.clip_norm, norm, inverse))
-    updates, optimizer_state = optimizer.transform.update(gradients, inputs.optimizer_state, params)
     is_finite = jnp.isfinite(norm)
-    new = optax.apply_updates(params, updates), optimizer_state, inputs.state_after
-    old = params, inputs.optimizer_state, inputs.state_before
-    kept = jax.tree.map(lambda a, b: lax.select(is_finite, a, b), new, old)
-    return UpdateResult(*kept, _next_scale(scaling, inputs.loss_scale, is_finite), norm)
+    updates, optimizer_state = _updates(
+        optimizer.transform, is_finite, gradients, inputs.optimizer_state, params
+    )
+    new = optax.apply_updates(params, updates), inputs.state_after
+    old = params, inputs.state_before
+    params, state = jax.tree.map(partial(lax.select, is_finite), new, old)
+    scale = _next_scale(scaling, inputs.loss_scale, is_finite)
+    return UpdateResult(params, optimizer_state, state, scale, norm)
+
+
+def _updates(
+    transform: optax.GradientTransformation, is_finite: Array, gradients: Arrays, state: Any,
+    params: Arrays,
+):  # fmt: skip
+    """The changes of the parameters, and the state after the step: the old one where it is skipped.
+
+    What becomes state is selected as soon as it is there, and that is what the changes read. Did they read
+    it before, XLA would compute it again in each of them, from the old state; it could not be overwritten
+    then, and copies of it would be held from the beginning of the program to its end.
+    """
+    arguments = (gradients, state, params)
+    graph, structure = trace(transform.update, *arguments)
+    _, outputs = jax.tree.unflatten(structure, graph.outputs)
+    outputs = [None if isinstance(o, Literal) else o for o in jax.tree.leaves(outputs)]
+    old, computed = jax.tree.leaves(state), {value for op in graph.ops for value in op.results}
+    before = {
+        output: leaf
+        for output, leaf in zip(outputs, old, strict=True)
+        if output in computed and outputs.count(output) == 1
+    }
+
+    def kept(value: Value, array: Array) -> Array:
+        return lax.select(is_finite, array, before[value]) if value in before else array
+
+    inputs = [*jax.tree.leaves(arguments), *graph.constants.values()]
+    updates, new = jax.tree.unflatten(structure, evaluate(graph, inputs, revise=kept))
+    selected = [
+        leaf if output in before else lax.select(is_finite, jnp.asarray(leaf), held)
+        for output, leaf, held in zip(outputs, jax.tree.leaves(new), old, strict=True)
+    ]
+    return updates, jax.tree.unflatten(jax.tree.structure(new), selected)
 
 
 def like_result(inputs: UpdateInputs) -> UpdateResult:

@@ -44,9 +44,10 @@ def twins(toy_model):
 
 @pytest.fixture(scope="module")
 def two_hosts(cpu8):
-    """A device each, for a pipeline whose transfers take next to nothing."""
+    """A device each, for a pipeline in which all but matrix products takes next to nothing."""
     fast = replace(cpu8.inter_host, bytes_per_s=1e15, latency_s=1e-12)
-    return replace(cpu8, devices_per_host=1, inter_host=fast)
+    device = replace(cpu8.device, memory_bytes_per_s=1e15)
+    return replace(cpu8, devices_per_host=1, inter_host=fast, device=device)
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +224,12 @@ def test_peaks_count_the_microbatches_in_flight(tiny_gpt, cpu8, schedule, in_fli
         planner = found.realized.planner
         wiring = planner.wiring(*stage.stage.layers)
         memories = class_memories(planner, stage.sharding, wiring)
-        assert peak == pytest.approx(
-            stage_memory(memories, wiring, "none").peak_bytes(count), rel=0.02
-        )
+        counted = stage_memory(memories, wiring, "none")
+        if (schedule, stage) == ("1f1b", found.realized.stages[-1]):
+            # Both passes are one program there, in which what is kept ends layer by layer.
+            assert counted.state_bytes + counted.stash_bytes < peak < counted.peak_bytes(count)
+        else:
+            assert peak == pytest.approx(counted.peak_bytes(count), rel=0.02)
 
 
 def test_the_optimizer_is_adam_unless_another_is_given(tiny_gpt, cpu8):

@@ -205,9 +205,20 @@ def test_the_roofline_takes_the_longer_of_computing_and_moving():
 
 
 def test_other_ops_are_bound_by_memory_and_fused():
-    assert seconds(jnp.tanh, shape(1000, 1000)) == pytest.approx(0.25 * 4e6 / 1e11)
+    assert seconds(jnp.tanh, shape(1000, 1000)) == pytest.approx(0.25 * 2 * 4e6 / 1e11)
     whole = seconds(lambda x: jnp.sum(x, axis=1), shape(1000, 1000))
-    assert whole == pytest.approx(4000 / 1e11)
+    assert whole == pytest.approx(2 * 4000 / 1e11)
+
+
+def test_what_is_made_where_it_is_read_takes_no_time():
+    for function in (
+        lambda x: jnp.broadcast_to(x, (7, 100, 100)), lambda x: x.reshape(10, 1000),
+        lambda x: lax.squeeze(x[None], (0,)),
+    ):  # fmt: skip
+        ops = ops_of(function, shape(100, 100))
+        assert sum(ComputeModel(DEVICE).op_s(op) for op in ops) == 0.0
+    counter = ops_of(lambda: lax.iota(jnp.int32, 10**6))[0]
+    assert ComputeModel(DEVICE).op_s(counter, np.array([1, 2])).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,19 @@ from launcher.autopar.graph import trace
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.rules import strategies
 from launcher.autopar.rules.registry import axis_choices, shapes_of
-from launcher.autopar.workspace import Tape, temporary_bytes
+from launcher.autopar.tape import Tape
+from launcher.autopar.workspace import temporary_bytes
 
 MESH = LogicalMesh(shape=(1, 1), alpha=(0.0, 0.0), beta=(0.0, 0.0))
-ROWS, COLUMNS = 64, 32
+ROWS, COLUMNS, SHORT = 64, 32, 16
 WHOLE = (-1, -1)
 X = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((COLUMNS, COLUMNS), jnp.float32)
 SIZE = 4 * ROWS * COLUMNS
 
 
-def held(function, *arguments) -> float:
-    """The temporary bytes of a function on one device; its results have buffers of their own."""
+def written(function, *arguments):
+    """The tape of a function on one device, its inputs and its results."""
     graph, _ = trace(function, *arguments)
     tape = Tape(graph.avals, MESH)
     for value in graph.inputs:
@@ -29,7 +30,14 @@ def held(function, *arguments) -> float:
         (op, strategies(op, shapes_of(op), MESH.shape, [choices, choices])[0])
         for op, choices in zip(graph.ops, first, strict=True)
     )
-    return temporary_bytes(tape, [(value, WHOLE, None) for value in graph.outputs])
+    inputs, outputs = ([(v, WHOLE, None) for v in many] for many in (graph.inputs, graph.outputs))
+    return tape, inputs, outputs
+
+
+def held(function, *arguments) -> float:
+    """The temporary bytes of a function on one device; its results have buffers of their own."""
+    tape, _, outputs = written(function, *arguments)
+    return temporary_bytes(tape, outputs)
 
 
 def test_a_chain_of_elementwise_ops_needs_nothing():
@@ -86,3 +94,77 @@ def test_the_temporaries_of_a_chain_of_products_do_not_grow_with_its_length(coun
         return x
 
     assert held(chain, X, SQUARE) == 2 * SIZE
+
+
+def test_what_is_there_from_the_start_ends_when_it_is_read_for_the_last_time():
+    def chain(x, w):
+        return (x @ w) @ w @ w
+
+    tape, (x, _), outputs = written(chain, X, SQUARE)
+    assert temporary_bytes(tape, outputs) == 2 * SIZE
+    assert temporary_bytes(tape, outputs, there=[x]) == 2 * SIZE  # x is gone by then
+    assert temporary_bytes(tape, outputs, there=[(7, WHOLE, None)]) == 2 * SIZE  # nobody reads it
+
+
+def test_what_lasts_is_counted_from_when_it_is_made():
+    def both(x, w):
+        first = x @ w
+        return first, jnp.tanh(first) @ w
+
+    tape, _, outputs = written(both, X, SQUARE)
+    assert temporary_bytes(tape, outputs) == SIZE
+    assert temporary_bytes(tape, lasting=outputs) == 3 * SIZE
+
+
+def test_a_dear_value_whose_reader_is_computed_in_several_shapes_has_a_buffer():
+    """Its sum is computed once for each shape in which it is read: the exponential is not."""
+
+    def flattened(x, y, w):
+        both = (jnp.exp(x) + y).reshape(-1, 4, SHORT)
+        return jnp.sum(both, axis=(0, 1)), both @ w
+
+    def once(x, y, w):
+        return (jnp.exp(x) + y).reshape(-1, 4, SHORT) @ w
+
+    small = jax.ShapeDtypeStruct((SHORT, 1), jnp.float32)
+    assert held(once, X, X, small) == SIZE
+    assert held(flattened, X, X, small) == 3 * SIZE
+
+
+def test_a_gradient_waits_for_being_added():
+    def gradient(x, w):
+        return x @ w
+
+    tape, _, outputs = written(gradient, X, SQUARE)
+    assert temporary_bytes(tape) == SIZE
+    tape.accumulate(*outputs)
+    assert len(tape.lines) == 2
+    assert temporary_bytes(tape) == SIZE
+
+
+def test_a_call_gathers_all_its_inputs_first_and_a_program_each_when_it_is_read():
+    mesh = LogicalMesh(shape=(4, 1), alpha=(0.0, 0.0), beta=(0.0, 0.0))
+    graph, _ = trace(lambda x, v, w: (x @ v) @ w, X, SQUARE, SQUARE)
+    tape = Tape(graph.avals, mesh)
+    x, v, w = graph.inputs
+    for value, spec in ((x, WHOLE), (v, (0, -1)), (w, (0, -1))):
+        tape.put(value, spec)
+    whole = [axis_choices(op)[:1] for op in graph.ops]
+    tape.run(
+        (op, strategies(op, shapes_of(op), mesh.shape, [choices, choices])[0])
+        for op, choices in zip(graph.ops, whole, strict=True)
+    )
+    weight = 4 * COLUMNS**2
+    results = [(value, WHOLE, None) for value in graph.outputs]
+    assert temporary_bytes(tape, results) == SIZE + weight
+    assert temporary_bytes(tape, results, is_call=True) == SIZE + 2 * weight
+
+
+def test_a_gather_along_an_inner_dim_is_put_in_order_afterwards():
+    mesh = LogicalMesh(shape=(4, 1), alpha=(0.0, 0.0), beta=(0.0, 0.0))
+    for dim, copies in ((0, 1), (1, 2)):
+        graph, _ = trace(lambda x: x, X)
+        tape = Tape(graph.avals, mesh)
+        tape.put(graph.inputs[0], (dim, -1))
+        tape.accumulate(tape.get(graph.inputs[0], WHOLE))
+        assert [line.name for line in tape.lines][:copies] == ["all-gather", "transpose"][:copies]

@@ -179,6 +179,30 @@ def test_the_state_of_a_skipped_step_is_that_before_it():
         assert_trees_equal((stage.params, stage.optimizer_state, stage.state), before, 0.0)
 
 
+def test_the_update_holds_no_copies_of_the_state_that_it_replaces():
+    stage = OneStage(TRANSFORMS["adamw"], LossScaling(), 0)
+    shard = stage.params["blocks/0"].addressable_shards[0].data
+    assert stage.update.memory_analysis().temp_size_in_bytes < shard.nbytes
+
+
+@pytest.mark.parametrize("square", [1.0, np.inf])
+def test_state_that_is_no_result_of_an_op_is_kept_too_where_a_step_is_skipped(square):
+    """The new state is the gradient itself, and the same number twice."""
+
+    def update(gradients, state, params):
+        doubled = 2.0 * gradients["w"]
+        return gradients, (gradients, doubled, doubled)
+
+    transform = optax.GradientTransformation(lambda params: None, update)
+    optimizer = Optimizer(transform=transform, clip_norm=None, schedule=lambda step: 0.1)
+    params, gradients = {"w": jnp.ones(2)}, {"w": jnp.full(2, 3.0)}
+    before = ({"w": jnp.zeros(2)}, jnp.full(2, 4.0), jnp.full(2, 5.0))
+    squares = [jnp.float32(square)]
+    made = apply_update(optimizer, UpdateInputs(params, before, gradients, squares, None, {}, {}))
+    wanted = (gradients, jnp.full(2, 6.0), jnp.full(2, 6.0)) if np.isfinite(square) else before
+    assert_trees_equal(made.optimizer_state, wanted, 0.0)
+
+
 def test_the_scale_halves_on_overflow_and_doubles_after_enough_good_steps():
     scaling = LossScaling(scale=8.0, dynamic=True, growth_steps=3)
     optimizer = Optimizer(
