@@ -67,6 +67,8 @@ class ComputeModel:
     def op_s(self, op: Op, shards: float | np.ndarray = 1):
         """Seconds of the op on one of the devices that share it evenly; an array for an array of shards."""
         device, flops = self.device, op_flops(op)
+        if op.primitive in _VIRTUAL:
+            return 0.0 * shards
         if flops == 0.0:
             return self._slowed(self._other_s(op, shards))
         moved_s = (operand_bytes(op) + result_bytes(op)) / device.memory_bytes_per_s / shards
@@ -86,8 +88,8 @@ class ComputeModel:
         if device.element_s:  # moves nothing, or is computed where it is read
             return 0.0 * shards
         fraction = 1.0 if str(op.primitive).startswith("reduce") else _UNFUSED_FRACTION
-        work_s = result_bytes(op) / device.memory_bytes_per_s / shards
-        return fraction * (work_s + device.op_overhead_s)
+        moved_s = _WRITTEN_AND_READ * result_bytes(op) / device.memory_bytes_per_s / shards
+        return fraction * (moved_s + device.op_overhead_s)
 
     def _product_s(self, op: Op, flops, dtype: str):
         """Seconds that so many operations of a product take on one device."""
