@@ -13,7 +13,7 @@ from launcher.config import SCHEMAS, Config, CustomConfig, GptConfig, MoeConfig,
 from launcher.errors import ConfigError
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "mode": ("train", "plan", "eval"),
+    "mode": ("train", "plan", "eval", "profile"),
     "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
     "model.second_expert": ("always", "random"),
     "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
@@ -27,7 +27,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 # Values that the interface has and this version has not.
 LATER: Mapping[str, tuple[str, ...]] = {
-    "mode": ("profile", "submit"),
+    "mode": ("submit",),
 }
 
 # The smallest value, and the first that is too large.
@@ -109,6 +109,7 @@ def validate(config: Config) -> None:
     _check_model(config)
     _check_watched(config)
     _check_end(config)
+    _check_profile(config)
 
 
 def _check_names(config: Config) -> None:
@@ -358,6 +359,22 @@ def _check_end(config: Config) -> None:
         raise ConfigError(
             f"train.sample_tokens={config.train.sample_tokens} needs something to go on from, and "
             f"train.sample_prompt is empty: give a text, such as train.sample_prompt='The '"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    """What mode=profile measures, and where it writes."""
+    given = dataclasses.asdict(config.profile)
+    for field in sorted(given):
+        if config.mode != "profile" and given[field] is not None:
+            raise ConfigError(
+                f"profile.{field}={given[field]} contradicts mode={config.mode}, which measures "
+                f"nothing: leave it out, or take mode=profile"
+            )
+    if config.mode == "profile" and config.runtime.name == "emulate":
+        raise ConfigError(
+            "runtime=emulate contradicts mode=profile, which would measure this CPU in place of "
+            f"cluster={config.cluster.name}: leave it out, or take cluster=cpu8"
         )
 
 

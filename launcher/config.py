@@ -95,8 +95,15 @@ class DeviceConfig:
     # dtype -> [[GFLOP of one product on one device, share of the peak], ...], and so for convolutions
     matmul_curve: dict[str, Any] = field(default_factory=dict)
     convolution_curve: dict[str, Any] = field(default_factory=dict)
+    kernel_gradient_curve: dict[str, Any] = field(default_factory=dict)  # of convolutions
+    batched_matmul_curve: dict[str, Any] = field(
+        default_factory=dict
+    )  # by the GFLOP of one of a batch
+    # arithmetic, division, transcendental, reduction, transposition -> ns per element
+    element_ns: dict[str, float] = field(default_factory=dict)
     op_overhead_us: float = 0.0  # of each kernel
     program_launch_us: float = 0.0  # of each program of a step
+    array_launch_us: float = 0.0  # of each array that it takes or makes
     # [[devices of a host that compute at once, how many times slower each is], ...]
     concurrency: list[Any] = field(default_factory=list)
 
@@ -289,10 +296,18 @@ class PlanConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    """Where mode=profile writes the cluster file DIR/cluster/NAME.yaml."""
+
+    dir: str | None  # null: the run's folder
+    name: str | None  # null: the cluster's and the host's name
+
+
+@dataclass(kw_only=True)
 class Config:
     """Everything a run is told."""
 
-    mode: str  # train | plan | eval
+    mode: str  # train | plan | eval | profile
     seed: int
     debug: bool
     model: ModelConfig
@@ -305,6 +320,7 @@ class Config:
     runtime: RuntimeConfig
     train: TrainConfig
     plan: PlanConfig
+    profile: ProfileConfig
 
 
 # The groups whose alternatives have fields of their own: (group, name of the option) -> schema.

@@ -39,6 +39,7 @@ from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
 from launcher.runtime.metrics import Meter
 from launcher.runtime.plan_report import PlanReporter
+from launcher.runtime.profile import run_profile
 from launcher.runtime.progress import phase, progress_sink
 from launcher.runtime.run_end import RunEnd
 from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
@@ -71,6 +72,11 @@ class Setup:
 def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
     use_cache(config.runtime.compilation_cache)
+    if config.mode == "profile":
+        with phase(Console(), "measuring") as progress:
+            written = run_profile(find_cluster(config), config.profile, run_dir, progress)
+        log.info("%s", written)
+        return 0
     setup = make_setup(config, run_dir, Console())
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)

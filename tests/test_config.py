@@ -199,7 +199,10 @@ MISTAKES = [
     (["seed=range(1,3)"], "add --multirun to sweep over them"),
     (["logger=null"], "(command line: logger=null)"),
     # What comes with a later version.
-    (["mode=profile"], "mode=profile is not in this version yet: take mode=train or plan"),
+    (["mode=submit"], "mode=submit is not in this version yet: take mode=train or plan"),
+    # What mode=profile measures.
+    (["mode=profile", "runtime=emulate"], "runtime=emulate contradicts mode=profile"),
+    (["profile.name=mine"], "profile.name=mine contradicts mode=train, which measures nothing"),
     (["runtime=ray"], "runtime=ray is not in this version yet"),
     (["checkpoint.every_steps=5"], "checkpoint.every_steps=5 is not in this version yet"),
     # Virtual stages.

@@ -11,18 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from launcher.autopar.curves import Curves, read_curve, read_curves
 from launcher.autopar.strict_reader import Node
+from launcher.autopar.strict_yaml import load_yaml
 from launcher.autopar.wording import count
+from launcher.autopar.work import KINDS
 from launcher.config import ClusterConfig, conf_dir
 from launcher.errors import ConfigError
 
 DTYPES = ("fp64", "fp32", "fp16", "bf16")
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
-_GIB, _TERA, _GIGA, _MEGA, _MICRO = 2**30, 1e12, 1e9, 1e6, 1e-6
-_LARGEST_FILE_BYTES = 2**20
+_GIB, _TERA, _GIGA, _MEGA = 2**30, 1e12, 1e9, 1e6
+_MICRO, _NANO = 1e-6, 1e-9
+_CURVES = ("matmul_curve", "convolution_curve", "kernel_gradient_curve", "batched_matmul_curve")
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
 # Devices that JAX may report, by the packaged cluster that has the figures of their kind.
@@ -51,9 +53,15 @@ class Device:
         matmul_curve: dtype -> the share of the peak by the FLOPs of one product on one device; where it
             is missing, all products reach `matmul_efficiency`.
         convolution_curve: The same for convolutions; where it is missing, they are as products.
+        kernel_gradient_curve: The same for convolutions that are the gradient of a kernel; where it is
+            missing, they are as others.
+        batched_matmul_curve: The same for products with a batch, by the FLOPs of one of them.
+        element_s: Kind of op (`work.KINDS`) -> seconds per element, for devices on which other ops are
+            bound by arithmetic; where it is empty, memory binds them.
         op_overhead_s: What each kernel takes beside its work.
         program_launch_s: What starting each program of a step takes.
-        concurrency: (devices of a host that compute at once, how many times slower each of them is).
+        array_launch_s: What each array adds to it that the program takes or makes.
+        concurrency: (devices of a machine that compute at once, how many times slower each of them is).
     """
 
     kind: str
@@ -66,8 +74,12 @@ class Device:
     reserved_bytes: int = 0
     matmul_curve: Curves = field(default_factory=dict)
     convolution_curve: Curves = field(default_factory=dict)
+    kernel_gradient_curve: Curves = field(default_factory=dict)
+    batched_matmul_curve: Curves = field(default_factory=dict)
+    element_s: Mapping[str, float] = field(default_factory=dict)
     op_overhead_s: float = 0.0
     program_launch_s: float = 0.0
+    array_launch_s: float = 0.0
     concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     @property
@@ -76,7 +88,7 @@ class Device:
         return self.memory_bytes - self.reserved_bytes
 
     def slowdown(self, at_once: int | None) -> float:
-        """Return how many times slower it is while so many devices of its host compute.
+        """Return how many times slower it is while so many devices of its machine compute.
 
         None stands for all of them: the last point of `concurrency`.
         """
@@ -165,6 +177,10 @@ class Cluster:
         """Return the peak that MFU refers to; None where it is not known: MFU is never a guess."""
         return None if self.nominal else self.device.peak_flops_per_s.get(dtype)
 
+    def machine_of(self, host: int) -> int:
+        """Return which machine a host is: itself, unless one machine emulates all of them."""
+        return host if self.device.accelerator else 0
+
     def ref(self) -> ClusterRef:
         """Return the name and shape for a plan."""
         return ClusterRef(
@@ -248,43 +264,7 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
             f"cluster={text} is unknown, the launcher has {len(names)}: "
             f"take one of {', '.join(names)}, or give the path of a YAML file"
         )
-    return _read(Node(value=_load_yaml(path), place="", source=str(path)))
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice: the second would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Return the mapping that `super` builds, which does not compare keys."""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) != len(keys):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key stands there twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_FILE_BYTES + 1)
-        if len(data) > _LARGEST_FILE_BYTES:
-            raise ConfigError(
-                f"{path} has more than {_LARGEST_FILE_BYTES} bytes (cluster={path}): "
-                "give the path of a cluster file"
-            )
-        return yaml.load(data.decode(), _StrictLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}, {error.strerror} (cluster={path}): correct the path"
-        ) from error
-    # Beside YAMLError: what PyYAML's constructors let through for values such as `!!int ''`.
-    except (
-        yaml.YAMLError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError,
-        RecursionError,
-    ) as error:  # fmt: skip
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} is no YAML (cluster={path}), {why}: correct it there") from error
+    return _read(Node(value=load_yaml(path), place="", source=str(path)))
 
 
 def _read(top: Node) -> Cluster:
@@ -329,8 +309,9 @@ def _read_device(node: Node) -> Device:
             "accelerator",
         ),
         (
-            "reserved_gib", "matmul_curve", "convolution_curve", "op_overhead_us",
-            "program_launch_us", "concurrency",
+            "reserved_gib", "matmul_curve", "convolution_curve", "kernel_gradient_curve",
+            "batched_matmul_curve", "element_ns", "op_overhead_us",
+            "program_launch_us", "array_launch_us", "concurrency",
         ),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
@@ -339,7 +320,7 @@ def _read_device(node: Node) -> Device:
     memory_gib = fields["memory_gib"].positive()
     curves = {
         name: read_curves(fields[name], known, size_unit=_GIGA, rate_unit=1.0, maximum=1.0)
-        for name in ("matmul_curve", "convolution_curve")
+        for name in _CURVES
     }
     return Device(
         kind=fields["kind"].text(),
@@ -354,9 +335,17 @@ def _read_device(node: Node) -> Device:
         accelerator=fields["accelerator"].boolean(),
         op_overhead_s=_or_zero(fields["op_overhead_us"]) * _MICRO,
         program_launch_s=_or_zero(fields["program_launch_us"]) * _MICRO,
+        array_launch_s=_or_zero(fields["array_launch_us"]) * _MICRO,
         concurrency=_read_concurrency(fields["concurrency"]),
+        element_s=_read_elements(fields["element_ns"]),
         **curves,
     )
+
+
+def _read_elements(node: Node) -> dict[str, float]:
+    """All kinds of ops or none, or some would be free."""
+    kinds = {} if node.is_null or not node.entries() else node.fields(KINDS)
+    return {kind: value.positive() * _NANO for kind, value in kinds.items()}
 
 
 def _or_zero(node: Node, **limits: float) -> float:

@@ -2,8 +2,8 @@
 
 A matrix product or convolution takes the longer of its operations at the rate that its size reaches and its
 bytes at the memory's rate. Other ops are bound by memory; compilers fuse chains of them, so that most
-intermediate results never leave the chip: only a share of them is counted, written once and read once.
-Broadcasts and counters are always made where they are read, and views move nothing.
+intermediate results never leave the chip: only a share of their bytes is counted, and of their kernels. Where
+the device has figures for them (a CPU, on which arithmetic is dearer than memory), they cost by element.
 Left out: which products a backend computes well besides by their size (shapes, layouts, tile quantisation).
 """
 
@@ -15,7 +15,15 @@ from jax.extend.core import primitives as prim
 
 from launcher.autopar.cluster import Device
 from launcher.autopar.graph import Op
-from launcher.autopar.work import op_flops, operand_bytes, result_bytes
+from launcher.autopar.work import (
+    is_kernel_gradient,
+    num_batches,
+    num_elements,
+    op_flops,
+    op_kind,
+    operand_bytes,
+    result_bytes,
+)
 
 # Share of elementwise ops that end a kernel, whose results reach memory: one in four, the length of a
 # typical fused chain in a transformer block (cast, scale, add, activate).
@@ -31,7 +39,7 @@ class ComputeModel:
     """Prices ops on one kind of device.
 
     Attributes:
-        at_once: how many devices of the host compute at the same time; None: all of them.
+        at_once: how many devices of the machine compute at the same time; None: all of them.
     """
 
     device: Device
@@ -43,12 +51,18 @@ class ComputeModel:
         device = self.device
         tables = (
             device.peak_flops_per_s, device.matmul_efficiency, device.matmul_curve,
-            device.convolution_curve,
+            device.convolution_curve, device.kernel_gradient_curve, device.batched_matmul_curve,
+            device.element_s,
         )  # fmt: skip
         return (
             tuple(tuple(sorted(table.items(), key=lambda item: item[0])) for table in tables),
             device.memory_bytes_per_s, device.op_overhead_s, device.slowdown(self.at_once),
         )  # fmt: skip
+
+    @property
+    def memory_bytes_per_s(self) -> float:
+        """What a device gets of its memory's rate while the others compute."""
+        return self.device.memory_bytes_per_s / self.device.slowdown(self.at_once)
 
     def op_s(self, op: Op, shards: float | np.ndarray = 1):
         """Seconds of the op on one of the devices that share it evenly; an array for an array of shards."""
@@ -56,26 +70,42 @@ class ComputeModel:
         if op.primitive in _VIRTUAL:
             return 0.0 * shards
         if flops == 0.0:
-            fraction = 1.0 if str(op.primitive).startswith("reduce") else _UNFUSED_FRACTION
-            moved_s = _WRITTEN_AND_READ * result_bytes(op) / device.memory_bytes_per_s / shards
-            return self._slowed(fraction * (moved_s + device.op_overhead_s))
+            return self._slowed(self._other_s(op, shards))
         moved_s = (operand_bytes(op) + result_bytes(op)) / device.memory_bytes_per_s / shards
         dtype = str(op.eqn.invars[0].aval.dtype) if op.eqn.invars else "float32"
-        is_convolution = op.primitive is prim.conv_general_dilated_p
-        product_s = self._product_s(flops / shards, dtype, is_convolution=is_convolution)
+        product_s = self._product_s(op, flops / shards, dtype)
         return self._slowed(np.maximum(product_s, moved_s) + device.op_overhead_s)
 
     def _slowed(self, seconds):
         return seconds * self.device.slowdown(self.at_once)
 
-    def _product_s(self, flops, dtype: str, *, is_convolution: bool):
-        """Seconds that a product of so many operations computes on one device."""
+    def _other_s(self, op: Op, shards):
+        """Seconds of an op that is neither product nor convolution, most likely inside a fused kernel."""
+        device, kind = self.device, op_kind(op)
+        if kind in device.element_s:
+            work_s = num_elements(op) * device.element_s[kind] / shards
+            return work_s + _UNFUSED_FRACTION * device.op_overhead_s
+        if device.element_s:  # moves nothing, or is computed where it is read
+            return 0.0 * shards
+        fraction = 1.0 if str(op.primitive).startswith("reduce") else _UNFUSED_FRACTION
+        moved_s = _WRITTEN_AND_READ * result_bytes(op) / device.memory_bytes_per_s / shards
+        return fraction * (moved_s + device.op_overhead_s)
+
+    def _product_s(self, op: Op, flops, dtype: str):
+        """Seconds that so many operations of a product take on one device."""
         device, name = self.device, _DTYPE_NAMES.get(dtype, "fp32")
-        curve = device.convolution_curve.get(name) if is_convolution else None
-        curve = curve or device.matmul_curve.get(name)
+        batches, curve = 1.0, device.matmul_curve.get(name)
+        if op.primitive is prim.conv_general_dilated_p:
+            curve = device.convolution_curve.get(name, curve)
+            if is_kernel_gradient(op):
+                curve = device.kernel_gradient_curve.get(name, curve)
+        elif num_batches(op) > 1 and name in device.batched_matmul_curve:
+            # Devices most likely share the batch, so that each product stays as it is.
+            curve, one = device.batched_matmul_curve[name], op_flops(op) / num_batches(op)
+            batches, flops = flops / one, one
         if curve is None or name not in device.peak_flops_per_s:
-            return flops / self.flops_per_s(dtype)
-        return curve.seconds(flops) / device.peak_flops_per_s[name]
+            return batches * flops / self.flops_per_s(dtype)
+        return batches * curve.seconds(flops) / device.peak_flops_per_s[name]
 
     def flops_per_s(self, dtype: str) -> float:
         """The rate of large matrix products; double precision runs at half of single by default."""

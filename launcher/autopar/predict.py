@@ -5,6 +5,8 @@ planner priced.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import optax
@@ -12,7 +14,9 @@ import optax
 from launcher.autopar.buffers import peak
 from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.crowded import Crowd, simulate_crowded
 from launcher.autopar.intra_op import StageSharding
+from launcher.autopar.launch_arrays import launch_arrays
 from launcher.autopar.launches import submesh_launches
 from launcher.autopar.messages import price_messages
 from launcher.autopar.open_stages import fill_in
@@ -52,7 +56,7 @@ def predict(
 def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     """Simulate a realized plan."""
     durations = stage_durations(realized, cluster)
-    timeline = simulate(realized.program, durations)
+    timeline = _play(realized, cluster, durations)
     plan = realized.plan
     flops = model_flops_per_step(realized.planner.model.traced, plan.num_microbatches)
     prediction = Prediction(
@@ -70,6 +74,36 @@ def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     return Outlook(prediction, timeline)
 
 
+def _play(realized: RealizedPlan, cluster: Cluster, durations: Durations) -> Timeline:
+    """Simulate the program, on hosts whose devices slow one another down if these do."""
+    crowd = crowd_of(realized.plan, cluster, [s.settings.compute for s in realized.stages])
+    if crowd is None:
+        return simulate(realized.program, durations)
+    return simulate_crowded(realized.program, durations, crowd)
+
+
+def crowd_of(plan: Plan, cluster: Cluster, priced: Sequence[ComputeModel]) -> Crowd | None:
+    """Who shares a machine with whom in a plan; None where that costs nothing.
+
+    Args:
+        priced: by stage, what its durations were priced with.
+    """
+    device = cluster.device
+    if max(factor for _, factor in device.concurrency) == 1.0:
+        return None
+    devices: dict[int, Counter[int]] = {}
+    slowdowns: dict[int, float] = {}
+    for submesh, stage, compute in zip(plan.submesh_of, plan.stages, priced, strict=True):
+        machines = map(cluster.machine_of, stage.hosts)
+        devices[submesh] = Counter(m for m in machines for _ in stage.devices)
+        slowdowns[submesh] = device.slowdown(compute.at_once)
+    return Crowd(
+        devices=tuple(devices[submesh] for submesh in sorted(devices)),
+        slowdown=device.slowdown,
+        priced=tuple(slowdowns[submesh] for submesh in sorted(slowdowns)),
+    )
+
+
 def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
     """Operations that a step needs, whatever the plan: forward once, backward twice that."""
     return 3.0 * num_microbatches * sum(op_flops(op) for op in traced.graph.ops)
@@ -79,13 +113,26 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
     across = price_messages(realized.messages, realized.stages, cluster)
+    avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
+    arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
+    each_s = cluster.device.array_launch_s
+
+    def with_arrays(seconds: Iterable[float], counts: Iterable[int]) -> tuple[float, ...]:
+        return tuple(own + each_s * count for own, count in zip(seconds, counts, strict=True))
+
     return Durations(
-        forward_s=tuple(s.forward_s for s in shardings),
-        backward_s=tuple(s.backward_s for s in shardings),
-        backward_input_s=tuple(s.backward_input_s for s in shardings),
-        backward_weight_s=tuple(s.backward_weight_s for s in shardings),
-        synchronize_s=tuple(s.synchronize_s for s in shardings),
-        update_s=tuple(s.update_s for s in shardings),
+        forward_s=with_arrays((s.forward_s for s in shardings), (a.forward for a in arrays)),
+        backward_s=with_arrays((s.backward_s for s in shardings), (a.backward for a in arrays)),
+        backward_input_s=with_arrays(
+            (s.backward_input_s for s in shardings), (a.backward for a in arrays)
+        ),
+        backward_weight_s=with_arrays(
+            (s.backward_weight_s for s in shardings), (a.backward for a in arrays)
+        ),
+        synchronize_s=with_arrays(
+            (s.synchronize_s for s in shardings), (a.synchronize for a in arrays)
+        ),
+        update_s=with_arrays((s.update_s for s in shardings), (a.update for a in arrays)),
         activation_s=across.activation_s,
         cotangent_s=across.cotangent_s,
         tied_s=across.tied_s,
@@ -127,6 +174,9 @@ def _bytes_sent(realized: RealizedPlan, stage) -> StageSharding:
         memory_bytes_per_s=math.inf,
         matmul_curve={},
         convolution_curve={},
+        kernel_gradient_curve={},
+        batched_matmul_curve={},
+        element_s={},
         op_overhead_s=0.0,
         program_launch_s=0.0,
     )

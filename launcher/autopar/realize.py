@@ -5,7 +5,7 @@ Pure, like planning; the runtime compiles what comes out, and the simulator pric
 leaves out (strategies, specs) is completed by the intra-operator planner here.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -151,7 +151,7 @@ def solve_stage(
     mesh = stage_mesh(stage, cluster)
     settings = StageSettings(
         mesh=mesh,
-        compute=ComputeModel(cluster.device, _at_once(plan, stage)),
+        compute=ComputeModel(cluster.device, _at_once(plan, stage, cluster)),
         restrictions=restrictions(mesh),
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
@@ -162,12 +162,11 @@ def solve_stage(
     return planner.solve(*stage.layers, settings, pins=pins)
 
 
-def _at_once(plan: Plan, stage: Stage) -> int:
-    """How many devices of the stage's busiest host compute at the same time as it does."""
-    return max(
-        len({device for other in plan.stages if host in other.hosts for device in other.devices})
-        for host in stage.hosts
-    )
+def _at_once(plan: Plan, stage: Stage, cluster: Cluster) -> int:
+    """How many devices of the stage's busiest machine compute at the same time as it does."""
+    used = {(host, device) for s in plan.stages for host in s.hosts for device in s.devices}
+    machines = Counter(cluster.machine_of(host) for host, _ in used)
+    return max(machines[cluster.machine_of(host)] for host in stage.hosts)
 
 
 def _pins(planner: IntraOpPlanner, stage: Stage, settings: StageSettings):

@@ -14,6 +14,7 @@ added or removed, since the shards must stay contiguous. Axes are never reduced 
 import heapq
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -81,8 +82,14 @@ def reshard_costs(shape: Shape, itemsize: int, mesh: LogicalMesh) -> ReshardCost
     splits = tuple(
         tuple(size % count == 0 for count in _split_counts(mesh.shape)) for size in shape
     )
-    number, per_message, per_byte = _single_steps(splits, mesh)
-    between = per_message + per_byte * (itemsize * math.prod(shape))
+    number, alike = _single_steps(splits, mesh)
+    between = np.full((len(number), len(number)), np.inf)
+    np.fill_diagonal(between, 0.0)
+    for (step, fraction), pairs in alike.items():
+        num_bytes = fraction * itemsize * math.prod(shape)
+        between[tuple(zip(*pairs, strict=True))] = step_cost(
+            replace(step, num_bytes=num_bytes), mesh
+        )
     for via in range(len(number)):
         np.minimum(between, between[:, via, None] + between[None, via, :], out=between)
     return ReshardCosts(number, between)
@@ -96,24 +103,23 @@ def _split_counts(mesh_shape: Shape) -> tuple[int, ...]:
 
 @cache
 def _single_steps(splits: tuple[tuple[bool, ...], ...], mesh: LogicalMesh):
-    """Costs of single steps between the specs of all tensors with the same evenly divisible dims.
+    """Single steps between the specs of all tensors with the same evenly divisible dims.
 
-    Returns the specs' numbers, and for each pair what it costs by itself and per byte of the tensor.
+    Returns the specs' numbers, and for each (step, bytes as a fraction of the tensor's) the pairs of specs
+    between which it goes: what it costs depends on nothing else.
     """
     counts = _split_counts(mesh.shape)
     divisors = [math.lcm(*itertools.compress(counts, even)) for even in splits]
     shape = tuple(divisors)  # the smallest tensor with just these dims divisible
     specs = all_specs(shape, mesh.shape, partial=True)
     number = {spec: i for i, spec in enumerate(specs)}
-    per_message = np.full((len(specs), len(specs)), np.inf)
-    np.fill_diagonal(per_message, 0.0)
-    per_byte = np.zeros_like(per_message)
+    alike: dict[tuple[Step, float], list[tuple[int, int]]] = defaultdict(list)
     for spec in specs:
         for step in _steps_from(shape, 1, spec, mesh):
+            pattern = replace(step, source=(), target=(), num_bytes=0)
             pair = number[spec], number[step.target]
-            per_message[pair] = step_cost(replace(step, num_bytes=0), mesh)
-            per_byte[pair] = (step_cost(step, mesh) - per_message[pair]) / math.prod(shape)
-    return number, per_message, per_byte
+            alike[pattern, step.num_bytes / math.prod(shape)].append(pair)
+    return number, alike
 
 
 @cache

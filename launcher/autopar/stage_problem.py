@@ -330,7 +330,7 @@ class ClassFragment:
                     self.aval(self.cls.joint.inputs[slot]), self.choices[self.key("slot", slot)],
                     self.choices.get(self.key("accumulator", slot), ()), self.settings.optimizer,
                     self.mesh, zero=zero,
-                    memory_bytes_per_s=self.settings.compute.device.memory_bytes_per_s,
+                    memory_bytes_per_s=self.settings.compute.memory_bytes_per_s,
                 )
                 for slot in self.param_slots
             }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much an op does: floating-point operations and bytes moved, from its shapes alone."""
+"""How much an op does: floating-point operations, bytes moved, elements, from its shapes alone."""
 
 import math
 from functools import lru_cache, partial
@@ -51,6 +51,13 @@ def _convolution_flops(op: Op) -> float:
     return _MULTIPLY_ADD * products * math.prod(op.eqn.outvars[0].aval.shape) / stretched
 
 
+def is_kernel_gradient(op: Op) -> bool:
+    """Whether a convolution slides a large window over few places: images over their cotangents."""
+    numbers = op.eqn.params["dimension_numbers"]
+    window = math.prod(op.eqn.invars[1].aval.shape[dim] for dim in numbers.rhs_spec[2:])
+    return window > math.prod(op.eqn.outvars[0].aval.shape[dim] for dim in numbers.out_spec[2:])
+
+
 def _ragged_flops(op: Op) -> float:
     """Every row meets the matrix of its own group only."""
     numbers = op.eqn.params["ragged_dot_dimension_numbers"]
@@ -101,3 +108,47 @@ def result_bytes(op: Op) -> int:
 
 def operand_bytes(op: Op) -> int:
     return sum(aval_bytes(a.aval) for a in op.eqn.invars if not isinstance(a, Literal))
+
+
+ARITHMETIC, DIVISION, TRANSCENDENTAL = "arithmetic", "division", "transcendental"
+REDUCTION, TRANSPOSITION = "reduction", "transposition"
+KINDS = (ARITHMETIC, DIVISION, TRANSCENDENTAL, REDUCTION, TRANSPOSITION)
+"""Kinds of ops that are no products, by what an element of theirs costs."""
+
+_BY_KIND = {
+    None: "reshape broadcast_in_dim squeeze expand_dims iota copy stop_gradient slice split "
+    "optimization_barrier random_wrap random_unwrap",
+    DIVISION: "div rem sqrt rsqrt integer_pow",
+    TRANSCENDENTAL: "exp exp2 expm1 log log1p tanh logistic erf erf_inv erfc pow sin cos tan atan2 cbrt",
+    REDUCTION: "argmax argmin cumsum cumprod cummax cummin cumlogsumexp",
+    TRANSPOSITION: "transpose gather concatenate pad rev dynamic_slice dynamic_update_slice sort",
+}
+_KIND_OF = {name: kind for kind, names in _BY_KIND.items() for name in names.split()}
+_KINDS_BY_PREFIX = {"reduce": REDUCTION, "scatter": TRANSPOSITION}
+
+
+def op_kind(op: Op) -> str | None:
+    """What kind an op is that is no product; None for one that costs nothing by itself."""
+    name = str(op.primitive)
+    for prefix, kind in _KINDS_BY_PREFIX.items():
+        if name.startswith(prefix):
+            return kind
+    return _KIND_OF.get(name, ARITHMETIC)
+
+
+def num_elements(op: Op) -> int:
+    """Elements that an op goes through: those that a reduction reads, or any other op makes."""
+    if op_kind(op) == REDUCTION:
+        sizes = (math.prod(a.aval.shape) for a in op.eqn.invars if not isinstance(a, Literal))
+    else:
+        sizes = (math.prod(var.aval.shape) for var in op.eqn.outvars)
+    return max(sizes, default=0)
+
+
+def num_batches(op: Op) -> int:
+    """Products that a batched product consists of."""
+    if op.primitive is not prim.dot_general_p:
+        return 1
+    _, (batch, _) = op.eqn.params["dimension_numbers"]
+    lhs = op.eqn.invars[0].aval.shape
+    return math.prod(lhs[dim] for dim in batch)

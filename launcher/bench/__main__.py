@@ -6,11 +6,12 @@ A benchmark is a function from its settings to the exit status; `BENCHMARKS` nam
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.bench import contest, fidelity, memory, overhead, planner, transfers
+from launcher.bench import contest, emulated, fidelity, memory, overhead, planner, transfers
 from launcher.errors import ConfigError, LauncherError
 
 BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {
     "contest": contest.run,
+    "emulated": emulated.run,
     "fidelity": fidelity.run,
     "memory": memory.run,
     "overhead": overhead.run,

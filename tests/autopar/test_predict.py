@@ -106,7 +106,8 @@ def test_stages_slow_down_those_on_their_host(tiny_gpt, cpu8, pp, at_once):
         cpu8,
         num_hosts=hosts,
         devices_per_host=at_once,
-        device=replace(cpu8.device, concurrency=((1.0, 1.0), (8.0, 8.0))),
+        # Hosts of CPU devices would all be one machine.
+        device=replace(cpu8.device, accelerator=True, concurrency=((1.0, 1.0), (8.0, 8.0))),
     )
     found = planned(tiny_gpt(layers=8), crowded, pp=pp, num_microbatches=2)
     assert {stage.settings.compute.at_once for stage in found.realized.stages} == {at_once}

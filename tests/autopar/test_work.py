@@ -14,7 +14,7 @@ from launcher.autopar.cluster import Device
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.curves import Curve
 from launcher.autopar.graph import CALLS, CUSTOM_CALLS, from_jaxpr
-from launcher.autopar.work import aval_bytes, op_flops, operand_bytes, result_bytes
+from launcher.autopar.work import KINDS, aval_bytes, op_flops, operand_bytes, result_bytes
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -309,3 +309,59 @@ def test_models_with_equal_figures_have_equal_keys():
         ComputeModel(CURVED).key != ComputeModel(dataclasses.replace(CURVED, matmul_curve={})).key
     )
     assert hash(ComputeModel(DEVICE).key) == hash(ComputeModel(again).key)
+
+
+CPU = Device(
+    kind="CPU", memory_bytes=2**30, peak_flops_per_s={"fp32": 1e9}, matmul_efficiency={"fp32": 0.5},
+    memory_bytes_per_s=1e30, has_bf16=False, accelerator=False,
+)  # fmt: skip
+
+
+def seconds_of(device, function, *shapes):
+    return [float(ComputeModel(device).op_s(op)) for op in ops_of(function, *shapes)]
+
+
+def test_elements_of_other_ops_cost_by_kind():
+    """A reduction by what it reads, the others by what they make; views are free."""
+    device = dataclasses.replace(
+        CPU, element_s={kind: 10.0**-i for i, kind in enumerate(KINDS, start=6)}
+    )
+    whole = shape(4, 5)
+    for function, element_s in (
+        (lambda x: x + x, 1e-6), (lambda x: x / x, 1e-7), (jnp.exp, 1e-8),
+        (lambda x: lax.reduce_max(x, (1,)), 1e-9), (lambda x: x.T, 1e-10),
+        (lambda x: x.reshape(20), 0.0),
+    ):  # fmt: skip
+        assert seconds_of(device, function, whole) == pytest.approx([20 * element_s])
+
+
+def test_a_batch_of_products_costs_so_many_small_ones():
+    small, large = 2 * 4**3, 2 * 100 * 4**3
+    device = dataclasses.replace(
+        CPU,
+        matmul_curve={"fp32": Curve(((large, 1.0),))},
+        batched_matmul_curve={"fp32": Curve(((small, 0.25),))},
+    )
+    both = shape(100, 4, 4), shape(100, 4, 4)
+    assert seconds_of(device, jnp.matmul, *both) == pytest.approx([large / 0.25 / 1e9])
+    [op] = ops_of(jnp.matmul, *both)
+    assert float(ComputeModel(device).op_s(op, 4)) == pytest.approx(large / 0.25 / 1e9 / 4)
+
+
+def test_the_gradient_of_a_kernel_has_a_curve_of_its_own():
+    def convolve(image, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    def gradients(image, kernel):
+        return jax.vjp(convolve, image, kernel)[1](image)
+
+    device = dataclasses.replace(
+        CPU,
+        convolution_curve={"fp32": Curve(((1.0, 1.0),))},
+        kernel_gradient_curve={"fp32": Curve(((1.0, 0.1),))},
+    )
+    [forward_s] = seconds_of(device, convolve, shape(2, 8, 8, 4), shape(3, 3, 4, 4))
+    all_s = seconds_of(device, gradients, shape(2, 8, 8, 4), shape(3, 3, 4, 4))
+    convolved = [seconds / forward_s for seconds in all_s if seconds > forward_s / 2]
+    assert sorted(convolved) == pytest.approx([1.0, 1.0, 10.0])  # forward, and both gradients
