@@ -242,7 +242,7 @@ def test_what_was_measured_by_size_is_read_in_si_units(tmp_path):
 
 
 def test_without_them_nothing_depends_on_size():
-    device = load_cluster("8xp3").device
+    device = load_cluster("cpu8").device
     assert (device.op_overhead_s, device.program_launch_s, device.slowdown(None)) == (0.0, 0.0, 1.0)
     assert device.convolution_curve == {}
 
