@@ -27,7 +27,7 @@ def test_the_peak_is_as_predicted(model, plan):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "plan"), itertools.product(MODELS, PLANS))
+@pytest.mark.parametrize(("model", "plan"), list(itertools.product(MODELS, PLANS)))
 def test_every_plan_of_the_benchmark_is_as_predicted(model, plan):
     check(model, plan)
 
