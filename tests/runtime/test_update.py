@@ -180,7 +180,8 @@ def test_the_state_of_a_skipped_step_is_that_before_it():
 
 
 def test_the_update_holds_no_copies_of_the_state_that_it_replaces():
-    stage = OneStage(TRANSFORMS["adamw"], LossScaling(), 0)
+    with jax.enable_x64(True):
+        stage = OneStage(TRANSFORMS["adamw"], LossScaling(), 0)
     shard = stage.params["blocks/0"].addressable_shards[0].data
     assert stage.update.memory_analysis().temp_size_in_bytes < shard.nbytes
 
