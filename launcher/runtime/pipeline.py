@@ -308,7 +308,7 @@ class Pipeline:
         own = stage.programs.owned
         sums = {path: a for path, a in stage.accumulators.items() if path not in own}
         if sums:
-            stage.lent_gradients = stage.compiled.reduce_tied(sums)
+            stage.lent_gradients = dict(stage.compiled.reduce_tied(sums))
             stage.accumulators = {path: a for path, a in stage.accumulators.items() if path in own}
         paths = [path for path in stage.lent_gradients if self.realized.owner[path] == owner]
         return {path: stage.lent_gradients.pop(path) for path in paths}

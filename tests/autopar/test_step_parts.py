@@ -59,7 +59,7 @@ def test_computation_is_what_the_plan_costs_where_links_are_free(name, planned):
     for stage, home in zip(found.realized.stages, found.plan.submesh_of, strict=True):
         mesh = stage.settings.mesh
         none = (0.0,) * mesh.num_axes
-        free = replace(stage.settings, mesh=replace(mesh, alpha=none, beta=none))
+        free = replace(stage.settings, mesh=replace(mesh, alpha=none, beta=none, wired=None))
         planner = found.realized.planner
         priced = planner.reprice(*stage.stage.layers, free, stage.sharding.picks).seconds
         computed_s[home] += found.plan.num_microbatches * (priced.forward + priced.backward)
