@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from launcher.autopar.graph import Op, Value
 from launcher.autopar.intra_op import StageSharding
@@ -17,39 +18,45 @@ from launcher.autopar.wiring import Place
 from launcher.autopar.workspace import temporary_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class LayerWorkspace:
-    """Bytes per device beside what the layer is given and what it leaves.
+    """Bytes per device beside what a layer is given and what it leaves; counted when they are asked for."""
 
-    Attributes:
-        forward_bytes: where the residuals are results, whose buffers hold something else before.
-        passing_bytes: of a forward pass that leaves no residuals.
-        backward_bytes: where the residuals were kept.
-        again_bytes: where the forward ops run again: all residuals, and gathered weights, are there at the
-            turn, whatever of them XLA then computes inside their readers; it copies others for that.
-        both_bytes: of a program that goes forward and back, with the residuals: each is there from when
-            it is made until it is read for the last time.
-    """
+    writer: "_Writer"
 
-    forward_bytes: float
-    passing_bytes: float
-    backward_bytes: float
-    again_bytes: float
-    both_bytes: float
+    @cached_property
+    def forward_bytes(self) -> float:
+        """Where the residuals are results, whose buffers hold something else before."""
+        return self.writer.forward(keeps=True)
+
+    @cached_property
+    def passing_bytes(self) -> float:
+        """Of a forward pass that leaves no residuals."""
+        return self.writer.forward(keeps=False)
+
+    @cached_property
+    def backward_bytes(self) -> float:
+        """Where the residuals were kept."""
+        return self.writer.backward(again=False)
+
+    @cached_property
+    def again_bytes(self) -> float:
+        """Where the forward ops run again: all residuals, and gathered weights, are there at the turn,
+        whatever of them XLA then computes inside their readers; it copies others for that."""
+        return self.writer.backward(again=True)
+
+    @cached_property
+    def both_bytes(self) -> float:
+        """Of a program that goes forward and back, with the residuals: each is there from when it is
+        made until it is read for the last time."""
+        return self.writer.both()
 
 
 def layer_workspace(
     cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place]
 ) -> LayerWorkspace:
-    """Write the passes of a layer down, and see what they hold."""
-    writer = _Writer(cls, sharding, aliases)
-    return LayerWorkspace(
-        forward_bytes=writer.forward(keeps=True),
-        passing_bytes=writer.forward(keeps=False),
-        backward_bytes=writer.backward(again=False),
-        again_bytes=writer.backward(again=True),
-        both_bytes=writer.both(),
-    )
+    """See what the passes of a layer hold, written down line by line."""
+    return LayerWorkspace(_Writer(cls, sharding, aliases))
 
 
 @dataclass(frozen=True, slots=True)

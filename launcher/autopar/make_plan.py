@@ -177,7 +177,8 @@ def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage
         strategies={},
     )
     pins = {key: (choice,) for key, choice in pick.sharding.picks.items()}
-    sharding = candidate.planner.solve(*stage.layers, pick.sharding.settings, pins=pins)
+    settings = replace(pick.sharding.settings, recompute=pick.recompute != "none")
+    sharding = candidate.planner.solve(*stage.layers, settings, pins=pins)
     return _with_shardings(stage, candidate.planner, sharding)
 
 

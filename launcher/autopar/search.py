@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _MOST_CUTS = 24
 _STEP_FACTOR = 4
 _ROOMY = 0.25  # of a device's memory
+_CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
 _LIGHT = 0.5  # of a mean piece: less work is no stage's
 
 
@@ -57,6 +58,15 @@ class Candidate:
     planner: IntraOpPlanner
     arrangement: Arrangement
     largest_gap_fraction: float
+
+    @property
+    def decisions(self) -> tuple:
+        """What tells it from others: two with the same ones differ in the sharding of ops alone."""
+        stages = (
+            (c.first, c.last, c.option.tag.mesh.shape, c.option.tag.recompute, c.option.tag.zero)
+            for c in self.arrangement.stages
+        )
+        return self.num_microbatches, self.schedule, self.virtual_stages, *stages
 
     @property
     def step_s(self) -> float:
@@ -126,6 +136,17 @@ class _Tried:
     def step_s(self) -> float:
         return min((candidate.step_s for candidate in self.candidates), default=math.inf)
 
+    def with_more(self, other: "_Tried") -> "_Tried":
+        """The candidates of both, of which the other's were found in a part of the space, and solved anew."""
+        known = {candidate.decisions for candidate in other.candidates}
+        rest = (candidate for candidate in self.candidates if candidate.decisions not in known)
+        return _Tried(
+            planner=other.planner,
+            candidates=(*other.candidates, *rest),
+            bound_s=min(self.bound_s, other.bound_s),
+            num_candidates=self.num_candidates + other.num_candidates,
+        )
+
 
 class _Attempts:
     """What has been tried, by number of microbatches, and why nothing fits at some of them."""
@@ -133,7 +154,8 @@ class _Attempts:
     def __init__(
         self, model: Model, cluster: Cluster, options: PlanOptions, space: Space, progress
     ):
-        self._try = partial(_try, model, cluster, options, space)
+        self._try = partial(_try, model, cluster, options)
+        self._space = space
         self._progress = progress
         self.found: dict[int, _Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
@@ -149,7 +171,7 @@ class _Attempts:
             self._progress(f"{num_microbatches} microbatches")
             try:
                 self.found[num_microbatches] = self._try(
-                    num_microbatches, self.best()[0], self._known
+                    num_microbatches, self.best()[0], self._known, self._space
                 )
             except InfeasiblePlanError as error:
                 self.failures[num_microbatches] = error
@@ -179,20 +201,26 @@ class _Attempts:
         """Solve anew what the best number of microbatches took over from others."""
         best_s, num_microbatches = self.best()
         self._progress(f"{num_microbatches} microbatches")
-        used = {
-            (choice.option.tag.mesh, choice.option.tag.weight)
-            for candidate in self.found[num_microbatches].candidates
+        before = self.found[num_microbatches]
+        chosen = [
+            choice
+            for candidate in before.candidates
             for choice in candidate.arrangement.stages
-        }
+            if candidate.step_s <= _CLOSE * best_s
+        ]
+        used = {(choice.option.tag.mesh, choice.option.tag.weight) for choice in chosen}
         others = {key: picks for key, picks in self._known.items() if key not in used}
-        again = self._try(num_microbatches, math.inf, others)
-        if again.step_s <= best_s:
-            self.found[num_microbatches] = again
+        shapes = {self._space.submeshes[choice.submesh] for choice in chosen}
+        again = self._try(
+            num_microbatches, math.inf, others,
+            replace(self._space, submeshes=tuple(s for s in self._space.submeshes if s in shapes)),
+        )  # fmt: skip
+        self.found[num_microbatches] = before.with_more(again)
 
 
 def _try(
-    model: Model, cluster: Cluster, options: PlanOptions, space: Space, num_microbatches: int,
-    worth_s: float, known: Known,
+    model: Model, cluster: Cluster, options: PlanOptions, num_microbatches: int,
+    worth_s: float, known: Known, space: Space,
 ) -> _Tried:  # fmt: skip
     """Search all schedules for what takes less than `worth_s`."""
     microbatch_size = options.global_batch // num_microbatches

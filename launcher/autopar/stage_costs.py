@@ -32,7 +32,7 @@ from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.restrictions import Experts, Restrictions
-from launcher.autopar.stage_problem import StageSettings
+from launcher.autopar.stage_problem import Group, StageSettings
 from launcher.autopar.stage_table import StageOption
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
@@ -72,6 +72,7 @@ class StagePick:
 
     Attributes:
         weight: Of the price on memory, as in `Choices`.
+        sharding: Of the whole model, without recomputation.
     """
 
     mesh: LogicalMesh
@@ -105,7 +106,7 @@ class StageCosts:
         self._known = {} if known is None else known
         self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
         self._wiring = planner.wiring(*self._whole)
-        self._groups = tuple(self._wiring.counts)
+        self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
         self._counted: dict[tuple[int, int], np.ndarray] = {}
         self.largest_gap_fraction = 0.0
 
@@ -145,27 +146,24 @@ class StageCosts:
     def _price_mesh(
         self, first: int, last: int, mesh: LogicalMesh, zero: int, weight: float
     ) -> Iterable[StageOption]:
-        wiring, settings = self.planner.wiring(first, last), self._settings(mesh, zero, weight)
-        solved = self._solved(mesh, zero, weight)
+        wiring, solved = self.planner.wiring(first, last), self._solved(mesh, zero, weight)
         seconds = Seconds(*(self._counts(first, last) @ solved.seconds).tolist())
-        sharding = replace(solved.sharding, seconds=seconds)
         borrowed_s = self._borrowed_s(wiring)
         for recompute in self.choices.recompute:
-            again = replace(settings, recompute=recompute != "none")
-            priced = replace(sharding, settings=again)
+            again_s = 0.0 if recompute == "none" else seconds.forward
             memory = stage_memory(
                 solved.memories, wiring, recompute, solved.unread if wiring.unread else ()
             )
             floor = max(memory.workspace_bytes, memory.gradient_bytes - memory.stash_bytes)
             yield StageOption(
-                forward_s=priced.forward_s,
-                backward_s=priced.backward_s,
-                weight_s=priced.backward_weight_s,
-                once_s=priced.once_s + borrowed_s,
+                forward_s=seconds.forward,
+                backward_s=seconds.backward + again_s,
+                weight_s=seconds.backward_weight,
+                once_s=seconds.synchronize + seconds.update + borrowed_s,
                 fixed_bytes=memory.state_bytes + floor,
                 stash_bytes=memory.stash_bytes,
                 weight_stash_bytes=memory.weight_stash_bytes,
-                tag=StagePick(mesh, weight, zero, recompute, priced),
+                tag=StagePick(mesh, weight, zero, recompute, solved.sharding),
             )
 
     def _counts(self, first: int, last: int) -> np.ndarray:
@@ -203,6 +201,7 @@ class StageCosts:
             sharding = self._strategies_for(settings, weight)
             self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
             known = sharding.group_seconds
+            self._groups = self._groups or tuple(known)
             self._priced[key] = _Solved(
                 sharding=sharding,
                 seconds=np.array([astuple(known.get(group, Seconds())) for group in self._groups]),
