@@ -25,6 +25,7 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send
 _GIB, _TERA, _GIGA, _MEGA = 2**30, 1e12, 1e9, 1e6
 _MICRO, _NANO = 1e-6, 1e-9
 _CURVES = ("matmul_curve", "convolution_curve", "kernel_gradient_curve", "batched_matmul_curve")
+_FEW_HOSTS = 16  # any number of which a stage may get
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
 
 # Devices that JAX may report, by the packaged cluster that has the figures of their kind.
@@ -198,15 +199,17 @@ class Cluster:
         )
 
     def submeshes(self) -> tuple[Submesh, ...]:
-        """Return the shapes that stages may get: 1, 2, 4, ... devices of a host, or whole hosts."""
-        powers = [2**k for k in range(self.devices_per_host.bit_length())]
-        slices = [width for width in powers if width < self.devices_per_host]
+        """Return the shapes that stages may get: parts of a host, or whole hosts.
+
+        Parts are powers of two and divisors of a host's devices; of more than a few hosts those numbers are
+        taken that are powers of two or divide them all.
+        """
+        few = self.num_hosts <= _FEW_HOSTS
+        numbers = range(1, self.num_hosts + 1) if few else _round_numbers(self.num_hosts)
+        slices = [n for n in _round_numbers(self.devices_per_host) if n < self.devices_per_host]
         return (
             *(Submesh(hosts=1, devices=width) for width in slices),
-            *(
-                Submesh(hosts=hosts, devices=self.devices_per_host)
-                for hosts in range(1, self.num_hosts + 1)
-            ),
+            *(Submesh(hosts=hosts, devices=self.devices_per_host) for hosts in numbers),
         )
 
     def replace(self, *, hosts: int) -> "Cluster":
@@ -250,6 +253,11 @@ class Cluster:
             device=device,
             sources={**base.sources, **reported},
         )
+
+
+def _round_numbers(most: int) -> list[int]:
+    """The powers of two up to a number, and its divisors."""
+    return [n for n in range(1, most + 1) if most % n == 0 or n & (n - 1) == 0]
 
 
 def load_cluster(name_or_path: str | Path) -> Cluster:

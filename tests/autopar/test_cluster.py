@@ -133,7 +133,9 @@ def test_submeshes_are_those_of_the_paper():
     shapes = [(mesh.hosts, mesh.devices) for mesh in load_cluster("8xp3").submeshes()]
     assert shapes == [(1, 1), (1, 2), (1, 4), *((hosts, 8) for hosts in range(1, 9))]
     six = dataclasses.replace(load_cluster("1xp3"), devices_per_host=6)
-    assert six.submeshes()[-2:] == (Submesh(hosts=1, devices=4), Submesh(hosts=1, devices=6))
+    assert [mesh.devices for mesh in six.submeshes()] == [1, 2, 3, 4, 6]
+    many = load_cluster("dgx-a100").replace(hosts=24).submeshes()
+    assert [mesh.hosts for mesh in many[3:]] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
     assert load_cluster("h200").submeshes() == (Submesh(hosts=1, devices=1),)
     assert Submesh(hosts=2, devices=8).num_devices == 16
 
