@@ -211,10 +211,13 @@ class _Attempts:
         used = {(choice.option.tag.mesh, choice.option.tag.weight) for choice in chosen}
         others = {key: picks for key, picks in self._known.items() if key not in used}
         shapes = {self._space.submeshes[choice.submesh] for choice in chosen}
-        again = self._try(
-            num_microbatches, math.inf, others,
-            replace(self._space, submeshes=tuple(s for s in self._space.submeshes if s in shapes)),
-        )  # fmt: skip
+        part = tuple(shape for shape in self._space.submeshes if shape in shapes)
+        try:
+            again = self._try(
+                num_microbatches, math.inf, others, replace(self._space, submeshes=part)
+            )
+        except InfeasiblePlanError:
+            return  # the new strategies need more memory, and the ones that were taken over fit
         self.found[num_microbatches] = before.with_more(again)
 
 
