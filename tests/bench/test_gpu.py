@@ -94,6 +94,23 @@ def test_a_model_that_does_not_fit_has_no_plan():
         plan_on(2**24)
 
 
+def test_a_plain_step_out_of_memory_is_left_out_and_other_errors_are_not(monkeypatch):
+    planned, model = plan_on(2**30), models.build(TINY)
+
+    def fail_with(text):
+        def plain_step(*_, **__):
+            raise jax.errors.JaxRuntimeError(text)
+
+        monkeypatch.setattr(gpu_steps.plain_steps, "plain_step", plain_step)
+
+    fail_with("RESOURCE_EXHAUSTED: Out of memory")
+    left_out = Timed(who="plain jit", left_out="out of device memory")
+    assert gpu_steps.time_plain(planned, model, steps=1) == left_out
+    fail_with("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        gpu_steps.time_plain(planned, model, steps=1)
+
+
 def test_a_table_has_throughput_mfu_and_ratios():
     meter = Meter(
         model_flops_per_step=1e14, num_devices=1, peak_flops_per_s=1e15, global_batch=8,
