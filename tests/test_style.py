@@ -32,10 +32,10 @@ LAYERS = (
 # Packages that only some modules may know.
 CONFIG_PACKAGES = ("hydra", "omegaconf")
 CONFIG_ROOMS = ("config", "main", "cli")
-IN_ONE_MODULE = ("wandb", "ray")
+IN_ONE_MODULE = ("wandb", "ray", "torch")
 
 # Imported where they are used: heavy, or not needed by every run.
-LAZY = ("wandb", "ray", "sklearn", "PIL", "tokenizers", "pydoc_data")
+LAZY = ("wandb", "ray", "torch", "sklearn", "PIL", "tokenizers", "pydoc_data")
 
 RELATIVE = "<relative>"
 

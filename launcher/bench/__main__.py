@@ -6,13 +6,14 @@ A benchmark is a function from its settings to the exit status; `BENCHMARKS` nam
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.bench import contest, emulated, fidelity, memory, overhead, planner, transfers
+from launcher.bench import contest, emulated, fidelity, gpu, memory, overhead, planner, transfers
 from launcher.errors import ConfigError, LauncherError
 
 BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {
     "contest": contest.run,
     "emulated": emulated.run,
     "fidelity": fidelity.run,
+    "gpu": gpu.run,
     "memory": memory.run,
     "overhead": overhead.run,
     "planner": planner.run,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from launcher.models.optimizer import Optimizer
 from launcher.runtime.local_executor import LocalExecutor
 
 Step = Callable[[], None]
+# Starts a step, and returns what is there when it is done.
+Dispatch = Callable[[], Any]
 
 _SAMPLES_PER_MICROBATCH = 16
 _CLIP_NORM = 1.0
@@ -32,13 +35,15 @@ def pair(*, num_devices: int, num_microbatches: int) -> tuple[Step, Step]:
     """A step of the data-parallel plan, and of its peer; both wait until the step is done."""
     model = models.build(_CONFIG)
     batch_size = _SAMPLES_PER_MICROBATCH * max(1, num_microbatches // 4)
-    batch = _draw(model, batch_size)
+    batch = draw_batch(model, batch_size)
     transform = optax.adamw(1e-3)
     ours = _ours(model, transform, batch, num_devices, num_microbatches)
-    return ours, _peer(model, transform, batch, num_devices, num_microbatches)
+    peer = plain_step(model, transform, batch, num_devices, num_microbatches)
+    return ours, lambda: jax.block_until_ready(peer())
 
 
-def _draw(model: Model, batch_size: int) -> dict[str, np.ndarray]:
+def draw_batch(model: Model, batch_size: int) -> dict[str, np.ndarray]:
+    """Draw token sequences."""
     rng = np.random.default_rng(0)
     return {
         name: rng.integers(0, model.vocab_size, leaf.shape).astype(leaf.dtype)
@@ -66,12 +71,27 @@ def _ours(model: Model, transform, batch, num_devices: int, num_microbatches: in
     return step
 
 
-def _peer(model: Model, transform, batch, num_devices: int, num_microbatches: int) -> Step:
+def plain_step(
+    model: Model,
+    transform,
+    batch,
+    num_devices: int,
+    num_microbatches: int,
+    *,
+    recompute: bool = False,
+) -> Dispatch:
+    """The hand-written step: one jit, data parallel, with the gradients accumulated by `lax.scan`.
+
+    Args:
+        recompute: In the backward pass, all but the results of the products without a batch dim.
+    """
     mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     whole = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec(None, "data"))
     optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), transform)
-    differentiate = jax.value_and_grad(model.loss, has_aux=True)
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    loss_of = jax.checkpoint(model.loss, policy=keep) if recompute else model.loss
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
 
     def gradients(params, batch, keys):
         if num_microbatches == 1:
@@ -100,8 +120,8 @@ def _peer(model: Model, transform, batch, num_devices: int, num_microbatches: in
     }
     keys = jax.device_put(np.zeros((num_microbatches, 2), np.uint32), whole)
 
-    def step() -> None:
+    def step():
         *held[:], loss = compiled(*held, stacked, keys)
-        jax.block_until_ready((loss, held[0]))
+        return loss, held[0]
 
     return step
