@@ -53,14 +53,14 @@ def find_plan(
     footprint = OptimizerFootprint(options.optimizer)
     judged = []
     for candidate in found.candidates:
-        if len(judged) >= _JUDGED and any(_fits(outlook, cluster) for _, outlook in judged):
+        if len(judged) >= _JUDGED and any(_fits(outlook, cluster) for _, outlook, _ in judged):
             break
         progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
         plan = _as_plan(candidate, model, cluster, options)
         realized = realize(plan, model, cluster, candidate.planner, footprint)
-        judged.append((realized, foresee(realized, cluster)))
-    judged.sort(key=lambda pair: (not _fits(pair[1], cluster), pair[1].prediction.step_s))
-    realized, outlook = judged[0]
+        judged.append((realized, foresee(realized, cluster), candidate.step_s))
+    judged.sort(key=lambda found: (not _fits(found[1], cluster), found[1].prediction.step_s))
+    realized, outlook, step_s = judged[0]
     _check_memory(outlook, cluster, options)
     plan = replace(
         realized.plan,
@@ -69,10 +69,10 @@ def find_plan(
             wall_s=found.wall_s,
             ilp_solved=found.ilp_solved,
             candidates=found.priced,
-            optimality_gap=max(0.0, 1.0 - found.bound_s / outlook.prediction.step_s),
+            optimality_gap=max(0.0, 1.0 - found.bound_s / step_s),  # both by the search's own clock
             space=f"{found.space.describe()}; {', '.join(map(str, found.tried))} microbatches",
         ),
-        runners_up=tuple(_runner_up(pair, outlook) for pair in judged[1:]),
+        runners_up=tuple(_runner_up(other, its, outlook) for other, its, _ in judged[1:]),
     )
     return Planned(plan, replace(realized, plan=plan), outlook)
 
@@ -244,8 +244,7 @@ def _model_ref(model: Model) -> ModelRef:
     )
 
 
-def _runner_up(judged: tuple[RealizedPlan, Outlook], best: Outlook) -> RunnerUp:
-    realized, outlook = judged
+def _runner_up(realized: RealizedPlan, outlook: Outlook, best: Outlook) -> RunnerUp:
     plan = realized.plan
     shapes = ", ".join(
         f"{dict(stage.mesh)['data']}x{dict(stage.mesh)['tensor']}" for stage in plan.stages[:4]

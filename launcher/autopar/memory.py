@@ -142,8 +142,9 @@ def stage_memory(
         ),
         stash_bytes=stash + _received_bytes(memories, wiring, recompute),
         workspace_bytes=backward_workspace(memories, wiring, recompute),
-        weight_stash_bytes=sum(
-            layers * memory.handed_bytes[recompute != "none"] for memory, layers in counted
+        # What is let go is there until then: halves never lower the peak.
+        weight_stash_bytes=max(
+            0.0, sum(layers * m.handed_bytes[recompute != "none"] for m, layers in counted)
         ),
         gradient_bytes=sum(
             owned * param.gradient_bytes

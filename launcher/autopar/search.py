@@ -116,7 +116,7 @@ def search(
         candidates=tuple(candidates),
         space=space,
         wall_s=time.perf_counter() - start,
-        ilp_solved=sum(attempt.planner.num_solved for attempt in tried),
+        ilp_solved=sum(attempt.num_solved for attempt in tried),
         priced=sum(attempt.num_candidates for attempt in tried),
         bound_s=min(attempt.bound_s for attempt in tried),
         tried=tuple(sorted((*attempts.found, *attempts.failures))),
@@ -127,7 +127,7 @@ def search(
 class _Tried:
     """What a number of microbatches led to."""
 
-    planner: IntraOpPlanner
+    num_solved: int
     candidates: tuple[Candidate, ...]
     bound_s: float
     num_candidates: int
@@ -137,12 +137,18 @@ class _Tried:
         return min((candidate.step_s for candidate in self.candidates), default=math.inf)
 
     def with_more(self, other: "_Tried") -> "_Tried":
-        """The candidates of both, of which the other's were found in a part of the space, and solved anew."""
-        known = {candidate.decisions for candidate in other.candidates}
-        rest = (candidate for candidate in self.candidates if candidate.decisions not in known)
+        """The candidates of both, of which the other's were found in a part of the space, and solved anew.
+
+        Of two with the same decisions the faster one stays.
+        """
+        best: dict[tuple, Candidate] = {}
+        for candidate in (*other.candidates, *self.candidates):
+            known = best.setdefault(candidate.decisions, candidate)
+            if candidate.step_s < known.step_s:
+                best[candidate.decisions] = candidate
         return _Tried(
-            planner=other.planner,
-            candidates=(*other.candidates, *rest),
+            num_solved=self.num_solved + other.num_solved,
+            candidates=tuple(best.values()),
             bound_s=min(self.bound_s, other.bound_s),
             num_candidates=self.num_candidates + other.num_candidates,
         )
@@ -181,7 +187,7 @@ class _Attempts:
     def walk(self, counts: Iterable[int]) -> None:
         """Try falling counts until the best is behind.
 
-        Larger microbatches need more memory: once one does not fit, none after it will.
+        Where none has fitted yet, larger microbatches may: they leave the data axis more devices.
         """
         for num_microbatches in counts:
             best_s = self.best()[0]
@@ -264,7 +270,7 @@ def _try(
     if not found:
         raise failures[0]
     return _Tried(
-        planner=planner,
+        num_solved=planner.num_solved,
         candidates=tuple(candidates),
         bound_s=min(arranged.bound_s for arranged in found),
         num_candidates=sum(arranged.num_candidates for arranged in found),

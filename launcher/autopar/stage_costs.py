@@ -245,8 +245,9 @@ def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:
         return tuple(options)
     costs = np.array(
         [
-            (o.seconds, o.forward_s, o.seconds - o.weight_s, o.seconds - 2 * o.weight_s)
-            + (o.once_s, o.fixed_bytes, o.stash_bytes, o.weight_stash_bytes)
+            (o.forward_s, o.backward_s, o.weight_s, o.seconds - o.weight_s)
+            + (o.seconds - 2 * o.weight_s, o.once_s)
+            + (o.fixed_bytes, o.stash_bytes, o.weight_stash_bytes)
             for o in options
         ]
     )
