@@ -215,7 +215,7 @@ class _Attempts:
             if candidate.step_s <= _CLOSE * best_s
         ]
         used = {(choice.option.tag.mesh, choice.option.tag.weight) for choice in chosen}
-        others = {key: picks for key, picks in self._known.items() if key not in used}
+        others = {key: picks for key, picks in self._known.items() if key[:2] not in used}
         shapes = {self._space.submeshes[choice.submesh] for choice in chosen}
         part = tuple(shape for shape in self._space.submeshes if shape in shapes)
         try:

@@ -8,8 +8,8 @@ options of a range those are kept that no other one beats in time and memory ali
 A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
 where they are priced anew and not solved, until the best number is known.
 
-Left out: tensor axes that leave a host; choosing strategies anew for each range, for ZeRO, and for
-recomputation. ZeRO-1 is not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
+Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation. ZeRO-1 is not
+tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
 import itertools
@@ -30,11 +30,9 @@ from launcher.autopar.memory import (
 )
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import OptimizerFootprint
-from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import Group, StageSettings
 from launcher.autopar.stage_table import StageOption
-from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
 from launcher.autopar.work import aval_bytes
 
@@ -62,8 +60,8 @@ class _Solved:
     unread: Sequence[ParamMemory]
 
 
-Known = dict[tuple[LogicalMesh, float], Picks]
-"""Strategies of the whole model, by the mesh and the price on memory that they were solved for."""
+Known = dict[tuple[LogicalMesh, float, int], Picks]
+"""Strategies of the whole model, by the mesh, price on memory and ZeRO stage that they were solved for."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,16 +209,15 @@ class StageCosts:
         return self._priced[key]
 
     def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
-        """ZeRO takes the strategies without it; 3 keeps the weights in shards, and gathers them."""
-        plain = self._plain(replace(settings, zero=0), weight)
-        if settings.zero < 3:
-            return self.planner.reprice(*self._whole, settings, plain.picks)
-        picks = {key: self._home(key, pick, settings) for key, pick in plain.picks.items()}
-        sharding = self.planner.reprice_if_possible(*self._whole, settings, picks)
-        return sharding or self.planner.solve(*self._whole, settings)
+        """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own."""
+        shards_weights = settings.zero == 3
+        solved = self._solve(replace(settings, zero=3 if shards_weights else 0), weight)
+        if settings.zero in (0, 3):
+            return solved
+        return self.planner.reprice(*self._whole, settings, solved.picks)
 
-    def _plain(self, settings: StageSettings, weight: float) -> StageSharding:
-        key = (settings.mesh, weight)
+    def _solve(self, settings: StageSettings, weight: float) -> StageSharding:
+        key = (settings.mesh, weight, settings.zero)
         if key not in self._strategies:
             known, found = self._known.get(key), None
             if known is not None:
@@ -228,15 +225,6 @@ class StageCosts:
             self._strategies[key] = found or self.planner.solve(*self._whole, settings)
             self._known[key] = self._strategies[key].picks
         return self._strategies[key]
-
-    def _home(self, key, pick, settings: StageSettings):
-        """Where ZeRO-3 keeps what a node of the stage problem stands for."""
-        kind, name, *place = key
-        if kind != "slot" or self.planner.classes[name].slots[place[0]].role is not Role.PARAM:
-            return pick
-        cls = self.planner.classes[name]
-        shape = cls.joint.avals[cls.joint.inputs[place[0]]].shape
-        return optimizer_spec(pick, shape, settings.mesh, 3)
 
 
 def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:

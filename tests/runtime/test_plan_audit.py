@@ -164,7 +164,7 @@ def kinds(collectives) -> Counter:
 
 @pytest.mark.parametrize("recompute", ["none", "layer", "full"])
 @pytest.mark.parametrize(("family", "forced"), [
-    ("gpt", {"tp": 2, "dp": 2, "zero": 3}), ("moe", {"tp": 4, "dp": 1}),
+    ("gpt", {"tp": 2, "dp": 2, "zero": 3}), ("moe", {"tp": 4, "dp": 1}), ("wrn", {"tp": 2, "dp": 2}),
 ])  # fmt: skip
 def test_the_halves_of_a_backward_pass_communicate_what_the_whole_does(
     family, forced, recompute, written
@@ -178,7 +178,7 @@ def test_the_halves_of_a_backward_pass_communicate_what_the_whole_does(
     first, second = (kinds(written(programs, name)) for name in HALVES)
     assert first + second == whole
     assert first
-    if family == "gpt":
+    if family == "wrn":
         assert second
     sharding = realized.stages[0].sharding
     assert sharding.backward_input_s + sharding.backward_weight_s == sharding.backward_s
