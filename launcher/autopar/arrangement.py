@@ -12,8 +12,8 @@ their own, with the objective of the interleaved schedule
 
 which for equal stages is the time it takes, but for u. What they cannot know of one another is their memory:
 the v stages of a submesh share it. The DP runs with all of the memory for each stage, then with less and less
-down to a v-th, until the stages of every submesh fit together. With a v-th they always do. So a plan that is
-found fits; if it was found at the first try, it is the best one, and if later, there may be better ones.
+down to a v-th, until the stages of every submesh fit together. With a v-th they always do, if there is a
+plan.
 
 Whatever the DP finds is judged by the simulator and compared with what else may be faster (`refine`); beside
 it stands what no other arrangement can beat.
@@ -179,17 +179,17 @@ class Arranger:
             )
             try:
                 result = alone._plan_equal(num_submeshes)
+                if result.stages is None:
+                    arranged = Arranged(None, result.bound_s, result.num_candidates)
+                else:
+                    arranged = alone._refined(result, result.table, result.num_candidates)
             except InfeasiblePlanError as error:
                 failures.append(error)
                 continue
-            if result.stages is None:
-                found.append(Arranged(None, result.bound_s, result.num_candidates))
-            else:
-                refined = alone._refined(result, result.table, result.num_candidates)
-                found.append(replace(refined, best=_on(submesh, refined.best)))
-        if not found:
-            raise failures[-1] if failures else self._no_groups()
+            found.append(replace(arranged, best=_on(submesh, arranged.best)))
         plans = [arranged.best for arranged in found if arranged.best is not None]
+        if not found or (not plans and math.isinf(self.worth_s)):
+            raise self._no_fit() if found else failures[-1] if failures else self._no_groups()
         return Arranged(
             min(plans, key=lambda arrangement: arrangement.step_s, default=None),
             min(arranged.bound_s for arranged in found),
@@ -219,42 +219,46 @@ class Arranger:
         return self.options(first, last, submesh)
 
     def _plan_equal(self, num_submeshes: int) -> SearchResult:
-        """Cut the layers for so many submeshes of the one shape there is, with as much memory as goes."""
-        v, memory_bytes = self._v, self.cluster.device.usable_bytes
-        whole: SearchResult | None = None  # with all of the memory
-        for step in range(_MEMORY_STEPS + 1):
-            share = 1 - step / _MEMORY_STEPS * (1 - 1 / v)
-            result = self._cut_equal(num_submeshes, share * memory_bytes)
-            if result is None:
-                continue
-            whole = whole or result
-            if result.stages is None or self._fits(result.stages):
+        """Cut the layers for so many submeshes of the one shape there is, with as much memory as goes.
+
+        If at no step the stages of a submesh fit together, those that were given all of it.
+        """
+        memory_bytes = self.cluster.device.usable_bytes
+        whole = self._cut_equal(num_submeshes, memory_bytes)
+        if whole.stages is None or self._fits(whole.stages):
+            return whole
+        for step in range(1, _MEMORY_STEPS + 1):
+            share = 1 - step / _MEMORY_STEPS * (1 - 1 / self._v)
+            try:
+                result = self._cut_equal(num_submeshes, share * memory_bytes)
+            except InfeasiblePlanError:
+                break
+            if result.stages is not None and self._fits(result.stages):
                 return replace(result, bound_s=whole.bound_s, table=whole.table)
-        raise InfeasiblePlanError(
+        return whole
+
+    def _no_fit(self) -> InfeasiblePlanError:
+        v, memory_bytes = self._v, self.cluster.device.usable_bytes
+        return InfeasiblePlanError(
             f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
             f"device that has {memory_bytes / 2**30:.2f} GiB "
             f"(parallel.num_microbatches={self.num_microbatches}); {self.cures}"
         )
 
-    def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult | None:
-        """Run the DP for stages that may take so much; None where none do, unless it is all there is."""
+    def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult:
+        """Run the DP for stages each of which may take so much."""
         v, m = self._v, self.num_microbatches
         ((hosts, devices),) = self.space.submeshes
-        try:
-            return plan_stages(
-                submeshes=self.space.submeshes,
-                num_devices=hosts * devices * p * v,
-                weight=v * (m - p) + p - 1,
-                memory_bytes=memory_bytes,
-                options=self.options,
-                in_flight=lambda to_end, m: self.schedule.stash_peak(p * v - to_end, p * v, m),
-                num_stages=p * v,
-                **self._common(),
-            )
-        except InfeasiblePlanError:
-            if memory_bytes == self.cluster.device.usable_bytes:
-                raise
-            return None
+        return plan_stages(
+            submeshes=self.space.submeshes,
+            num_devices=hosts * devices * p * v,
+            weight=v * (m - p) + p - 1,
+            memory_bytes=memory_bytes,
+            options=self.options,
+            in_flight=lambda to_end, m: self.schedule.stash_peak(p * v - to_end, p * v, m),
+            num_stages=p * v,
+            **self._common(),
+        )
 
     # Both
 
