@@ -46,6 +46,7 @@ def test_what_the_command_line_does_not_take(arguments, message, capsys):
     assert capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.slow  # it sets up the devices, and must be the first in its process to touch JAX
 def test_without_a_gpu_only_tiny_runs(capsys):
     assert main(["gpu", "models=tiny,350m", "peers=plain"]) == 3
     error = capsys.readouterr().err
@@ -53,6 +54,7 @@ def test_without_a_gpu_only_tiny_runs(capsys):
     assert "models=tiny" in error
 
 
+@pytest.mark.slow  # it sets up the devices, and must be the first in its process to touch JAX
 @pytest.mark.usefixtures("no_torch")
 @pytest.mark.parametrize(
     ("recompute", "microbatches", "planned"),
