@@ -11,7 +11,6 @@ A schedule whose bound says that it cannot beat what was found is not searched. 
 what the optimality gap is stated against: of the numbers of microbatches that were tried.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,8 +37,6 @@ from launcher.autopar.trace import Role
 from launcher.autopar.work import aval_bytes, op_flops
 from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
-
-log = logging.getLogger(__name__)
 
 _MOST_CUTS = 24
 _STEP_FACTOR = 4
