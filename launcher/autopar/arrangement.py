@@ -11,9 +11,8 @@ their own, with the objective of the interleaved schedule
     T = sum_i t_i  +  (v (m - p) + p - 1) * max_i t_i  +  max_i u_i
 
 which for equal stages is the time it takes, but for u. What they cannot know of one another is their memory:
-the v stages of a submesh share it. The DP runs with all of the memory for each stage, then with less and less
-down to a v-th, until the stages of every submesh fit together. With a v-th they always do, if there is a
-plan.
+the v stages of a submesh share it. The DP runs with all of the memory for each stage, then with prices on
+memory (`shared_memory`), which rise where it is short until the stages of every submesh fit together.
 
 Whatever the DP finds is judged by the simulator and compared with what else may be faster (`refine`); beside
 it stands what no other arrangement can beat.
@@ -26,20 +25,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.inter_op import SearchResult, plan_stages
+from launcher.autopar.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.judge import judged_s
 from launcher.autopar.pace import pace_of
 from launcher.autopar.placement import Placement, place
-from launcher.autopar.plan_bounds import least_step_s
-from launcher.autopar.program import round_robin
+from launcher.autopar.plan_bounds import lines_of
 from launcher.autopar.refine import refine
 from launcher.autopar.schedules import AbstractSchedule
 from launcher.autopar.space import Space
-from launcher.autopar.stage_table import StageChoice, StageOption, StageTable
+from launcher.autopar.stage_table import StageChoice, StageOption, shared_bytes
+from launcher.autopar.submesh_bound import busiest_submesh_s, least_together
 from launcher.errors import InfeasiblePlanError
 
-_MEMORY_STEPS = 4  # between all of a device's memory and a v-th of it
+_MOST_RISES = 16  # of the prices on memory that stages share
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,24 +89,27 @@ class Arranger:
         """Return the arrangement of least T, or raise `InfeasiblePlanError`."""
         if self.schedule.virtual_stages > 1:
             return self._virtual()
-        result = self._plan(self.space.num_submeshes)
-        table, num_candidates = result.table, result.num_candidates
+        first = result = self._plan(self.space.num_submeshes)
         if result.stages is not None and not self._fits(result.stages):
             most = min(len(self.cuts) - 1, self.space.num_devices)
             tries = (partial(self._plan, n) for n in range(1, most + 1))
             result = self._best_of(tries)
         if result.stages is None:
-            return Arranged(None, result.bound_s, num_candidates)
-        return self._refined(result, table, num_candidates)
+            return Arranged(None, result.bound_s, first.num_candidates)
+        return self._refined(result, first)
 
-    def _refined(self, result: SearchResult, table: StageTable, num_candidates: int) -> Arranged:
-        """Look, with the simulator, whether other stages are faster than those of the formula."""
+    def _refined(self, result: SearchResult, first: SearchResult) -> Arranged:
+        """Look, with the simulator, whether other stages are faster than those of the formula.
+
+        Args:
+            first: where all that fits is to be found.
+        """
+        num_candidates = first.num_candidates
         stages, step_s = result.stages, self._judge(result.stages)
         step_s = math.inf if step_s is None else step_s
         better = refine(
-            table, self.schedule, self.num_microbatches, min(step_s, self.worth_s),
-            self._judge, self.most_judged,
-        )  # fmt: skip
+            first.table, first.lines, min(step_s, self.worth_s), self._judge, self.most_judged
+        )
         if better.stages is not None:
             stages, step_s = better.stages, better.step_s
         bound_s = max(result.bound_s, better.step_s) if better.is_proven else result.bound_s
@@ -155,8 +159,8 @@ class Arranger:
             "cuts": self.cuts,
             "transfer_s": self.transfer_s,
             "pace": pace_of(self.schedule),
-            "bound_s": partial(
-                least_step_s,
+            "lines": partial(
+                lines_of,
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
                 memory_bytes=self.cluster.device.usable_bytes,
@@ -182,7 +186,7 @@ class Arranger:
                 if result.stages is None:
                     arranged = Arranged(None, result.bound_s, result.num_candidates)
                 else:
-                    arranged = alone._refined(result, result.table, result.num_candidates)
+                    arranged = alone._refined(result, result)
             except InfeasiblePlanError as error:
                 failures.append(error)
                 continue
@@ -218,24 +222,51 @@ class Arranger:
     def _options_on(self, submesh: int, first: int, last: int, _: int) -> Sequence[StageOption]:
         return self.options(first, last, submesh)
 
-    def _plan_equal(self, num_submeshes: int) -> SearchResult:
-        """Cut the layers for so many submeshes of the one shape there is, with as much memory as goes.
+    def _plan_equal(self, p: int) -> SearchResult:
+        """Cut the layers for so many submeshes of the one shape there is.
 
-        If at no step the stages of a submesh fit together, those that were given all of it.
+        The stages of a submesh should fit together: prices on memory rise until they do. If they do at
+        none, the plan whose stages fit one by one stands.
         """
-        memory_bytes = self.cluster.device.usable_bytes
-        whole = self._cut_equal(num_submeshes, memory_bytes)
+        memory_bytes, weight = self.cluster.device.usable_bytes, self._weight(p)
+        whole = self._cut_equal(p, memory_bytes)
         if whole.stages is None or self._fits(whole.stages):
             return whole
-        for step in range(1, _MEMORY_STEPS + 1):
-            share = 1 - step / _MEMORY_STEPS * (1 - 1 / self._v)
-            try:
-                result = self._cut_equal(num_submeshes, share * memory_bytes)
-            except InfeasiblePlanError:
-                break
-            if result.stages is not None and self._fits(result.stages):
-                return replace(result, bound_s=whole.bound_s, table=whole.table)
+        bound_s = busiest_submesh_s(
+            whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches,
+            memory_bytes, self.worth_s,
+        )  # fmt: skip
+        whole = replace(whole, bound_s=max(whole.bound_s, bound_s))
+        if whole.bound_s >= self.worth_s:
+            return replace(whole, stages=None)
+        prices = whole.lines[0].prices
+        for _ in range(_MOST_RISES):
+            # The prices are those of the sum over p submeshes.
+            stages = cheapest(whole.table, weight, prices.rows_s / p)
+            is_short = self._needed_bytes(stages) > memory_bytes
+            if not is_short.any():
+                return replace(whole, stages=self._repacked(stages))
+            prices = prices.raised(is_short)
         return whole
+
+    def _repacked(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
+        """The same ranges, those of each submesh with the options that fit together and take least."""
+        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
+        packed = list(stages)
+        for home in range(submeshes):
+            own = range(home, number, submeshes)
+            options = least_together(
+                [self.options(stages[i].first, stages[i].last, stages[i].submesh) for i in own],
+                [self.schedule.stash_peak(i, number, m) for i in own],
+                self.cluster.device.usable_bytes,
+            )
+            for stage, option in zip(own, options, strict=True):
+                packed[stage] = replace(stages[stage], option=option)
+        return tuple(packed)
+
+    def _weight(self, p: int) -> int:
+        """Of max t_i in the objective."""
+        return self._v * (self.num_microbatches - p) + p - 1
 
     def _no_fit(self) -> InfeasiblePlanError:
         v, memory_bytes = self._v, self.cluster.device.usable_bytes
@@ -247,12 +278,12 @@ class Arranger:
 
     def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult:
         """Run the DP for stages each of which may take so much."""
-        v, m = self._v, self.num_microbatches
+        v = self._v
         ((hosts, devices),) = self.space.submeshes
         return plan_stages(
             submeshes=self.space.submeshes,
             num_devices=hosts * devices * p * v,
-            weight=v * (m - p) + p - 1,
+            weight=self._weight(p),
             memory_bytes=memory_bytes,
             options=self.options,
             in_flight=lambda to_end, m: self.schedule.stash_peak(p * v - to_end, p * v, m),
@@ -276,15 +307,16 @@ class Arranger:
 
     def _fits(self, stages: Sequence[StageChoice]) -> bool:
         """Whether what the stages of each submesh hold at most fits together."""
-        number, m = len(stages), self.num_microbatches
-        homes = round_robin(number, self.schedule.virtual_stages)
-        needed_bytes = dict.fromkeys(homes, 0.0)
-        for stage, choice in enumerate(stages):
-            held, option = self.schedule.stash_peak(stage, number, m), choice.option
-            needed_bytes[homes[stage]] += option.fixed_bytes + held * option.stash_bytes
-            split = self.schedule.split_peak(stage, number, m)
-            needed_bytes[homes[stage]] += split * option.weight_stash_bytes
-        return max(needed_bytes.values()) <= self.cluster.device.usable_bytes
+        return bool((self._needed_bytes(stages) <= self.cluster.device.usable_bytes).all())
+
+    def _needed_bytes(self, stages: Sequence[StageChoice]) -> np.ndarray:
+        """What the stages of each submesh need on a device."""
+        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
+        held = [self.schedule.stash_peak(stage, number, m) for stage in range(number)]
+        split = [self.schedule.split_peak(stage, number, m) for stage in range(number)]
+        options = [choice.option for choice in stages]
+        homes = [slice(home, None, submeshes) for home in range(submeshes)]
+        return np.array([shared_bytes(options[own], held[own], split[own]) for own in homes])
 
     def _place(self, shapes: Sequence[tuple[int, int]]) -> tuple[Placement, ...]:
         """Where stages of these shapes lie; the stages of a submesh take turns."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from launcher.autopar.plan_bounds import Line, least_step_s
 from launcher.autopar.stage_table import (
     ALPA,
     Pace,
@@ -39,6 +40,7 @@ from launcher.autopar.stage_table import (
     needed_bytes,
     sweep,
     that_fit,
+    trace_back,
 )
 from launcher.errors import InfeasiblePlanError
 
@@ -53,8 +55,9 @@ class SearchResult:
 
     Attributes:
         stages: None where no plan can take less than was asked for.
-        bound_s: What no plan of the space can beat, by the caller's own bound.
+        bound_s: What no plan of the space can beat, by the caller's own bounds.
         table: What there was to choose from.
+        lines: These bounds.
     """
 
     stages: tuple[StageChoice, ...] | None
@@ -64,6 +67,7 @@ class SearchResult:
     num_too_large: int  # those of them that fit into memory nowhere in the pipeline
     num_passes: int  # of the DP
     table: StageTable
+    lines: tuple[Line, ...]
 
 
 def plan_stages(
@@ -82,7 +86,7 @@ def plan_stages(
     use_all_devices: bool = True,
     transfer_s: Callable[[int], float] = lambda cut: 0.0,
     pace: Pace = ALPA,
-    bound_s: Callable[[Pieces, np.ndarray], float] = lambda pieces, rows: 0.0,
+    lines: Callable[[Pieces, np.ndarray], Sequence[Line]] = lambda pieces, rows: (),
     worth_s: float = math.inf,
     cures: str = "take less, or more devices",
 ) -> SearchResult:
@@ -102,7 +106,7 @@ def plan_stages(
         use_all_devices: whether submeshes must add up to `num_devices`, or may leave some idle.
         transfer_s: seconds per microbatch for what crosses a cut, both ways.
         pace: what stages add to T.
-        bound_s: from what fits to a time that no plan of it can beat.
+        lines: from what fits to bounds that no plan of it can beat (`plan_bounds`).
         worth_s: a bound from which on the search is not worth it.
         cures: what to suggest where no plan fits into memory.
     """
@@ -120,24 +124,26 @@ def plan_stages(
         np.array([count(s, num_microbatches) for s in pieces.numbers_of_stages])
         for count in (in_flight, split)
     )
-    need_bytes = needed_bytes(choices, held, halves)
+    need_bytes = needed_bytes(rows, held, halves)
     fitting = that_fit(rows, need_bytes, memory_bytes)
-    weight = num_microbatches - 1 if weight is None else weight
-    least_s = bound_s(pieces, fitting)
-    best, num_passes = None, 0
+    bounds = tuple(lines(pieces, fitting)) if len(fitting) else ()
+    least_s = least_step_s(bounds) if len(fitting) else math.inf
+    best, total_s, num_passes = None, math.inf, 0
     if least_s < worth_s:
-        best, num_passes = _search(pieces, fitting, weight)
+        weight = num_microbatches - 1 if weight is None else weight
+        best, total_s, num_passes = _search(pieces, fitting, fitting["path_s"], weight)
     if best is None and (least_s < worth_s or math.isinf(least_s)):
         least_bytes = _bottleneck(pieces, rows, need_bytes)
         raise _infeasible(pieces, least_bytes, memory_bytes, num_microbatches, cures)
     return SearchResult(
-        stages=None if best is None else tuple(choices[number] for number in best["number"]),
-        total_s=math.inf if best is None else _total_s(best, weight),
+        stages=None if best is None else tuple(choices[n] for n in fitting["number"][best]),
+        total_s=total_s,
         bound_s=least_s,
         num_candidates=len(choices),
         num_too_large=len(rows) - len(fitting),
         num_passes=num_passes,
         table=StageTable(pieces, fitting, choices),
+        lines=bounds,
     )
 
 
@@ -167,13 +173,14 @@ class _Box:
             max_once_s=min(self.max_once_s, self.min_once_s + slack_s),
         )
 
-    def without(self, plan: np.ndarray, weight: int) -> tuple["_Box", "_Box"]:
+    def without(
+        self, slowest_s: float, once_s: float, sum_s: float, weight: int
+    ) -> tuple["_Box", "_Box"]:
         """The maxima of which one is less than those of the plan with the least sum.
 
         They form an L, which is cut in two so that in the second part little is left to gain.
         """
-        slowest_s, once_s = float(plan["steady_s"].max()), float(plan["once_s"].max())
-        rest = replace(self, sum_s=float(plan["path_s"].sum()))
+        rest = replace(self, sum_s=sum_s)
         less_slow = replace(rest, max_slowest_s=math.nextafter(slowest_s, -math.inf))
         less_once = replace(rest, max_once_s=math.nextafter(once_s, -math.inf))
         if once_s - self.min_once_s < weight * (slowest_s - self.min_slowest_s):
@@ -181,10 +188,19 @@ class _Box:
         return less_once, replace(less_slow, min_once_s=once_s)
 
 
-def _search(pieces: Pieces, rows: np.ndarray, weight: int) -> tuple[np.ndarray | None, int]:
-    """The rows of the best plan, if there is one, and the number of passes that it took."""
+def cheapest(table: StageTable, weight: int, price_s: np.ndarray) -> tuple[StageChoice, ...] | None:
+    """The plan of least T where rows have a price besides, by the number of stages from them on."""
+    rows = table.rows
+    best, _, _ = _search(table.pieces, rows, rows["path_s"][:, None] + price_s, weight)
+    return None if best is None else tuple(table.choices[number] for number in rows["number"][best])
+
+
+def _search(
+    pieces: Pieces, rows: np.ndarray, path_s: np.ndarray, weight: int
+) -> tuple[np.ndarray | None, float, int]:
+    """The numbers of the best plan's rows, if there is one, its T, and how many passes it took."""
     floor_s = _bottleneck(pieces, rows, rows["steady_s"])
-    path_floor_s = _bottleneck(pieces, rows, rows["path_s"])
+    path_floor_s = _bottleneck(pieces, rows, path_s)
     once_floor_s = _bottleneck(pieces, rows, rows["once_s"])
     best, best_s, num_passes = None, math.inf, 3
     tickets = itertools.count()  # so that boxes with equal bounds are not compared
@@ -195,22 +211,18 @@ def _search(pieces: Pieces, rows: np.ndarray, weight: int) -> tuple[np.ndarray |
         queue.append((box.least_s(weight), next(tickets), box))
     while queue and queue[0][0] < best_s:
         box = heapq.heappop(queue)[2].below(best_s, weight)
-        plan = _least_sum(pieces, rows, box)
+        plan, sum_s = _least_sum(pieces, rows, path_s, box)
         num_passes += 1
         if plan is None:
             continue
-        if _total_s(plan, weight) < best_s:
-            best, best_s = plan, _total_s(plan, weight)
-        for rest in box.without(plan, weight):
+        slowest_s, once_s = float(rows["steady_s"][plan].max()), float(rows["once_s"][plan].max())
+        total_s = sum_s + weight * slowest_s + once_s
+        if total_s < best_s:
+            best, best_s = plan, total_s
+        for rest in box.without(slowest_s, once_s, sum_s, weight):
             if rest.least_s(weight) < best_s:
                 heapq.heappush(queue, (rest.least_s(weight), next(tickets), rest))
-    return best, num_passes
-
-
-def _total_s(plan: np.ndarray, weight: int) -> float:
-    """The objective T of the module's head."""
-    steady_s, once_s = plan["steady_s"].max(), plan["once_s"].max()
-    return float(plan["path_s"].sum() + weight * steady_s + once_s)
+    return best, best_s, num_passes
 
 
 def _bottleneck(pieces: Pieces, rows: np.ndarray, values: np.ndarray) -> float:
@@ -218,22 +230,18 @@ def _bottleneck(pieces: Pieces, rows: np.ndarray, values: np.ndarray) -> float:
     return float(sweep(pieces, rows, values, np.maximum)[:, 0, -1].min())
 
 
-def _least_sum(pieces: Pieces, rows: np.ndarray, box: _Box) -> np.ndarray | None:
-    """The rows, first stage first, of the plan with the least sum under a box's loosest bounds."""
-    rows = rows[(rows["steady_s"] <= box.max_slowest_s) & (rows["once_s"] <= box.max_once_s)]
-    sums = sweep(pieces, rows, rows["path_s"], np.add)
-    stages, start, devices = int(sums[:, 0, -1].argmin()), 0, pieces.num_devices
-    if np.isinf(sums[stages, 0, devices]):
-        return None
-    sizes, picked = np.array(pieces.sizes), []
-    while stages:
-        here = rows[slice(*np.searchsorted(rows["start"], (start, start + 1)))]
-        here = here[here["fits"][:, stages - 1] & (sizes[here["submesh"]] <= devices)]
-        behind = sums[stages - 1, here["end"], devices - sizes[here["submesh"]]]
-        first = here[np.lexsort((here["once_s"], here["path_s"] + behind))[0]]
-        picked.append(first)
-        stages, start, devices = stages - 1, first["end"], devices - sizes[first["submesh"]]
-    return np.array(picked, rows.dtype)
+def _least_sum(pieces: Pieces, rows: np.ndarray, path_s: np.ndarray, box: _Box):
+    """The plan with the least sum under a box's loosest bounds: its rows' numbers and that sum."""
+    inside = np.flatnonzero(
+        (rows["steady_s"] <= box.max_slowest_s) & (rows["once_s"] <= box.max_once_s)
+    )
+    rows, path_s = rows[inside], path_s[inside]
+    sums = sweep(pieces, rows, path_s, np.add)
+    stages = int(sums[:, 0, -1].argmin())
+    sum_s = float(sums[stages, 0, -1])
+    if math.isinf(sum_s):
+        return None, sum_s
+    return inside[trace_back(pieces, rows, path_s, sums, stages)], sum_s
 
 
 def _infeasible(pieces: Pieces, least_bytes, memory_bytes, num_microbatches: int, cures: str):

@@ -7,12 +7,14 @@ seconds.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from launcher.autopar.communication import add_communication
 from launcher.autopar.program import Wiring
 from launcher.autopar.schedules import AbstractSchedule
-from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.simulator import Durations
 from launcher.autopar.stage_table import StageChoice
+from launcher.autopar.step_clock import StepClock
 
 _WARM_UP, _SPAN = 6, 4  # microbatches per submesh: until time grows evenly, and then
 
@@ -28,19 +30,23 @@ def judged_s(
         warm_up: microbatches per submesh until the others all add the same time.
     """
     durations = _durations(stages, transfer_s)
-    v = schedule.virtual_stages
-    wiring = Wiring.chain(len(stages), with_norm=True, virtual_stages=v)
 
     def play(count: int) -> float:
-        program = add_communication(schedule.build(len(stages), count), wiring)
-        return simulate(program, durations, with_events=False).step_s
+        return _clock(schedule, len(stages), count).step_s(durations)
 
-    submeshes = len(stages) // v
+    submeshes = len(stages) // schedule.virtual_stages
     few, more = warm_up * submeshes, (warm_up + _SPAN) * submeshes
     if num_microbatches <= more:
         return play(num_microbatches)
     few_s, more_s = play(few), play(more)
     return more_s + (num_microbatches - more) * (more_s - few_s) / (more - few)
+
+
+@lru_cache(maxsize=256)
+def _clock(schedule: AbstractSchedule, num_stages: int, num_microbatches: int) -> StepClock:
+    """The schedule's program on a chain of stages."""
+    wiring = Wiring.chain(num_stages, with_norm=True, virtual_stages=schedule.virtual_stages)
+    return StepClock.of(add_communication(schedule.build(num_stages, num_microbatches), wiring))
 
 
 def _durations(stages: Sequence[StageChoice], transfer_s: Callable[[int], float]) -> Durations:

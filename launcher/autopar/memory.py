@@ -10,7 +10,9 @@ libraries allocate for themselves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from launcher.autopar.graph import Op, Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
@@ -22,6 +24,7 @@ from launcher.autopar.stage_layout import produced_spec, unread_specs
 from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place, StageWiring
+from launcher.autopar.wiring_table import WiringTable
 from launcher.autopar.work import aval_bytes
 
 
@@ -122,78 +125,95 @@ def stage_memory(
         recompute: "none", "layer" or "full".
         unread: what `unread_memory` counts; the stage with the last layer has it.
     """
-    params = list(_held_params(memories, wiring)) + [(param, 1, 0) for param in unread]
-    counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
-    residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    passed_on = _passed_on_bytes(memories, wiring, recompute)
-    match recompute:
-        case "none":
-            stash = residuals + passed_on
-        case "layer":
-            stash = passed_on
-        case "full":
-            stash = 0.0
+    summed = range_memory(memories, WiringTable.of([wiring]), recompute, unread)
+    return StageMemory(**{name: float(row) for name, (row,) in asdict(summed).items()})
+
+
+def range_memory(
+    memories: Mapping[str, ClassMemory], table: WiringTable, recompute: str,
+    unread: Sequence[ParamMemory] = (),
+) -> StageMemory:  # fmt: skip
+    """The same for many ranges at once: every field is an array with an entry for each."""
+    params = [memories[name].params[slot] for name, slot in table.places]
+    classes = [memories[name] for name in table.classes]
+    again = recompute != "none"
+
+    def held(owned_bytes, borrowed_bytes, unread_bytes) -> np.ndarray:
+        rest = table.has_unread * sum(map(unread_bytes, unread))
+        return (
+            table.owned @ np.array([owned_bytes(param) for param in params], float)
+            + table.borrowed @ np.array([borrowed_bytes(param) for param in params], float)
+            + rest
+        )
+
+    def of_layers(class_bytes) -> np.ndarray:
+        return table.layers @ np.array([class_bytes(memory) for memory in classes], float)
+
     return StageMemory(
-        state_bytes=sum(layers * memory.state_bytes for memory, layers in counted)
-        + sum(
-            (owned + borrowed) * (param.weight_bytes + param.accumulator_bytes)
-            + owned * param.optimizer_bytes
-            for param, owned, borrowed in params
-        ),
-        stash_bytes=stash + _received_bytes(memories, wiring, recompute),
-        workspace_bytes=backward_workspace(memories, wiring, recompute),
+        state_bytes=of_layers(lambda memory: memory.state_bytes)
+        + held(_owned_bytes, _borrowed_bytes, _owned_bytes),
+        stash_bytes=_stash_bytes(memories, table, recompute),
+        workspace_bytes=_backward_workspace(memories, table, recompute),
         # What is let go is there until then: halves never lower the peak.
-        weight_stash_bytes=max(
-            0.0, sum(layers * m.handed_bytes[recompute != "none"] for m, layers in counted)
-        ),
-        gradient_bytes=sum(
-            owned * param.gradient_bytes
-            + borrowed * bool(param.accumulator_bytes) * param.weight_bytes
-            for param, owned, borrowed in params
+        weight_stash_bytes=np.maximum(0.0, of_layers(lambda memory: memory.handed_bytes[again])),
+        gradient_bytes=held(
+            lambda param: param.gradient_bytes,
+            lambda param: bool(param.accumulator_bytes) * param.weight_bytes,
+            lambda param: param.gradient_bytes,
         ),
     )
 
 
-def backward_workspace(
-    memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str
-) -> float:
+def _owned_bytes(param: ParamMemory) -> float:
+    return _borrowed_bytes(param) + param.optimizer_bytes
+
+
+def _borrowed_bytes(param: ParamMemory) -> float:
+    return param.weight_bytes + param.accumulator_bytes
+
+
+def _stash_bytes(memories: Mapping[str, ClassMemory], table: WiringTable, recompute: str):
+    """What a microbatch in flight holds: residuals, what layers pass on, its batch, state, and what was
+    sent, read again or not."""
+    again = recompute != "none"
+    classes = [memories[name] for name in table.classes]
+    own = [memory.batch_bytes + memory.statistics_bytes[again] for memory in classes]
+    if not again:
+        own = [held + memory.residual_bytes for held, memory in zip(own, classes, strict=True)]
+    received = [memories[name].input_bytes[slot] for name, slot in table.imported]
+    stash = table.layers @ np.array(own, float) + table.imports @ np.array(received, float)
+    return stash if recompute == "full" else stash + _passed_on_bytes(memories, table, recompute)
+
+
+def _backward_workspace(memories: Mapping[str, ClassMemory], table: WiringTable, recompute: str):
     """The temporary buffers of a backward pass, which goes through the layers one by one."""
-    counted = [(memories[name], layers) for name, layers in wiring.classes.items()]
+    classes = [memories[name] for name in table.classes]
+
+    def greatest(class_bytes) -> np.ndarray:
+        sizes = np.array([class_bytes(memory) for memory in classes])
+        return np.where(table.layers > 0, sizes, -np.inf).max(axis=1)
+
     match recompute:
         case "none":
-            return max(memory.workspace.backward_bytes for memory, _ in counted)
+            return greatest(lambda memory: memory.workspace.backward_bytes)
         case "layer":
-            return max(memory.workspace.again_bytes for memory, _ in counted)
+            return greatest(lambda memory: memory.workspace.again_bytes)
     # All of the forward pass is there again before the first layer goes back, and ends layer by layer;
     # which one that is decides how much the others keep, so here it is the worst.
-    residuals = sum(layers * memory.residual_bytes for memory, layers in counted)
-    going_back = max(m.workspace.both_bytes - m.residual_bytes for m, _ in counted)
-    return residuals + _passed_on_bytes(memories, wiring, "none") + going_back
+    residuals = table.layers @ np.array([memory.residual_bytes for memory in classes], float)
+    going_back = greatest(lambda memory: memory.workspace.both_bytes - memory.residual_bytes)
+    return residuals + _passed_on_bytes(memories, table, "none") + going_back
 
 
-def _held_params(memories: Mapping[str, ClassMemory], wiring: StageWiring):
-    """The parameters by slot, each once: what one takes, how many are owned, how many borrowed."""
-    for (name, slot), held in wiring.holdings.items():
-        yield memories[name].params[slot], held.owned, held.borrowed
-
-
-def _passed_on_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str):
+def _passed_on_bytes(memories: Mapping[str, ClassMemory], table: WiringTable, recompute: str):
     """The activations that layers of the stage read of one another in their backward passes."""
-    return sum(
-        pairs * memories[name].input_bytes[slot]
-        for (_, _, name, slot), pairs in wiring.internal.items()
+    sizes = [
+        memories[name].input_bytes[slot]
         if recompute != "none" or slot in memories[name].backward_slots
-    )
-
-
-def _received_bytes(memories: Mapping[str, ClassMemory], wiring: StageWiring, recompute: str):
-    """What a microbatch in flight holds, read again or not: its batch, state, and what was sent."""
-    again = recompute != "none"
-    own = sum(
-        layers * (memories[name].batch_bytes + memories[name].statistics_bytes[again])
-        for name, layers in wiring.classes.items()
-    )
-    return own + sum(memories[name].input_bytes[slot] for name, slot in wiring.imports)
+        else 0.0
+        for name, slot in table.read
+    ]
+    return table.internal @ np.array(sizes, float)
 
 
 def _param_memory(aval, home: Spec, accumulator: Spec | None, settings: StageSettings):

@@ -20,7 +20,7 @@ Left out: that lines add up, what stages that follow i still do, gradients and n
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +32,8 @@ from launcher.autopar.schedules import (
     OneForwardOneBackward,
     ZbH1,
 )
+from launcher.autopar.shared_memory import MemoryPrices, memory_prices
 from launcher.autopar.stage_table import Pieces, microbatch_time_s, sweep, sweep_longest
-
-_PRICES = range(-4, 5)  # on memory that stages share, as powers of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +43,20 @@ class Line:
     Attributes:
         path_s: By row, or by row and the number of stages behind it.
         table: The least of the stages behind, by their number, where they start, and their devices.
+        prices: What path_s has of prices on memory.
         factor: From the number of all stages to what the line is multiplied by.
     """
 
     own_s: np.ndarray
     path_s: np.ndarray
     table: np.ndarray
+    prices: MemoryPrices | None = None
     factor: Callable[[int], float] = lambda num_stages: 1.0
+
+    @property
+    def offset_s(self) -> float:
+        """Added to the greatest, for the prices."""
+        return -self.prices.all_s if self.prices else 0.0
 
     def way_s(self, rows: np.ndarray, behind: int) -> np.ndarray:
         """The path_s of rows with so many stages behind them."""
@@ -58,34 +64,27 @@ class Line:
 
     def by_stages(self) -> np.ndarray:
         """What no plan can beat, by its number of stages."""
-        least_s = self.table[:, 0, -1]
+        least_s = self.table[:, 0, -1] + self.offset_s
         return least_s * [self.factor(max(n, 1)) for n in range(len(least_s))]
 
 
-def least_step_s(
+def least_step_s(lines: Sequence[Line]) -> float:
+    """No plan takes less than the lines say; infinite where there is none."""
+    return float(np.max([line.by_stages() for line in lines], axis=0).min()) if lines else 0.0
+
+
+def lines_of(
     pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int,
     memory_bytes: float = math.inf,
-) -> float:  # fmt: skip
-    """No plan made of the rows takes less under the schedule; infinite where there is none.
+) -> list[Line]:  # fmt: skip
+    """The lines of a schedule.
 
     Args:
         rows: those that fit into memory, as `stage_table.that_fit` returns them.
         memory_bytes: of one device.
     """
-    if not len(rows):
-        return math.inf
-    if schedule.virtual_stages > 1 and pieces.num_stages is not None:
-        return _sharing_memory_s(pieces, rows, schedule, num_microbatches, memory_bytes)
-    lines = lines_of(pieces, rows, schedule, num_microbatches)
-    return float(np.max([line.by_stages() for line in lines], axis=0).min())
-
-
-def lines_of(
-    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int
-) -> list[Line]:
-    """The lines of a schedule."""
     if isinstance(schedule, Interleaved):
-        return [_mean_of_submeshes(pieces, rows, schedule, num_microbatches)]
+        return [_mean_of_submeshes(pieces, rows, schedule, num_microbatches, memory_bytes)]
     m, first = num_microbatches, rows["start"] == 0
 
     def longest(own_s: np.ndarray, path_s: np.ndarray) -> Line:
@@ -93,7 +92,7 @@ def lines_of(
 
     def waves(trip_s: np.ndarray) -> Line:
         table = sweep(pieces, rows, trip_s, np.add)
-        return Line(np.zeros(len(rows)), trip_s, table, lambda p: math.ceil(m / p))
+        return Line(np.zeros(len(rows)), trip_s, table, factor=lambda p: math.ceil(m / p))
 
     work_s, arrived_s = rows["forward_s"] + rows["backward_s"], rows["received_s"]
     if isinstance(schedule, ZbH1):
@@ -111,39 +110,26 @@ def lines_of(
 
 
 def _mean_of_submeshes(
-    pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int
-) -> Line:
-    """The line of the interleaved schedule; what goes before a submesh's work only for a given p."""
-    v, nothing = schedule.virtual_stages, np.zeros(len(rows))
+    pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int,
+    memory_bytes: float,
+) -> Line:  # fmt: skip
+    """The line of the interleaved schedule; what goes before a submesh's work only for a given p.
+
+    With prices on the bytes of a submesh, what all stages cost, less the price of all that the submeshes
+    have, is a bound too: Lagrange's relaxation of memory that stages share (`shared_memory`).
+    """
+    v, prices = schedule.virtual_stages, None
     path_s = num_microbatches * (rows["forward_s"] + rows["backward_s"])
     if pieces.num_stages is not None:
         p, behind = pieces.num_stages // v, np.arange(pieces.num_stages)
         before = np.maximum(p - pieces.num_stages + behind, 0)  # p - 1 less the stage's number
         path_s = path_s[:, None] + microbatch_time_s(rows)[:, None] * before
-    table = sweep(pieces, rows, path_s, np.add)
-    return Line(nothing, path_s, table, lambda num_stages: 1 / max(num_stages // v, 1))
-
-
-def _sharing_memory_s(
-    pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int,
-    memory_bytes: float,
-) -> float:  # fmt: skip
-    """The line of the interleaved schedule where the stages of p submeshes share p times the memory.
-
-    With a price on bytes, what all stages cost, less the price of all that p submeshes have, is a bound at
-    every price (Lagrange's relaxation); the best of some prices is taken.
-    """
-    line = _mean_of_submeshes(pieces, rows, schedule, num_microbatches)
-    (least_s,) = line.by_stages()[pieces.num_stages :]
-    p, factor = pieces.num_stages // schedule.virtual_stages, line.factor(pieces.num_stages)
-    if math.isinf(least_s) or math.isinf(memory_bytes):
-        return float(least_s)
-
-    def bound_s(price_s: float) -> float:
-        paid_s = line.path_s + price_s * rows["need_bytes"]
-        total_s = sweep(pieces, rows, paid_s, np.add)[pieces.num_stages, 0, -1]
-        return float(total_s - price_s * p * memory_bytes) * factor
-
-    # In units of a price at which a full device costs as much as its work.
-    unit = least_s / factor / (p * memory_bytes)
-    return max(least_s, *(bound_s(unit * 2.0**k) for k in _PRICES))
+        prices = memory_prices(pieces, rows, path_s, schedule, num_microbatches, memory_bytes)
+        path_s = path_s + prices.rows_s
+    return Line(
+        own_s=np.zeros(len(rows)),
+        path_s=path_s,
+        table=sweep(pieces, rows, path_s, np.add),
+        prices=prices,
+        factor=lambda num_stages: 1 / max(num_stages // v, 1),
+    )

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.autopar.plan_bounds import Line, lines_of
-from launcher.autopar.schedules import AbstractSchedule
+from launcher.autopar.plan_bounds import Line
 from launcher.autopar.stage_table import StageChoice, StageTable
 
 Stages = tuple[StageChoice, ...]
@@ -33,15 +32,16 @@ class Refined:
 
 
 def refine(
-    table: StageTable, schedule: AbstractSchedule, num_microbatches: int, known_s: float,
+    table: StageTable, lines: Sequence[Line], known_s: float,
     judge: Callable[[Stages], float | None], most_judged: int,
 ) -> Refined:  # fmt: skip
     """Look for stages that take less than `known_s`.
 
     Args:
+        lines: that bound what a plan takes.
         judge: the step time of some stages, None where they do not fit together.
     """
-    search = _Search(table, schedule, num_microbatches, judge, known_s, most_judged)
+    search = _Search(table, lines, judge, known_s, most_judged)
     for number in table.pieces.numbers_of_stages:
         if table.pieces.num_stages in (None, number):
             search.all_of(number)
@@ -49,12 +49,11 @@ def refine(
 
 
 class _Search:
-    def __init__(self, table, schedule, num_microbatches, judge, known_s, most_judged):
-        self.table, self.judge = table, judge
+    def __init__(self, table, lines, judge, known_s, most_judged):
+        self.table, self.lines, self.judge = table, lines, judge
         self.best: Stages | None = None
         self.best_s = known_s
         self.judged_left, self.looks_left = most_judged, most_judged * _EXPANDED_PER_JUDGED
-        self.lines = lines_of(table.pieces, table.rows, schedule, num_microbatches)
         self.sizes = np.array(table.pieces.sizes)[table.rows["submesh"]]
         starts = np.arange(table.pieces.num_pieces + 2)
         self.bounds = np.searchsorted(table.rows["start"], starts)
@@ -87,10 +86,13 @@ class _Search:
             yield row, float(least_s[at]), [state.after(row, left - 1) for state in states]
 
     def _judge(self, rows: tuple[int, ...]) -> None:
-        self.judged_left -= 1
         stages = tuple(self.table.choices[self.table.rows["number"][row]] for row in rows)
         step_s = self.judge(stages)
-        if step_s is not None and step_s < self.best_s:
+        if step_s is None:  # soon seen
+            self.looks_left -= 1
+            return
+        self.judged_left -= 1
+        if step_s < self.best_s:
             self.best, self.best_s = stages, step_s
 
 
@@ -105,7 +107,7 @@ class _State:
 
     @classmethod
     def start(cls, line: Line, num_stages: int) -> "_State":
-        return cls(line, line.factor(num_stages), 0.0, 0.0)
+        return cls(line, line.factor(num_stages), 0.0, line.offset_s)
 
     def least_s(self, rows: np.ndarray, ends: np.ndarray, devices: np.ndarray, left: int):
         """The least that a plan takes which goes on with each of the rows."""

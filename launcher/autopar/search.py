@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 from launcher.autopar.advice import (
     check_batch,
@@ -233,10 +234,11 @@ def _try(
     layered = _layers(model, cluster, options, space, microbatch_size)
     planner = IntraOpPlanner(layered)
     optimizer = OptimizerFootprint(options.optimizer)
+    cuts = {v: stage_cuts(layered, (space.num_submeshes or 0) * v) for _, v in space.schedules}
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
         choices=_worthwhile(space.choices, layered, optimizer, cluster), optimizer=optimizer,
-        microbatch_size=microbatch_size, known=known,
+        microbatch_size=microbatch_size, known=known, cuts={*chain.from_iterable(cuts.values())},
     )  # fmt: skip
     bytes_at = _crossing_bytes(planner)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
@@ -250,7 +252,7 @@ def _try(
             schedule=schedule_by_name(name, v),
             num_microbatches=num_microbatches,
             options=costs.options,
-            cuts=stage_cuts(layered, (space.num_submeshes or 0) * v),
+            cuts=cuts[v],
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
             cures=memory_cures(options, cluster),
             worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),

@@ -25,7 +25,7 @@ from launcher.autopar.memory import (
     ClassMemory,
     ParamMemory,
     class_memories,
-    stage_memory,
+    range_memory,
     unread_memory,
 )
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
@@ -34,7 +34,13 @@ from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import Group, StageSettings
 from launcher.autopar.stage_table import StageOption
 from launcher.autopar.wiring import StageWiring
+from launcher.autopar.wiring_table import WiringTable
 from launcher.autopar.work import aval_bytes
+
+_FIELDS = (
+    "forward_s", "backward_s", "weight_s", "once_s",
+    "fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +92,13 @@ class StageCosts:
     Args:
         optimizer: decides how much state a parameter has, and what updating it takes.
         known: strategies to price instead of solving; those that are solved are added.
+        cuts: what ranges lie between; by default every layer's ends.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
-        microbatch_size: int, known: Known | None = None,
+        microbatch_size: int, known: Known | None = None, cuts: Iterable[int] | None = None,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
@@ -102,10 +109,15 @@ class StageCosts:
         self._priced: dict[tuple, _Solved] = {}
         self._strategies: dict[tuple, StageSharding] = {}
         self._known = {} if known is None else known
-        self._options: dict[tuple[int, int, int], tuple[StageOption, ...]] = {}
+        self._options: dict[int, list[tuple[StageOption, ...]]] = {}
         self._wiring = planner.wiring(*self._whole)
         self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
-        self._counted: dict[tuple[int, int], np.ndarray] = {}
+        self._counted: np.ndarray | None = None
+        ends = range(self._whole[1] + 1) if cuts is None else sorted(cuts)
+        self._row = {ends: row for row, ends in enumerate(itertools.combinations(ends, 2))}
+        self._wirings = [planner.wiring(*ends) for ends in self._row]
+        self._table = WiringTable.of(self._wirings)
+        self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
         self.largest_gap_fraction = 0.0
 
     def _ideal_microbatch_s(self) -> float:
@@ -115,10 +127,11 @@ class StageCosts:
 
     def options(self, first: int, last: int, submesh: int) -> tuple[StageOption, ...]:
         """The ways to run layers [first, last) on a submesh shape that are not worse than others."""
-        key = (first, last, submesh)
-        if key not in self._options:
-            self._options[key] = _undominated(list(self._price(first, last, submesh)))
-        return self._options[key]
+        if (first, last) not in self._row:
+            raise ValueError(f"layers [{first}, {last}) do not lie between two of the given cuts")
+        if submesh not in self._options:
+            self._options[submesh] = self._price(submesh)
+        return self._options[submesh][self._row[first, last]]
 
     def _meshes(self, submesh: int) -> Iterable[LogicalMesh]:
         """The logical views: every tensor degree that divides the devices of a host."""
@@ -130,47 +143,58 @@ class StageCosts:
             if self.choices.tensor in (None, tensor) and self.choices.data in (None, data):
                 yield logical_mesh(self.cluster, hosts=hosts, devices=devices, data=data)
 
-    def _price(self, first: int, last: int, submesh: int) -> Iterable[StageOption]:
+    def _price(self, submesh: int) -> list[tuple[StageOption, ...]]:
+        """The options of every range."""
+        picks, costs = [], []
         for mesh in self._meshes(submesh):
             for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
                 if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
                     continue  # nothing to shard over
-                yield from self._price_mesh(first, last, mesh, zero, weight)
+                solved = self._solved(mesh, zero, weight)
+                for recompute in self.choices.recompute:
+                    picks.append(StagePick(mesh, weight, zero, recompute, solved.sharding))
+                    costs.append(self._costs(solved, recompute))
+        if not picks:
+            return [()] * len(self._row)
+        by_range = np.stack(costs, axis=1)  # (ranges, options, fields)
+        return [
+            tuple(
+                StageOption(
+                    **dict(zip(_FIELDS, costs[option].tolist(), strict=True)), tag=picks[option]
+                )
+                for option in _undominated(costs)
+            )
+            for costs in by_range
+        ]
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
         """Memory prices worth trying; without a tensor axis there is nothing to choose."""
         return self.choices.memory_weights if mesh.shape[1] > 1 else self.choices.memory_weights[:1]
 
-    def _price_mesh(
-        self, first: int, last: int, mesh: LogicalMesh, zero: int, weight: float
-    ) -> Iterable[StageOption]:
-        wiring, solved = self.planner.wiring(first, last), self._solved(mesh, zero, weight)
-        seconds = Seconds(*(self._counts(first, last) @ solved.seconds).tolist())
-        borrowed_s = self._borrowed_s(wiring)
-        for recompute in self.choices.recompute:
-            again_s = 0.0 if recompute == "none" else seconds.forward
-            memory = stage_memory(
-                solved.memories, wiring, recompute, solved.unread if wiring.unread else ()
-            )
-            floor = max(memory.workspace_bytes, memory.gradient_bytes - memory.stash_bytes)
-            yield StageOption(
-                forward_s=seconds.forward,
-                backward_s=seconds.backward + again_s,
-                weight_s=seconds.backward_weight,
-                once_s=seconds.synchronize + seconds.update + borrowed_s,
-                fixed_bytes=memory.state_bytes + floor,
-                stash_bytes=memory.stash_bytes,
-                weight_stash_bytes=memory.weight_stash_bytes,
-                tag=StagePick(mesh, weight, zero, recompute, solved.sharding),
-            )
+    def _costs(self, solved: _Solved, recompute: str) -> np.ndarray:
+        """What every range costs with the strategies of the whole model: (ranges, fields)."""
+        seconds = Seconds(*(self._counts() @ solved.seconds).T)
+        memory = range_memory(solved.memories, self._table, recompute, solved.unread)
+        again_s = 0.0 if recompute == "none" else seconds.forward
+        fields = {
+            "forward_s": seconds.forward,
+            "backward_s": seconds.backward + again_s,
+            "weight_s": seconds.backward_weight,
+            "once_s": seconds.synchronize + seconds.update + self._borrowed,
+            "fixed_bytes": memory.state_bytes,
+            "stash_bytes": memory.stash_bytes,
+            "weight_stash_bytes": memory.weight_stash_bytes,
+            "workspace_bytes": memory.workspace_bytes,
+            "gradient_bytes": memory.gradient_bytes,
+        }
+        return np.stack([fields[name] for name in _FIELDS], axis=1)
 
-    def _counts(self, first: int, last: int) -> np.ndarray:
-        """How often each group of costs occurs in a range."""
-        if (first, last) not in self._counted:
-            counts = self.planner.wiring(first, last).counts
-            row = [counts.get(group, 0) for group in self._groups]
-            self._counted[first, last] = np.array(row, float)
-        return self._counted[first, last]
+    def _counts(self) -> np.ndarray:
+        """How often each group of costs occurs in each range."""
+        if self._counted is None:
+            rows = [[w.counts.get(group, 0) for group in self._groups] for w in self._wirings]
+            self._counted = np.array(rows, float)
+        return self._counted
 
     def _borrowed_s(self, wiring: StageWiring) -> float:
         """Once a step, gradients go to the stage that updates a parameter, and it comes back."""
@@ -227,20 +251,17 @@ class StageCosts:
         return self._strategies[key]
 
 
-def _undominated(options: Sequence[StageOption]) -> tuple[StageOption, ...]:
-    """Those that none of the others beats, or equals and comes before, in everything that counts."""
-    if len(options) < 2:
-        return tuple(options)
-    costs = np.array(
-        [
-            (o.forward_s, o.backward_s, o.weight_s, o.seconds - o.weight_s)
-            + (o.seconds - 2 * o.weight_s, o.once_s)
-            + (o.fixed_bytes, o.stash_bytes, o.weight_stash_bytes)
-            for o in options
-        ]
-    )
+def _undominated(costs: np.ndarray) -> np.ndarray:
+    """The numbers of those that none of the others beats, or equals and comes before, in all that counts.
+
+    Args:
+        costs: one row per option, as `_FIELDS` says.
+    """
+    field = dict(zip(_FIELDS, costs.T, strict=True))
+    seconds, weight_s = field["forward_s"] + field["backward_s"], field["weight_s"]
+    # A half of a backward pass may be waited for, or fill a gap: more of it is not simply worse.
+    costs = np.column_stack([costs, seconds, seconds - weight_s, seconds - 2 * weight_s])
     no_worse = (costs[:, None] <= costs[None]).all(axis=2)  # (one, than another)
     equal = no_worse & no_worse.T
-    before = np.arange(len(options))[:, None] < np.arange(len(options))[None]
-    beaten = (no_worse & (~equal | before)).any(axis=0)
-    return tuple(option for option, worse in zip(options, beaten, strict=True) if not worse)
+    before = np.arange(len(costs))[:, None] < np.arange(len(costs))[None]
+    return np.flatnonzero(~(no_worse & (~equal | before)).any(axis=0))

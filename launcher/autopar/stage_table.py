@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -30,9 +31,11 @@ class StageOption:
         backward_s: Of one microbatch, with what is recomputed for it.
         weight_s: What of `backward_s` only gradients of parameters need.
         once_s: Per step: synchronisation and update.
-        fixed_bytes: Per device: parameters, optimizer state, accumulators, workspace.
-        stash_bytes: Per device and microbatch in flight.
+        fixed_bytes: Per device, as all that follows: parameters, optimizer state, accumulators.
+        stash_bytes: Per microbatch in flight.
         weight_stash_bytes: Beside them, per microbatch between the halves of a split backward pass.
+        workspace_bytes: Beside them, while a pass runs.
+        gradient_bytes: Beside what is fixed, at the end of a step, when nothing is in flight.
         tag: The caller's.
     """
 
@@ -43,6 +46,8 @@ class StageOption:
     fixed_bytes: float
     stash_bytes: float
     weight_stash_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    gradient_bytes: float = 0.0
     tag: object
 
     @property
@@ -159,6 +164,9 @@ def microbatch_time_s(rows: np.ndarray) -> np.ndarray:
 
 
 _PACE = ("steady_s", "path_s")
+_SECONDS = ("forward_s", "backward_s", "weight_s", "once_s")
+_BYTES = ("fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes")
+_OF_OPTION = (*_SECONDS, *_BYTES)
 ALPA = Pace(steady_s=microbatch_time_s, path_s=microbatch_time_s)
 
 
@@ -176,18 +184,15 @@ def make_rows(
         "start": [piece[choice.first] for choice in choices],
         "end": [piece[choice.last] for choice in choices],
         "submesh": [choice.submesh for choice in choices],
-        "forward_s": [choice.option.forward_s for choice in choices],
-        "backward_s": [choice.option.backward_s for choice in choices],
-        "weight_s": [choice.option.weight_s for choice in choices],
-        "once_s": [choice.option.once_s for choice in choices],
         "received_s": [received_s[choice.first] for choice in choices],
         "number": range(len(choices)),
     }
-    kinds = [(name, float if name.endswith("_s") else int) for name in (*columns, *_PACE)]
+    options = [choice.option for choice in choices]
+    columns |= {name: list(map(attrgetter(name), options)) for name in _OF_OPTION}
+    reals = ("_s", "_bytes")
+    kinds = [(name, float if name.endswith(reals) else int) for name in (*columns, *_PACE)]
     # In "fits"[:, s - 1]: whether it can be the first of s stages.
-    # "need_bytes" is filled in by `that_fit`.
-    by_stages = [("fits", bool, (pieces.max_stages,)), ("need_bytes", float, (pieces.max_stages,))]
-    rows = np.zeros(len(choices), [*kinds, *by_stages])
+    rows = np.zeros(len(choices), [*kinds, ("fits", bool, (pieces.max_stages,))])
     for name, values in columns.items():
         rows[name] = values
     rows["steady_s"], rows["path_s"] = pace.steady_s(rows), pace.path_s(rows)
@@ -198,19 +203,36 @@ def make_rows(
     return rows
 
 
-def needed_bytes(
-    choices: Sequence[StageChoice], held: np.ndarray, split: np.ndarray | float = 0.0
-) -> np.ndarray:
-    """What each choice needs on a device, (choices, stages), where it has `held` microbatches in flight.
+def needed_bytes(rows: np.ndarray, held: np.ndarray, split: np.ndarray | float = 0.0) -> np.ndarray:
+    """What each row needs on a device, (rows, stages), where it has `held` microbatches in flight.
 
     Args:
         held: by the number of stages from it to the last.
         split: likewise, how many are between the halves of their backward pass.
     """
-    weight_bytes = np.array([choice.option.weight_stash_bytes for choice in choices], float)
-    fixed_bytes = np.array([choice.option.fixed_bytes for choice in choices], float)
-    stash_bytes = np.array([choice.option.stash_bytes for choice in choices], float)
-    return fixed_bytes[:, None] + held * stash_bytes[:, None] + split * weight_bytes[:, None]
+    running = in_flight_bytes(rows, held, split) + rows["workspace_bytes"][:, None]
+    return rows["fixed_bytes"][:, None] + np.maximum(running, rows["gradient_bytes"][:, None])
+
+
+def shared_bytes(
+    options: Sequence[StageOption], held: Sequence[int], split: Sequence[int]
+) -> float:
+    """What stages need that share a submesh, of which one runs at a time."""
+    in_flight_bytes = sum(
+        flying * option.stash_bytes + halves * option.weight_stash_bytes
+        for option, flying, halves in zip(options, held, split, strict=True)
+    )
+    running_bytes = in_flight_bytes + max(option.workspace_bytes for option in options)
+    gradient_bytes = sum(option.gradient_bytes for option in options)
+    return sum(option.fixed_bytes for option in options) + max(running_bytes, gradient_bytes)
+
+
+def in_flight_bytes(
+    rows: np.ndarray, held: np.ndarray, split: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """What of that the microbatches in flight take."""
+    stash_bytes, weight_bytes = rows["stash_bytes"], rows["weight_stash_bytes"]
+    return held * stash_bytes[:, None] + split * weight_bytes[:, None]
 
 
 def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> np.ndarray:
@@ -218,7 +240,7 @@ def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> n
     fits = rows["fits"] & (need_bytes <= memory_bytes)
     is_used = fits.any(axis=1)
     fitting = rows[is_used]
-    fitting["fits"], fitting["need_bytes"] = fits[is_used], need_bytes[is_used]
+    fitting["fits"] = fits[is_used]
     return fitting
 
 
@@ -238,6 +260,27 @@ def sweep(pieces: Pieces, rows: np.ndarray, values: np.ndarray, combine: np.ufun
         return combine(behind, cheapest[live, stages - 1, None], out=behind)
 
     return _sweep(pieces, rows[heads], np.isfinite(cheapest), step)
+
+
+def trace_back(
+    pieces: Pieces, rows: np.ndarray, values: np.ndarray, sums: np.ndarray, num_stages: int
+) -> np.ndarray:
+    """The numbers of the rows, first stage first, of the plan of so many stages with the least sum.
+
+    Args:
+        sums: what `sweep` found for the values with `np.add`.
+    """
+    sizes, start, devices = np.array(pieces.sizes)[rows["submesh"]], 0, pieces.num_devices
+    picked = []
+    for stages in range(num_stages, 0, -1):
+        here = np.arange(*np.searchsorted(rows["start"], (start, start + 1)))
+        here = here[rows["fits"][here, stages - 1] & (sizes[here] <= devices)]
+        own = values[here] if values.ndim == 1 else values[here, stages - 1]
+        total = own + sums[stages - 1, rows["end"][here], devices - sizes[here]]
+        first = here[np.lexsort((rows["once_s"][here], total))[0]]
+        picked.append(first)
+        start, devices = rows["end"][first], devices - sizes[first]
+    return np.array(picked)
 
 
 def sweep_longest(
