@@ -91,12 +91,35 @@ class Arranger:
             return self._virtual()
         first = result = self._plan(self.space.num_submeshes)
         if result.stages is not None and not self._fits(result.stages):
-            most = min(len(self.cuts) - 1, self.space.num_devices)
-            tries = (partial(self._plan, n) for n in range(1, most + 1))
-            result = self._best_of(tries)
+            result = self._by_number(first)
         if result.stages is None:
             return Arranged(None, result.bound_s, first.num_candidates)
         return self._refined(result, first)
+
+    def _by_number(self, first: SearchResult) -> SearchResult:
+        """Try every number of stages by itself, as long as it may still be the best."""
+        least_s = np.max([line.by_stages() for line in first.lines], axis=0)
+        best, known_s, bounds_s = replace(first, stages=None), self.worth_s, []
+        failures: list[InfeasiblePlanError] = []
+        numbers = [
+            n for n in np.argsort(least_s, kind="stable").tolist() if math.isfinite(least_s[n])
+        ]
+        for at, number in enumerate(numbers):
+            if least_s[number] >= known_s:
+                bounds_s += [float(least_s[n]) for n in numbers[at:]]
+                break
+            try:
+                result = replace(self, worth_s=known_s)._plan(number)
+            except InfeasiblePlanError as error:
+                failures.append(error)
+                continue
+            bounds_s.append(result.bound_s)
+            step_s = None if result.stages is None else self._judge(result.stages)
+            if step_s is not None and step_s < known_s:
+                best, known_s = result, step_s
+        if not bounds_s:
+            raise failures[0]
+        return replace(best, bound_s=min(bounds_s))
 
     def _refined(self, result: SearchResult, first: SearchResult) -> Arranged:
         """Look, with the simulator, whether other stages are faster than those of the formula.
@@ -292,18 +315,6 @@ class Arranger:
         )
 
     # Both
-
-    def _best_of(self, tries) -> SearchResult:
-        found, failures = [], []
-        for attempt in tries:
-            try:
-                found.append(attempt())
-            except InfeasiblePlanError as error:
-                failures.append(error)
-        if not found:
-            raise failures[-1]
-        best = min(found, key=lambda result: result.total_s)
-        return replace(best, bound_s=min(result.bound_s for result in found))
 
     def _fits(self, stages: Sequence[StageChoice]) -> bool:
         """Whether what the stages of each submesh hold at most fits together."""

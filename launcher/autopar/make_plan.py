@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _JUDGED = 3  # candidates that the simulator judges in full, or more until one fits
 PLAN_VERSION = 1
+_CLOSE = 1.03  # how much faster a plan may be, finished, than the search thinks, or slower
 _HALF_PRECISIONS = {"fp16", "bf16"}  # a model has the same ops in both
 
 
@@ -51,17 +52,26 @@ def find_plan(
     """Search, let the simulator judge the best candidates, and return the winner."""
     found = search(model, cluster, options, progress)
     footprint = OptimizerFootprint(options.optimizer)
-    judged = []
+    judged: list[tuple[Candidate, RealizedPlan, Outlook]] = []
     for candidate in found.candidates:
-        if len(judged) >= _JUDGED and any(_fits(outlook, cluster) for _, outlook, _ in judged):
+        fitting_s = [o.prediction.step_s for _, _, o in judged if _fits(o, cluster)]
+        # Behind one that fits, those that might still be faster; not more of them than a few.
+        if fitting_s and (len(judged) >= _JUDGED or candidate.step_s > _CLOSE * min(fitting_s)):
             break
         progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
         plan = _as_plan(candidate, model, cluster, options)
         realized = realize(plan, model, cluster, candidate.planner, footprint)
-        judged.append((realized, foresee(realized, cluster), candidate.step_s))
-    judged.sort(key=lambda found: (not _fits(found[1], cluster), found[1].prediction.step_s))
-    realized, outlook, step_s = judged[0]
+        judged.append((candidate, realized, foresee(realized, cluster)))
+    behind = found.candidates[len(judged) :]
+    judged.sort(key=lambda found: (not _fits(found[2], cluster), found[2].prediction.step_s))
+    best, realized, outlook = judged[0]
     _check_memory(outlook, cluster, options)
+    best_s = outlook.prediction.step_s
+    others = [
+        _runner_up(other, its.prediction.step_s, its.prediction.bubble_fraction, best_s)
+        for other, _, its in judged[1:]
+    ]
+    others += [_runner_up(o, o.step_s, o.bubble_fraction, best_s) for o in behind]
     plan = replace(
         realized.plan,
         predicted=outlook.prediction,
@@ -69,10 +79,12 @@ def find_plan(
             wall_s=found.wall_s,
             ilp_solved=found.ilp_solved,
             candidates=found.priced,
-            optimality_gap=max(0.0, 1.0 - found.bound_s / step_s),  # both by the search's own clock
+            optimality_gap=max(
+                0.0, 1.0 - found.bound_s / best.step_s
+            ),  # both by the search's own clock
             space=f"{found.space.describe()}; {', '.join(map(str, found.tried))} microbatches",
         ),
-        runners_up=tuple(_runner_up(other, its, outlook) for other, its, _ in judged[1:]),
+        runners_up=tuple(others[: _JUDGED - 1]),
     )
     return Planned(plan, replace(realized, plan=plan), outlook)
 
@@ -244,17 +256,16 @@ def _model_ref(model: Model) -> ModelRef:
     )
 
 
-def _runner_up(realized: RealizedPlan, outlook: Outlook, best: Outlook) -> RunnerUp:
-    plan = realized.plan
-    shapes = ", ".join(
-        f"{dict(stage.mesh)['data']}x{dict(stage.mesh)['tensor']}" for stage in plan.stages[:4]
-    )
-    more = "" if len(plan.stages) <= 4 else ", ..."
-    slower = outlook.prediction.step_s / best.prediction.step_s
+def _runner_up(
+    candidate: Candidate, step_s: float, bubble_fraction: float, best_s: float
+) -> RunnerUp:
+    stages, v = candidate.arrangement.stages, candidate.virtual_stages
+    shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
+    more = "" if len(stages) <= 4 else ", ..."
     return RunnerUp(
-        description=f"{count(len(plan.stages), 'stage')} ({shapes}{more})"
-        f"{f' on {plan.num_submeshes} submeshes' if plan.virtual_stages > 1 else ''}, "
-        f"{count(plan.num_microbatches, 'microbatch')}, {plan.schedule}",
-        step_s=outlook.prediction.step_s,
-        why=f"{slower:.2f} times the step time; bubble {outlook.prediction.bubble_fraction:.1%}",
+        description=f"{count(len(stages), 'stage')} ({shapes}{more})"
+        f"{f' on {len(stages) // v} submeshes' if v > 1 else ''}, "
+        f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}",
+        step_s=step_s,
+        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}",
     )

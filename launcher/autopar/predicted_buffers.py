@@ -67,9 +67,7 @@ def stage_buffers(
         "exports": sizes(layout.exports, values),
         "returns": sizes(layout.returns, values),
     }
-    if any(
-        entry.op is Op.BACKWARD_WEIGHT for entries in realized.program.lists for entry in entries
-    ):
+    if realized.program.splits_backward:
         split = stage.emitter.split
         left = {name: joint[name[0]][name[1]] for name in split.weight_kept}
         ended = {name: spec for name, spec in layout.kept.items() if name not in split.kept}

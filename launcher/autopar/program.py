@@ -183,7 +183,9 @@ def _turn(
 
 def splits_backward_in(lists: ComputeLists) -> bool:
     """Whether the lists have `I` and `W` instead of `B`."""
-    return any(entry.op is Op.BACKWARD_INPUT for entries in lists for entry in entries)
+    backward = (Op.BACKWARD, Op.BACKWARD_INPUT)
+    first = next((entry.op for row in lists for entry in row if entry.op in backward), None)
+    return first is Op.BACKWARD_INPUT
 
 
 def num_microbatches_in(lists: ComputeLists) -> int:

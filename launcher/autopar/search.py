@@ -71,6 +71,14 @@ class Candidate:
         """Of the simulator, simplified (`judge`)."""
         return self.arrangement.step_s
 
+    @property
+    def bubble_fraction(self) -> float:
+        """What of the step submeshes idle, on average."""
+        stages = self.arrangement.stages
+        busy_s = sum(self.num_microbatches * c.option.seconds + c.option.once_s for c in stages)
+        submeshes = len(stages) // self.virtual_stages
+        return 1.0 - busy_s / (submeshes * self.step_s) if self.step_s else 0.0
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Search:

@@ -88,7 +88,9 @@ class _Recorder:
         if entry.op in COMPUTES:
             read = (RECEIVE_OF_READER.get(entry.op), entry.stage, entry.microbatch)
             arrived = self.arrived.pop(read, _START)
-            self.clock[submesh] = self._move(self.clock[submesh], arrived, (entry.op, entry.stage, 0))
+            self.clock[submesh] = self._move(
+                self.clock[submesh], arrived, (entry.op, entry.stage, 0)
+            )
         elif entry.op in RECEIVES:
             under_way = self.under_way[self.homes[entry.peer], submesh]
             if not under_way:

@@ -32,7 +32,10 @@ def random_arranger(rng, cpu8, schedule, num_microbatches, num_submeshes=None):
                 weight_s=(last - first) * 0.4 * rng.random() / (1 + submesh),
                 once_s=rng.random(),
                 fixed_bytes=(last - first) * rng.random(),
+                workspace_bytes=rng.choice((0.0, rng.random())),
+                gradient_bytes=rng.choice((0.0, 2 * rng.random())),
                 stash_bytes=(last - first) * rng.random() / 2,
+                weight_stash_bytes=(last - first) * rng.random() / 4,
                 tag=(first, last, submesh, number),
             )
             for number in range(rng.randint(1, 2))
@@ -94,13 +97,18 @@ def seconds_of(stages, arranger):
 
 
 def fits(stages, arranger):
-    number, schedule = len(stages), arranger.schedule
+    number, schedule, m = len(stages), arranger.schedule, arranger.num_microbatches
     p = number // schedule.virtual_stages
-    needed = [0.0] * p
-    for stage, (_, _, option) in enumerate(stages):
-        held = schedule.stash_peak(stage, number, arranger.num_microbatches)
-        needed[stage % p] += option.fixed_bytes + held * option.stash_bytes
-    return max(needed) <= arranger.cluster.device.usable_bytes
+    for home in range(p):
+        own = [(stage, stages[stage][2]) for stage in range(home, number, p)]
+        flying = sum(schedule.stash_peak(i, number, m) * option.stash_bytes for i, option in own)
+        flying += sum(schedule.split_peak(i, number, m) * o.weight_stash_bytes for i, o in own)
+        running = flying + max(option.workspace_bytes for _, option in own)
+        ending = sum(option.gradient_bytes for _, option in own)
+        fixed = sum(option.fixed_bytes for _, option in own)
+        if fixed + max(running, ending) > arranger.cluster.device.usable_bytes:
+            return False
+    return True
 
 
 def as_stages(arrangement):

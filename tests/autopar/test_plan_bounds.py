@@ -1,6 +1,7 @@
 """No plan beats its bound: all plans of small random spaces, played by the simulator."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from launcher.autopar.judge import judged_s
 from launcher.autopar.pace import pace_of
-from launcher.autopar.plan_bounds import least_step_s
+from launcher.autopar.plan_bounds import least_step_s, lines_of
 from launcher.autopar.schedules import GPipe, Interleaved, OneForwardOneBackward, ZbH1
 from launcher.autopar.stage_table import (
     StageChoice,
@@ -16,8 +17,10 @@ from launcher.autopar.stage_table import (
     make_pieces,
     make_rows,
     needed_bytes,
+    shared_bytes,
     that_fit,
 )
+from launcher.autopar.submesh_bound import busiest_submesh_s, least_together
 
 SCHEDULES = [GPipe(), OneForwardOneBackward(), ZbH1(), Interleaved(virtual_stages=2)]
 NUM_LAYERS = 4
@@ -93,8 +96,9 @@ def case(rng, schedule, *, even=False):
             for s in pieces.numbers_of_stages
         ]
     )
-    fitting = that_fit(rows, needed_bytes(choices, held), memory_bytes)
-    bound_s = least_step_s(pieces, fitting, schedule, m)
+    fitting = that_fit(rows, needed_bytes(rows, held), memory_bytes)
+    lines = lines_of(pieces, fitting, schedule, m, memory_bytes) if len(fitting) else ()
+    bound_s = least_step_s(lines) if lines else math.inf
     plans = all_plans(choices, devices, schedule, m)
     times_s = [
         judged_s(plan, schedule, m, received_s.__getitem__)
@@ -116,6 +120,106 @@ def test_no_plan_beats_the_bound(schedule):
     assert len(ratios) > 30
     least = 0.5 if isinstance(schedule, Interleaved) else 0.8
     assert np.median(ratios) > least  # it says something
+
+
+def shared_case(rng, p):
+    """Bounds for p submeshes that hold two stages each, in memory that is short, and all plans' times."""
+    schedule, m = SCHEDULES[3], 2 * p
+    pieces = make_pieces(
+        num_layers=2 * p + 1, submeshes=((1, 1),), num_devices=2 * p, cuts=range(2 * p + 2),
+        num_stages=2 * p, use_all_devices=True,
+    )  # fmt: skip
+    choices = [
+        StageChoice(
+            first=first,
+            last=last,
+            submesh=0,
+            option=StageOption(
+                forward_s=(last - first) * (3 - way) * (0.5 + rng.random()),
+                backward_s=(last - first) * (3 - way) * (0.5 + rng.random()),
+                once_s=rng.random(),
+                fixed_bytes=(last - first) * (1 + way) * rng.random(),
+                stash_bytes=(1 + way) * rng.random() / m,
+                workspace_bytes=rng.random(),
+                gradient_bytes=rng.random(),
+                tag=None,
+            ),
+        )
+        for first, last, _ in pieces.ranges()
+        for way in range(2)
+    ]
+    received_s, memory_bytes = [0.1 * rng.random() for _ in range(2 * p + 2)], 2 + 2 * rng.random()
+    rows = make_rows(pieces, choices, received_s.__getitem__, pace_of(schedule))
+    held = np.array([schedule.stash_peak(2 * p - s, 2 * p, m) for s in range(1, 2 * p + 1)])
+    fitting = that_fit(rows, needed_bytes(rows, held), memory_bytes)
+    bounds_s = (
+        least_step_s(lines_of(pieces, fitting, schedule, m, memory_bytes)) if len(fitting) else 0.0,
+        busiest_submesh_s(pieces, fitting, schedule, m, memory_bytes),
+    )
+    starts = [[c for c in choices if c.first == first] for first in range(2 * p + 1)]
+
+    def chains(first, left):
+        if first == 2 * p + 1 and not left:
+            yield []
+        elif first <= 2 * p and left:
+            for choice in starts[first]:
+                yield from ([choice, *rest] for rest in chains(choice.last, left - 1))
+
+    def fits_together(plan):
+        held = [schedule.stash_peak(i, 2 * p, m) for i in range(2 * p)]
+        options = [choice.option for choice in plan]
+        needed = (shared_bytes(options[j::p], held[j::p], (0, 0)) for j in range(p))
+        return max(needed) <= memory_bytes
+
+    times_s = [
+        judged_s(plan, schedule, m, received_s.__getitem__)
+        for plan in chains(0, 2 * p)
+        if fits_together(plan)
+    ]
+    return bounds_s, times_s
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_no_plan_beats_the_bounds_of_memory_that_stages_share(p):
+    rng, ratios = random.Random(p), []
+    for _ in range(60):
+        bounds_s, times_s = shared_case(rng, p)
+        for bound_s in bounds_s:
+            assert bound_s <= min(times_s, default=math.inf) * (1 + 1e-9)
+        if times_s:
+            ratios.append(max(bounds_s) / min(times_s))
+    assert len(ratios) > 20
+    assert np.median(ratios) > (0.9 if p == 1 else 0.7)
+
+
+def test_options_that_share_memory_take_the_least_that_fits():
+    rng = random.Random(0)
+    for _ in range(40):
+        options = [
+            [
+                StageOption(
+                    forward_s=rng.random(),
+                    backward_s=rng.random(),
+                    once_s=0.0,
+                    fixed_bytes=rng.random(),
+                    stash_bytes=rng.random(),
+                    tag=None,
+                )  # fmt: skip
+                for _ in range(4)
+            ]
+            for _ in range(3)
+        ]
+        held = [3, 2, 1]
+        fitting = [
+            chosen
+            for chosen in itertools.product(*options)
+            if shared_bytes(chosen, held, (0,) * 3) <= 4
+        ]
+        if fitting:
+            best_s = min(sum(option.seconds for option in chosen) for chosen in fitting)
+            found = least_together(options, held, 4)
+            assert shared_bytes(found, held, (0,) * 3) <= 4
+            assert sum(option.seconds for option in found) == pytest.approx(best_s)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
