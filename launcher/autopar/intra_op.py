@@ -27,6 +27,7 @@ from launcher.autopar.stage_problem import (
     Group,
     Key,
     NodeCost,
+    OpChoices,
     Part,
     StageProblem,
     StageSettings,
@@ -157,7 +158,9 @@ class IntraOpPlanner:
         self.num_solved = 0
         self._producer = model.producer()
         self.param_owners = model.param_owners()
+        self.workspaces: dict[Hashable, object] = {}  # of `layer_workspace`
         self._fragments: dict[tuple, ClassFragment] = {}
+        self._op_choices: dict[tuple, dict[int, OpChoices]] = {}
         self._solutions: dict[Hashable, tuple[Picks, float]] = {}
         self.wiring = lru_cache(maxsize=None)(self._wiring)
 
@@ -221,13 +224,12 @@ class IntraOpPlanner:
         return problem
 
     def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
-        sharded = settings.zero == 3
-        key = (
-            name, settings.mesh, sharded, settings.restrictions, settings.compute.key,
-            settings.optimizer,
-        )  # fmt: skip
+        of_ops = (name, settings.mesh, settings.restrictions, settings.compute.key)
+        key = (*of_ops, settings.zero == 3, settings.optimizer)
         if key not in self._fragments:
-            self._fragments[key] = ClassFragment(self.classes[name], self.tags[name], settings)
+            known = self._op_choices.setdefault(of_ops, {})
+            cls, tags = self.classes[name], self.tags[name]
+            self._fragments[key] = ClassFragment(cls, tags, settings, known)
         return self._fragments[key]
 
     def _add_class(self, problem: StageProblem, name: str, wiring: StageWiring) -> None:

@@ -1,6 +1,6 @@
 """The temporary buffers that one layer of a class needs in its passes, under a stage's picks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,10 +53,24 @@ class LayerWorkspace:
 
 
 def layer_workspace(
-    cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place]
-) -> LayerWorkspace:
-    """See what the passes of a layer hold, written down line by line."""
-    return LayerWorkspace(_Writer(cls, sharding, aliases))
+    cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place],
+    known: dict[Hashable, LayerWorkspace],
+) -> LayerWorkspace:  # fmt: skip
+    """See what the passes of a layer hold, written down line by line.
+
+    Args:
+        known: those that were seen, to which this one is added: the same picks hold the same.
+    """
+    places = {other for (name, _), other in aliases.items() if name == cls.name}
+    own = frozenset(
+        (key, pick)
+        for key, pick in sharding.picks.items()
+        if key[1] == cls.name or key[1:] in places
+    )
+    key = (cls.name, sharding.settings.mesh, own)
+    if key not in known:
+        known[key] = LayerWorkspace(_Writer(cls, sharding, aliases))
+    return known[key]
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ def class_memories(
     planner: IntraOpPlanner, sharding: StageSharding, wiring: StageWiring
 ) -> dict[str, ClassMemory]:
     """Count one layer of each class of a stage."""
-    count = _Counter(sharding, wiring.aliases)
+    count = _Counter(sharding, wiring.aliases, planner.workspaces)
     return {name: count.layer(planner.classes[name]) for name in wiring.classes}
 
 
@@ -232,8 +232,9 @@ def _param_memory(aval, home: Spec, accumulator: Spec | None, settings: StageSet
 class _Counter:
     """Local bytes of the values of a class under a stage's picks."""
 
-    def __init__(self, sharding: StageSharding, aliases: Mapping[Place, Place]):
+    def __init__(self, sharding: StageSharding, aliases: Mapping[Place, Place], workspaces: dict):
         self.sharding, self.picks, self.aliases = sharding, sharding.picks, aliases
+        self.workspaces = workspaces
         self.mesh_shape = sharding.settings.mesh.shape
 
     def local(self, cls: LayerClass, value: Value, spec: Spec) -> float:
@@ -285,7 +286,7 @@ class _Counter:
             return {slot: slots[slot] for slot in read if cls.slots[slot].role is role}
 
         return ClassMemory(
-            workspace=layer_workspace(cls, self.sharding, self.aliases),
+            workspace=layer_workspace(cls, self.sharding, self.aliases, self.workspaces),
             params=self.params(cls),
             state_bytes=sum(slots[slot] for slot in slots if cls.slots[slot].role is Role.STATE),
             residual_bytes=self.residuals(cls),

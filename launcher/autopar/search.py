@@ -206,8 +206,19 @@ class _Attempts:
         while at != self.best()[1]:
             at = self.best()[1]
             place = counts.index(at)
-            for neighbour in counts[max(place - 1, 0) : place + 2]:
-                self.step_s(neighbour)
+            beside = [counts[k] for k in (place - 1, place + 1) if 0 <= k < len(counts)]
+            # Uphill first: on the side of the better of those that were tried further away.
+            for neighbour in sorted(beside, key=lambda count: self._beyond_s(count, at)):
+                if self.step_s(neighbour) < self.step_s(at):
+                    break
+
+    def _beyond_s(self, neighbour: int, at: int) -> float:
+        """The least step time of what was tried on a neighbour's side."""
+        is_more = neighbour > at
+        tried = (
+            t.step_s for count, t in self.found.items() if (count > at) == is_more and count != at
+        )
+        return min(tried, default=math.inf)
 
     def settle(self) -> None:
         """Solve anew what the best number of microbatches took over from others."""

@@ -36,7 +36,7 @@ from launcher.autopar.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.param_costs import ParamCosts, param_costs, reshard_matrix, state_spec
 from launcher.autopar.ports import Port
 from launcher.autopar.restrictions import ClassTags, Restrictions
-from launcher.autopar.rules import axis_choices, shapes_of, strategies
+from launcher.autopar.rules import Strategy, axis_choices, shapes_of, strategies
 from launcher.autopar.solver import PairwiseProblem
 from launcher.autopar.spec import PARTIAL, REPLICATED, Spec, all_specs, replicated
 from launcher.autopar.trace import Role
@@ -164,15 +164,38 @@ class Reader:
     part: Part
 
 
+@dataclass(frozen=True, slots=True)
+class OpChoices:
+    """What one op of a class may choose.
+
+    Attributes:
+        costs: Seconds, by strategy.
+        reads: Its operands, each with the specs that the strategies read it in.
+        results: The specs that they leave each result in.
+    """
+
+    strategies: tuple[Strategy, ...]
+    costs: np.ndarray
+    reads: tuple[tuple[Value, tuple[Spec, ...]], ...]
+    results: tuple[tuple[Spec, ...], ...]
+
+
 class ClassFragment:
     """The nodes and edges inside one layer class, on one mesh.
 
     Of the settings only the mesh, the restrictions and whether ZeRO-3 shards the parameters matter; what
     other ZeRO stages change is asked for by `param_costs`.
+
+    Args:
+        op_choices: what is known of its ops; what is found out is added. ZeRO changes nothing of them.
     """
 
-    def __init__(self, cls: LayerClass, tags: ClassTags, settings: StageSettings):
+    def __init__(
+        self, cls: LayerClass, tags: ClassTags, settings: StageSettings,
+        op_choices: dict[int, "OpChoices"] | None = None,
+    ):  # fmt: skip
         self.cls, self.tags, self.settings = cls, tags, settings
+        self._op_choices = {} if op_choices is None else op_choices
         self.mesh = settings.mesh
         self.choices: dict[Key, tuple] = {}
         self.nodes: list[NodeCost] = []
@@ -249,9 +272,20 @@ class ClassFragment:
                 backward_input=id(op) in first_half,
                 backward_weight=id(op) in second_half,
             )
-            self._add_op(self.key("op", index), op, part)
+            self._add_op(index, op, part)
 
-    def _add_op(self, key: Key, op: Op, part: Part) -> None:
+    def _add_op(self, index: int, op: Op, part: Part) -> None:
+        if index not in self._op_choices:
+            self._op_choices[index] = self._choices_of(op)
+        known, key = self._op_choices[index], self.key("op", index)
+        self.choices[key] = known.strategies
+        self.nodes.append(NodeCost(key, known.costs, part, self.cls.name))
+        for operand, specs in known.reads:
+            self._read(operand, Port(key, specs), part)
+        for value, specs in zip(op.results, known.results, strict=True):
+            self.source[value] = Port(key, specs)
+
+    def _choices_of(self, op: Op) -> "OpChoices":
         shape = self.mesh.shape
         allowed = self.settings.restrictions.op_choices(op, self.tags, self.mesh.num_axes)
         idle = axis_choices(op)[:1]  # the replicated choice comes first
@@ -259,17 +293,20 @@ class ClassFragment:
         found = strategies(op, shapes_of(op), shape, active) or strategies(
             op, shapes_of(op), shape, [(*c, *idle) for c in active]
         )
-        self.choices[key] = found
         division = np.array([strategy.work_division(shape) for strategy in found])
         seconds = self.settings.compute.op_s(op, division)
-        costs = seconds + [combine_cost(op, strategy, self.mesh) for strategy in found]
-        self.nodes.append(NodeCost(key, costs, part, self.cls.name))
-        for index, operand in enumerate(op.operands):
-            if not isinstance(operand, Literal):
-                port = Port(key, tuple(strategy.operand_spec(index) for strategy in found))
-                self._read(operand, port, part)
-        for index, value in enumerate(op.results):
-            self.source[value] = Port(key, tuple(s.result_spec(index) for s in found))
+        return OpChoices(
+            strategies=found,
+            costs=seconds + [combine_cost(op, strategy, self.mesh) for strategy in found],
+            reads=tuple(
+                (operand, tuple(strategy.operand_spec(index) for strategy in found))
+                for index, operand in enumerate(op.operands)
+                if not isinstance(operand, Literal)
+            ),
+            results=tuple(
+                tuple(s.result_spec(index) for s in found) for index in range(len(op.results))
+            ),
+        )
 
     def _read(self, value: Value, port: Port, part: Part) -> None:
         """Take down a reader, in each program that it is part of."""
