@@ -4,6 +4,7 @@ writes it, and with the copies that matrix products read.
 What of it gets a buffer, and in which order the lines run, is `workspace`'s part.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -163,6 +164,8 @@ class Tape:
                 for i, operand in enumerate(op.operands)
                 if isinstance(operand, Value)
             ]
+            if _is_swapped(op):
+                reads = [self._unreversed(buffer) for buffer in reads]
             makes = [(value, strategy.result_spec(i), None) for i, value in enumerate(op.results)]
             self._write(str(op.primitive), reads, makes)
             if _makes_matrix(op):
@@ -171,8 +174,38 @@ class Tape:
                 self._copies.put(value, spec)
 
     def accumulate(self, buffer: Buffer) -> None:
-        """Add a value to one that has a buffer elsewhere, in place."""
+        """Add a value to one that has a buffer elsewhere, in place.
+
+        XLA scatters into that buffer what would be scattered into zeros first.
+        """
+        maker = self._maker(buffer, "scatter-add")
+        before = self.lines
+        if maker is not None:
+            self._drop(maker)
+            zeros = self._maker(maker.reads[0], "broadcast_in_dim")
+            if zeros is not None and not zeros.reads:
+                self._drop(zeros)
+                self._write("scatter-add", maker.reads[1:], [])
+                return
+        self.lines = before
         self._write("add", [buffer], [])
+
+    def _unreversed(self, buffer: Buffer) -> Buffer:
+        """What a kernel is the reverse of, if it is one: the convolution itself reads it backwards."""
+        maker = self._maker(buffer, "rev")
+        if maker is None:
+            return buffer
+        self._drop(maker)
+        return maker.reads[0]
+
+    def _maker(self, buffer: Buffer, name: str) -> Line | None:
+        """The line of some name that makes a buffer nobody has read yet."""
+        if any(buffer in line.reads for line in self.lines):
+            return None
+        return next((x for x in self.lines if x.name == name and buffer in x.makes), None)
+
+    def _drop(self, *lines: Line) -> None:
+        self.lines = [line for line in self.lines if all(line is not other for other in lines)]
 
     def bytes(self, buffer: Buffer) -> float:
         value, spec, _ = buffer
@@ -206,6 +239,19 @@ class Tape:
             source = self._viewed.get(buffer, buffer)
             self._write("transpose" if order else "reshape", [source], [copy])
         return copy
+
+
+def _is_swapped(op: Op) -> bool:
+    """Whether a convolution's kernel is larger than its input: XLA lets them change places."""
+    if op.primitive is not prim.conv_general_dilated_p:
+        return False
+    numbers = op.eqn.params["dimension_numbers"]
+    sizes = (
+        math.prod(atom.aval.shape[dim] for dim in spec[2:])
+        for atom, spec in zip(op.eqn.invars, (numbers.lhs_spec, numbers.rhs_spec), strict=True)
+    )
+    input_size, kernel_size = sizes
+    return kernel_size > input_size
 
 
 def _makes_matrix(op: Op) -> bool:

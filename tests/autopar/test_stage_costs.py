@@ -10,6 +10,7 @@ from launcher.autopar.layers import build_layers
 from launcher.autopar.memory import class_memories, stage_memory
 from launcher.autopar.optimizer_state import ADAMW
 from launcher.autopar.stage_costs import Choices, StageCosts
+from launcher.autopar.stage_table import shared_bytes
 from launcher.autopar.trace import trace_model
 from launcher.errors import InfeasiblePlanError
 
@@ -111,10 +112,8 @@ def test_an_option_holds_what_the_memory_model_counts(planner, cpu8, recompute):
             sharding = option.tag.sharding
             memory = stage_memory(class_memories(planner, sharding, wiring), wiring, recompute)
             for in_flight in range(1, 5):
-                bound = option.fixed_bytes + in_flight * option.stash_bytes
-                assert memory.peak_bytes(in_flight) <= bound * (1 + 1e-9)
-            at_one = option.fixed_bytes + option.stash_bytes
-            assert memory.peak_bytes(1) == pytest.approx(at_one)
+                needed = shared_bytes([option], [in_flight], [0])
+                assert memory.peak_bytes(in_flight) == pytest.approx(needed, rel=1e-12)
 
 
 def test_recomputation_runs_the_forward_pass_again_and_keeps_less(planner, cpu8):
