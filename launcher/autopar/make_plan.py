@@ -16,7 +16,7 @@ from launcher.autopar.placement import Placement
 from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.search import Candidate, search
+from launcher.autopar.search import Candidate, Search, search
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.stage_layout import training_layout
 from launcher.autopar.stage_table import StageChoice
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _JUDGED = 3  # candidates that the simulator judges in full, or more until one fits
 PLAN_VERSION = 1
+_MORE_SEARCHES = 2  # where no finished plan fits
 _CLOSE = 1.03  # how much faster a plan may be, finished, than the search thinks, or slower
 _HALF_PRECISIONS = {"fp16", "bf16"}  # a model has the same ops in both
 
@@ -51,17 +52,20 @@ def find_plan(
 ) -> Planned:
     """Search, let the simulator judge the best candidates, and return the winner."""
     found = search(model, cluster, options, progress)
-    footprint = OptimizerFootprint(options.optimizer)
-    judged: list[tuple[Candidate, RealizedPlan, Outlook]] = []
-    for candidate in found.candidates:
-        fitting_s = [o.prediction.step_s for _, _, o in judged if _fits(o, cluster)]
-        # Behind one that fits, those that might still be faster; not more of them than a few.
-        if fitting_s and (len(judged) >= _JUDGED or candidate.step_s > _CLOSE * min(fitting_s)):
+    judged = _judge(found, model, cluster, options, progress)
+    for _ in range(_MORE_SEARCHES):
+        over = min(max(o.prediction.peak_bytes_per_device) for _, _, o in judged)
+        over -= cluster.device.usable_bytes
+        if over <= 0:
             break
-        progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
-        plan = _as_plan(candidate, model, cluster, options)
-        realized = realize(plan, model, cluster, candidate.planner, footprint)
-        judged.append((candidate, realized, foresee(realized, cluster)))
+        # The search counts less memory than a finished plan has need of: leave it so much less.
+        progress(f"searching again with {size(over)} less memory")
+        try:
+            again = search(model, _with_less_memory(cluster, over), options, progress)
+        except InfeasiblePlanError:
+            break
+        found = replace(again, bound_s=min(found.bound_s, again.bound_s))
+        judged = _judge(found, model, cluster, options, progress)
     behind = found.candidates[len(judged) :]
     judged.sort(key=lambda found: (not _fits(found[2], cluster), found[2].prediction.step_s))
     best, realized, outlook = judged[0]
@@ -79,14 +83,37 @@ def find_plan(
             wall_s=found.wall_s,
             ilp_solved=found.ilp_solved,
             candidates=found.priced,
-            optimality_gap=max(
-                0.0, 1.0 - found.bound_s / best.step_s
-            ),  # both by the search's own clock
-            space=f"{found.space.describe()}; {', '.join(map(str, found.tried))} microbatches",
+            # Both by the search's own clock.
+            optimality_gap=max(0.0, 1.0 - found.bound_s / best.step_s),
+            space=found.describe_space(),
         ),
         runners_up=tuple(others[: _JUDGED - 1]),
     )
     return Planned(plan, replace(realized, plan=plan), outlook)
+
+
+def _judge(
+    found: Search, model: Model, cluster: Cluster, options: PlanOptions,
+    progress: Callable[[str], None],
+) -> list[tuple[Candidate, RealizedPlan, Outlook]]:  # fmt: skip
+    """Simulate candidates in full: until one fits, and then those that might still be faster."""
+    footprint = OptimizerFootprint(options.optimizer)
+    judged: list[tuple[Candidate, RealizedPlan, Outlook]] = []
+    for candidate in found.candidates:
+        fitting_s = [o.prediction.step_s for _, _, o in judged if _fits(o, cluster)]
+        if fitting_s and (len(judged) >= _JUDGED or candidate.step_s > _CLOSE * min(fitting_s)):
+            break
+        progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
+        plan = _as_plan(candidate, model, cluster, options)
+        realized = realize(plan, model, cluster, candidate.planner, footprint)
+        judged.append((candidate, realized, foresee(realized, cluster)))
+    return judged
+
+
+def _with_less_memory(cluster: Cluster, over_bytes: float) -> Cluster:
+    device = cluster.device
+    reserved = device.reserved_bytes + math.ceil(over_bytes)
+    return replace(cluster, device=replace(device, reserved_bytes=reserved))
 
 
 def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:

@@ -27,6 +27,7 @@ from launcher.autopar.advice import (
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
 from launcher.autopar.cluster import Cluster
+from launcher.autopar.cuts import crossing_bytes, stage_cuts
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.optimizer_state import OptimizerFootprint
@@ -35,15 +36,13 @@ from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.stage_costs import Choices, Known, StageCosts
 from launcher.autopar.trace import Role
-from launcher.autopar.work import aval_bytes, op_flops
+from launcher.autopar.work import aval_bytes
 from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 
-_MOST_CUTS = 24
 _STEP_FACTOR = 4
 _ROOMY = 0.25  # of a device's memory
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
-_LIGHT = 0.5  # of a mean piece: less work is no stage's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +86,7 @@ class Search:
     Attributes:
         bound_s: No plan of the space takes less, at the numbers of microbatches that were tried.
         tried: These numbers.
+        cuts: Of how many pieces stages are made, and how many layers there are.
     """
 
     candidates: tuple[Candidate, ...]
@@ -96,6 +96,14 @@ class Search:
     priced: int
     bound_s: float
     tried: tuple[int, ...]
+    cuts: tuple[int, int]
+
+    def describe_space(self) -> str:
+        """What was searched, in words."""
+        pieces, layers = self.cuts
+        cuts = f"stages of {pieces} pieces of {layers} layers" if pieces < layers else ""
+        counts = f"{', '.join(map(str, self.tried))} microbatches"
+        return "; ".join(filter(None, (self.space.describe(), cuts, counts)))
 
 
 def search(
@@ -126,6 +134,7 @@ def search(
         priced=sum(attempt.num_candidates for attempt in tried),
         bound_s=min(attempt.bound_s for attempt in tried),
         tried=tuple(sorted((*attempts.found, *attempts.failures))),
+        cuts=next(iter(tried)).cuts,
     )
 
 
@@ -135,6 +144,7 @@ class _Tried:
 
     num_solved: int
     candidates: tuple[Candidate, ...]
+    cuts: tuple[int, int]  # pieces, layers
     bound_s: float
     num_candidates: int
 
@@ -155,6 +165,7 @@ class _Tried:
         return _Tried(
             num_solved=self.num_solved + other.num_solved,
             candidates=tuple(best.values()),
+            cuts=self.cuts,
             bound_s=min(self.bound_s, other.bound_s),
             num_candidates=self.num_candidates + other.num_candidates,
         )
@@ -248,18 +259,34 @@ def _try(
     model: Model, cluster: Cluster, options: PlanOptions, num_microbatches: int,
     worth_s: float, known: Known, space: Space,
 ) -> _Tried:  # fmt: skip
-    """Search all schedules for what takes less than `worth_s`."""
+    """Search all schedules for what takes less than `worth_s`; where memory is scarce, with all choices."""
     microbatch_size = options.global_batch // num_microbatches
     layered = _layers(model, cluster, options, space, microbatch_size)
-    planner = IntraOpPlanner(layered)
-    optimizer = OptimizerFootprint(options.optimizer)
+    planner, optimizer = IntraOpPlanner(layered), OptimizerFootprint(options.optimizer)
+    search_with = partial(
+        _try_choices, planner, cluster, options, num_microbatches, worth_s, known, space
+    )
+    some = _worthwhile(space.choices, layered, optimizer, cluster)
+    try:
+        return search_with(some)
+    except InfeasiblePlanError:
+        if some == space.choices:
+            raise
+    return search_with(space.choices)
+
+
+def _try_choices(
+    planner: IntraOpPlanner, cluster: Cluster, options: PlanOptions, num_microbatches: int,
+    worth_s: float, known: Known, space: Space, choices: Choices,
+) -> _Tried:  # fmt: skip
+    layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     cuts = {v: stage_cuts(layered, (space.num_submeshes or 0) * v) for _, v in space.schedules}
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
-        choices=_worthwhile(space.choices, layered, optimizer, cluster), optimizer=optimizer,
-        microbatch_size=microbatch_size, known=known, cuts={*chain.from_iterable(cuts.values())},
+        choices=choices, optimizer=optimizer, known=known,
+        microbatch_size=options.global_batch // num_microbatches, cuts={*chain.from_iterable(cuts.values())},
     )  # fmt: skip
-    bytes_at = _crossing_bytes(planner)
+    bytes_at = crossing_bytes(planner.model)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
     found: list[Arranged] = []
     candidates: list[Candidate] = []
@@ -290,6 +317,7 @@ def _try(
     return _Tried(
         num_solved=planner.num_solved,
         candidates=tuple(candidates),
+        cuts=(len(cuts[space.schedules[0][1]]) - 1, len(layered.layers)),
         bound_s=min(arranged.bound_s for arranged in found),
         num_candidates=sum(arranged.num_candidates for arranged in found),
     )
@@ -334,49 +362,3 @@ def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
         if global_batch % size == 0 and global_batch // size in counts:
             yield global_batch // size
         size *= _STEP_FACTOR
-
-
-def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
-    """Where stages may begin: before every layer, or, where that is too often, every few equal ones.
-
-    A layer with little work goes with the ones beside it.
-
-    Args:
-        num_stages: so many stages there must be room for.
-    """
-    count, most = len(model.layers), max(_MOST_CUTS, num_stages)
-    if count <= most:
-        return tuple(range(count + 1))
-    for group in range(2, count):
-        cuts = _grouped(model, group)
-        if len(cuts) - 1 <= most:
-            enough = len(cuts) - 1 >= num_stages
-            return cuts if enough else tuple(round(i * count / most) for i in range(most + 1))
-    return 0, count
-
-
-def _grouped(model: LayeredModel, group: int) -> tuple[int, ...]:
-    """Cuts before every so many equal layers, counted from the first of them."""
-    classes = [layer.cls for layer in model.layers]
-    work = [sum(op_flops(op) for op in cls.joint.ops) for cls in classes]
-    least = _LIGHT * sum(work) / len(work) * group
-    cuts, run = [0], 0
-    for index in range(1, len(classes)):
-        run = run if classes[index] is classes[index - 1] else index
-        if (index - run) % group == 0 and sum(work[cuts[-1] : index]) >= least:
-            cuts.append(index)
-    if len(cuts) > 1 and sum(work[cuts[-1] :]) < least:
-        cuts.pop()
-    return (*cuts, len(classes))
-
-
-def _crossing_bytes(planner: IntraOpPlanner) -> dict[int, float]:
-    """Bytes that cross each boundary per microbatch: values on, gradients back."""
-    layers = planner.model.layers
-    avals = planner.model.traced.graph.avals
-    crossing: dict[int, float] = {0: 0.0, len(layers): 0.0}
-    for cut in range(1, len(layers)):
-        made = {value for layer in layers[:cut] for value in layer.outputs}
-        read = {value for layer in layers[cut:] for value in layer.inputs}
-        crossing[cut] = 2.0 * sum(aval_bytes(avals[value]) for value in made & read)
-    return crossing

@@ -64,10 +64,12 @@ class Space:
         """What a plan of the space may be, in words."""
         shapes = [hosts * devices for hosts, devices in self.submeshes]
         names = [name if v == 1 else f"{name} x {v}" for name, v in self.schedules]
+        zero = self.choices.zero
+        scarce = " (3 where memory is scarce)" if len(zero) > 1 and 3 in zero else ""
         return (
             f"schedules {', '.join(names)}; submeshes of {', '.join(map(str, sorted(set(shapes))))} "
             f"devices; recomputation {', '.join(self.choices.recompute)}; ZeRO "
-            f"{', '.join(map(str, self.choices.zero))}; strategies of the sharding problems"
+            f"{', '.join(map(str, zero))}{scarce}; strategies of the sharding problems"
         )
 
 
@@ -106,10 +108,13 @@ def make_space(options: PlanOptions, cluster: Cluster) -> Space:
 
 def schedules(options: PlanOptions) -> tuple[tuple[str, int], ...]:
     """The schedules that a plan may have, by name and stages on a submesh."""
-    if options.mode != "auto" or options.schedule or options.virtual_stages:
+    is_open = options.mode == "auto" and options.virtual_stages is None
+    if not is_open or options.schedule not in (None, "interleaved"):
         return ((options.schedule or "1f1b", virtual_stages(options)),)
-    interleaved = (("interleaved", v) for v in _VIRTUAL_STAGES)
-    return ("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), *interleaved
+    interleaved = tuple(("interleaved", v) for v in _VIRTUAL_STAGES)
+    return (
+        interleaved if options.schedule else (("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), *interleaved)
+    )
 
 
 def virtual_stages(options: PlanOptions) -> int:
