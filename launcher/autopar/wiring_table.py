@@ -35,8 +35,12 @@ class WiringTable:
     def of(cls, wirings: Sequence[StageWiring]) -> "WiringTable":
         """Return the table of some ranges."""
         classes, layers = counted([wiring.classes for wiring in wirings])
-        places, owned = counted([_held(wiring, "owned") for wiring in wirings])
-        _, borrowed = counted([_held(wiring, "borrowed") for wiring in wirings])
+        places, owned = counted(
+            [{p: held.owned for p, held in w.holdings.items()} for w in wirings]
+        )
+        _, borrowed = counted(
+            [{p: held.borrowed for p, held in w.holdings.items()} for w in wirings]
+        )
         read, internal = counted([_read(wiring) for wiring in wirings])
         imported, imports = counted([dict.fromkeys(wiring.imports, 1) for wiring in wirings])
         unread = np.array([bool(wiring.unread) for wiring in wirings])
@@ -56,10 +60,6 @@ def counted(rows: Iterable[Mapping[Hashable, int]]) -> tuple[tuple, np.ndarray]:
         for thing, count in counts.items():
             row[columns[thing]] = count
     return tuple(columns), table
-
-
-def _held(wiring: StageWiring, kind: str) -> dict[Place, int]:
-    return {place: getattr(holding, kind) for place, holding in wiring.holdings.items()}
 
 
 def _read(wiring: StageWiring) -> dict[Place, int]:
