@@ -117,9 +117,9 @@ class Arranger:
             step_s = None if result.stages is None else self._judge(result.stages)
             if step_s is not None and step_s < known_s:
                 best, known_s = result, step_s
-        if not bounds_s:
-            raise failures[0]
-        return replace(best, bound_s=min(bounds_s))
+        if best.stages is None and math.isinf(self.worth_s):
+            raise failures[0] if failures else self._no_fit()
+        return replace(best, bound_s=min(bounds_s, default=math.inf))
 
     def _refined(self, result: SearchResult, first: SearchResult) -> Arranged:
         """Look, with the simulator, whether other stages are faster than those of the formula.

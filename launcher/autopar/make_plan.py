@@ -53,6 +53,7 @@ def find_plan(
     """Search, let the simulator judge the best candidates, and return the winner."""
     found = search(model, cluster, options, progress)
     judged = _judge(found, model, cluster, options, progress)
+    counted = cluster
     for _ in range(_MORE_SEARCHES):
         over = min(max(o.prediction.peak_bytes_per_device) for _, _, o in judged)
         over -= cluster.device.usable_bytes
@@ -60,8 +61,9 @@ def find_plan(
             break
         # The search counts less memory than a finished plan has need of: leave it so much less.
         progress(f"searching again with {size(over)} less memory")
+        counted = _with_less_memory(counted, over)
         try:
-            again = search(model, _with_less_memory(cluster, over), options, progress)
+            again = search(model, counted, options, progress)
         except InfeasiblePlanError:
             break
         found = replace(again, bound_s=min(found.bound_s, again.bound_s))

@@ -1,5 +1,6 @@
 """From options to a plan: what was forced is in it, it holds together, and it replays."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from launcher.autopar.clustering import cluster
 from launcher.autopar.make_plan import _check_memory, _fits, adopt_plan, find_plan, make_plan
 from launcher.autopar.plan import ModelRef
 from launcher.autopar.plan_file import from_json, to_json
-from launcher.autopar.predict import predict
+from launcher.autopar.predict import foresee, predict
 from launcher.autopar.realize import realize
 from launcher.autopar.space import PlanOptions
 from launcher.autopar.trace import trace_model
@@ -155,6 +156,25 @@ def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
         match=r"needs 0\.\d+ GiB on a device that has 0\.00 GiB .*memory_gib=0\.0039",
     ):
         _check_memory(found.outlook, small, options("single"))
+
+
+def test_memory_that_finished_plans_lack_is_left_out_of_another_search(gpt, cpu8, monkeypatch):
+    """Finished plans need half as much again here; at first none fits."""
+    fastest = planned(gpt, cpu8, "auto", schedule="1f1b").plan
+
+    def more(realized, cluster):
+        outlook = foresee(realized, cluster)
+        peaks = tuple(1.5 * peak for peak in outlook.prediction.peak_bytes_per_device)
+        return replace(outlook, prediction=replace(outlook.prediction, peak_bytes_per_device=peaks))
+
+    monkeypatch.setattr(importlib.import_module("launcher.autopar.make_plan"), "foresee", more)
+    limit = int(1.2 * max(fastest.predicted.peak_bytes_per_device))
+    small = replace(cpu8, device=replace(cpu8.device, memory_bytes=limit, reserved_bytes=0))
+    said: list[str] = []
+    found = find_plan(gpt, small, options("auto", schedule="1f1b"), said.append).plan
+    assert max(found.predicted.peak_bytes_per_device) <= limit
+    assert any("searching again with" in line for line in said)
+    assert found.predicted.step_s >= fastest.predicted.step_s
 
 
 def test_a_reserve_is_left_empty(gpt, cpu8):

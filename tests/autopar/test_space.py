@@ -63,6 +63,15 @@ def test_auto_leaves_everything_open_that_is_not_forced(cpu8):
     assert forced.schedules == (("gpipe", 1),)
 
 
+def test_virtual_stages_are_open_unless_they_are_given(cpu8):
+    for given, expected in ((None, (2, 3, 4)), (3, (3,))):
+        asked = options("auto", schedule="interleaved", virtual_stages=given)
+        assert make_space(asked, cpu8).schedules == tuple(("interleaved", v) for v in expected)
+    assert make_space(options("manual", schedule="interleaved"), cpu8).schedules == (
+        ("interleaved", 2),
+    )
+
+
 @pytest.mark.parametrize(
     ("mode", "ep", "experts", "data"),
     [

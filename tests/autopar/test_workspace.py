@@ -142,6 +142,40 @@ def test_a_gradient_waits_for_being_added():
     assert temporary_bytes(tape) == SIZE
 
 
+def test_what_would_be_scattered_into_zeros_is_scattered_into_the_sum():
+    """The gradient of an embedding."""
+    indices = jax.ShapeDtypeStruct((SHORT, 1), jnp.int32)
+    rows = jax.ShapeDtypeStruct((SHORT, COLUMNS), jnp.float32)
+
+    def gradient(indices, rows):
+        numbers = jax.lax.ScatterDimensionNumbers((1,), (0,), (0,))
+        zeros = jnp.zeros((ROWS, COLUMNS))
+        return jax.lax.scatter_add(zeros, indices, rows, numbers, mode="clip")
+
+    tape, _, outputs = written(gradient, indices, rows)
+    before = temporary_bytes(tape)
+    assert before >= SIZE
+    tape.accumulate(*outputs)
+    assert tape.lines[-1].name == "scatter-add"
+    assert temporary_bytes(tape) <= before - SIZE
+
+
+@pytest.mark.parametrize(("pixels", "kernel", "copies"), [(2, 3, 0), (8, 3, 1)])
+def test_a_kernel_larger_than_its_input_is_read_backwards(pixels, kernel, copies):
+    def gradient(image, weights):
+        return jax.lax.conv_general_dilated(
+            image,
+            jnp.flip(weights, (0, 1)),
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    image = jax.ShapeDtypeStruct((1, pixels, pixels, 4), jnp.float32)
+    weights = jax.ShapeDtypeStruct((kernel, kernel, 4, 4), jnp.float32)
+    assert held(gradient, image, weights) == copies * 4 * 16 * kernel**2
+
+
 def test_a_call_gathers_all_its_inputs_first_and_a_program_each_when_it_is_read():
     mesh = LogicalMesh(shape=(4, 1), alpha=(0.0, 0.0), beta=(0.0, 0.0))
     graph, _ = trace(lambda x, v, w: (x @ v) @ w, X, SQUARE, SQUARE)
