@@ -32,8 +32,7 @@ class ModelRef:
 
     Attributes:
         fingerprint: Of its name and sizes; None in a plan written by hand.
-        dtype: Of the computation; None leaves it to the config, here and below.
-        attention, loss_chunks: By which kernels.
+        dtype, attention, loss_chunks: How it computes; None leaves it to the config.
     """
 
     name: str

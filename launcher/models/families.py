@@ -61,8 +61,8 @@ def resolve(
     memory_bytes: float,
     has_accelerator: bool,
     dtype: str,
-    without_cudnn: str | None,
-    prefer_plain: bool,
+    without_cudnn: str | None = None,
+    prefer_plain: bool = True,
 ) -> ModelConfig:
     """Decide what a config leaves open, and check its sizes.
 
