@@ -5,9 +5,9 @@ model with it could be planned only where there is a GPU. `causal_attention` the
 that it calls next, which is private to JAX (written against jax 0.10.2); tests compare the two traces.
 
 A CPU, on which plans are rehearsed, has no such kernel: there the forward and the backward call compute
-the formulas of attention in fp32 (Dao 2023, "FlashAttention-2", section 2.3, without its tiles), on the
-same operands and so under the same shardings. Left out there is what this module never asks for: bias,
-dropout, lengths, packed and paged sequences.
+the formulas of attention in at least fp32 (Dao 2023, "FlashAttention-2", section 2.3, without its
+tiles), on the same operands and so under the same shardings. Left out there is what this module never
+asks for: bias, dropout, lengths, packed and paged sequences.
 
 Letters of shapes: B batch, S sequence (T where a key's position), N heads, D features of a head.
 """
@@ -23,6 +23,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.interpreters import mlir
 
 from launcher.errors import UnsupportedPrimitiveError
+from launcher.models.layers import at_least_fp32
 
 # What is planned for where there is no cuDNN: JAX asks no kind of GPU for a later one.
 _PLANNED_VERSION = 91100
@@ -43,21 +44,19 @@ def causal_attention(q_BSND: Array, k_BTND: Array, v_BTND: Array) -> Array:
 def _forward_on_cpu(q_BSND, k_BTND, v_BTND, *unused, scale, is_training, **params):
     """The output and, in training, the logarithm of each row's sum of exponentials."""
     _check_is_ours(unused, params)
-    query, key, value = (x.astype(jnp.float32) for x in (q_BSND, k_BTND, v_BTND))
+    query, key, value = _widened(q_BSND, k_BTND, v_BTND)
     scores_BNST = _scores(query, key, scale)
     log_total_BNS = jax.nn.logsumexp(scores_BNST, axis=-1)
     probabilities_BNST = jnp.exp(scores_BNST - log_total_BNS[..., None])
     y_BSND = jnp.einsum("BNST,BTND->BSND", probabilities_BNST, value).astype(q_BSND.dtype)
-    return (y_BSND, log_total_BNS) if is_training else (y_BSND,)
+    return (y_BSND, log_total_BNS.astype(jnp.float32)) if is_training else (y_BSND,)
 
 
 def _backward_on_cpu(q_BSND, k_BTND, v_BTND, *rest, scale, **params):
     """The gradients of queries, keys and values, from what the forward call left."""
     *unused, log_total_BNS, y_BSND, dy_BSND = rest
     _check_is_ours(unused, params)
-    query, key, value, y, dy = (
-        x.astype(jnp.float32) for x in (q_BSND, k_BTND, v_BTND, y_BSND, dy_BSND)
-    )
+    query, key, value, y, dy = _widened(q_BSND, k_BTND, v_BTND, y_BSND, dy_BSND)
     probabilities_BNST = jnp.exp(_scores(query, key, scale) - log_total_BNS[..., None])
     dprobabilities_BNST = jnp.einsum("BSND,BTND->BNST", dy, value)
     inner_BNS = jnp.einsum("BSND,BSND->BNS", dy, y)
@@ -67,6 +66,10 @@ def _backward_on_cpu(q_BSND, k_BTND, v_BTND, *rest, scale, **params):
         jnp.einsum("BNST,BSND->BTND", dscores_BNST, query).astype(k_BTND.dtype),
         jnp.einsum("BNST,BSND->BTND", probabilities_BNST, dy).astype(v_BTND.dtype),
     )
+
+
+def _widened(*arrays: Array) -> list[Array]:
+    return [x.astype(at_least_fp32(x.dtype)) for x in arrays]
 
 
 def _scores(query: Array, key: Array, scale: float) -> Array:

@@ -4,6 +4,7 @@ Letters of shapes: B batch, S sequence (T where a key's position), H hidden, N h
 a head, V vocabulary.
 """
 
+import functools
 import math
 
 import jax
@@ -72,19 +73,16 @@ class Embedding(nnx.Module):
         """Return the mean cross entropy of the next token.
 
         In several chunks of the sequence, each of which makes its logits again in the backward pass, so
-        that those of one chunk are in memory at a time. Written out and not a loop, inside which nothing
-        would be sharded; and the gradients of the table are added up in its own precision.
+        that those of one chunk are in memory at a time. Written out and not as a loop, inside which nothing
+        would be sharded; cut all at once, so that the chunks are alike; and the gradients of the table are
+        added up in its own precision.
         """
         if num_chunks == 1:
             return cross_entropy(self.logits(x_BSH), targets_BS)
-        table_VH, length = self._table[...], x_BSH.shape[1] // num_chunks
-        total = None
-        for start in range(0, x_BSH.shape[1], length):
-            x_BCH = lax.slice_in_dim(x_BSH, start, start + length, axis=1)
-            targets_BC = lax.slice_in_dim(targets_BS, start, start + length, axis=1)
-            chunk_loss = _chunk_loss(x_BCH, targets_BC, table_VH)
-            total = chunk_loss if total is None else total + chunk_loss
-        return total / num_chunks
+        lengths = (x_BSH.shape[1] // num_chunks,) * num_chunks
+        chunks = zip(lax.split(x_BSH, lengths, 1), lax.split(targets_BS, lengths, 1), strict=True)
+        losses = [_chunk_loss(*chunk, self._table[...]) for chunk in chunks]
+        return functools.reduce(jnp.add, losses) / num_chunks
 
     @property
     def _table(self) -> nnx.Param:
