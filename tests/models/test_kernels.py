@@ -96,7 +96,7 @@ def test_in_chunks_loss_and_gradients_are_the_same(config, tied):
         }
         run = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
         (loss, _), gradients = run(params, state, batch, KEY)
-        return float(loss), gradients, float(model.eval_loss(params, state, batch)[0])
+        return float(loss), gradients, float(jax.jit(model.eval_loss)(params, state, batch)[0])
 
     with jax.enable_x64(True):
         loss, gradients, eval_loss = evaluated(1)

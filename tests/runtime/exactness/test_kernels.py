@@ -5,6 +5,9 @@ A CPU computes the formulas of cuDNN's calls, on the shards that a plan gives th
 
 import jax
 import pytest
+from jax.extend.core.primitives import dot_general_p
+
+from launcher.autopar.spec import REPLICATED
 
 STEPS = 5
 PLANS = {
@@ -61,10 +64,18 @@ def test_chunks_are_layers(exact):
 
 
 def test_the_vocabulary_of_a_chunk_may_be_split(exact):
-    """Among the ways to compute a chunk's logits is one that splits the table by its rows."""
-    model = exact.model_of("gpt", "fp32", loss_chunks=4, vocab_size=4096, dropout=0.0)
-    plan = {"cluster": (1, 4), "microbatches": 1, "mode": "manual", "tp": 4, "dp": 1, "pp": 1}
+    """With the rows of the table on different devices, each makes its columns of every chunk's logits."""
+    model = exact.model_of("gpt", "fp32", loss_chunks=4, vocab_size=16384, dropout=0.0)
+    stage = {"layers": 4, "hosts": [0], "devices": [0, 1, 2, 3]}
+    stage["params"] = {"embedding/token": ["tensor", None]}
     with jax.enable_x64(False):
-        realized = exact.realized_for(model, plan)
-    (stage,) = realized.plan.stages
-    assert stage.params["embedding/token"] == ("tensor", None)
+        realized = exact.realized_for(model, {"microbatches": 2, "stages": [stage]})
+        picks = realized.stages[0].sharding.picks
+        logits = [
+            picks["op", layer.cls.name, index].result_spec(0)
+            for layer in realized.planner.model.layers
+            for index, op in enumerate(layer.cls.joint.ops)
+            if op.primitive is dot_general_p and op.eqn.outvars[0].aval.shape[1:] == (2, 16384)
+        ]
+    assert len(logits) == 2 * 4  # forward, and again in the backward pass
+    assert set(logits) == {(REPLICATED, 2)}
