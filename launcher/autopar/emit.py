@@ -41,7 +41,6 @@ class StageEmitter:
 
     def __init__(self, planner: IntraOpPlanner, sharding: StageSharding, layout: StageLayout):
         self.model, self.layout = planner.model, layout
-        self.layers = planner.model.layers[layout.first : layout.last]
         self.mesh = sharding.settings.mesh
         self.ledger = Ledger()
         self.picks = sharding.picks
@@ -56,7 +55,7 @@ class StageEmitter:
                 op.results: self.picks["op", cls.name, index]
                 for index, op in enumerate(cls.joint.ops)
             }
-            for cls in {layer.cls for layer in self.layers}
+            for cls in {layer.cls for layer in self.model.layers[layout.first : layout.last]}
         }
         self._new_values = ShardedValues
         # See `apart`; whoever knows the devices sets them: for backward and for forward passes.
