@@ -15,6 +15,7 @@ from launcher.errors import ConfigError
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "mode": ("train", "plan", "eval", "profile"),
     "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
+    "model.attention": ("auto", "plain", "cudnn"),
     "model.second_expert": ("always", "random"),
     "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
     "parallel.recompute": ("none", "layer", "full"),
@@ -40,6 +41,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "model.seq_len": COUNTS,
     "model.vocab_size": COUNTS,
     "model.dropout": SHARES,
+    "model.loss_chunks": COUNTS,
     "model.experts": COUNTS,
     "model.expert_group_size": COUNTS,
     "model.mlp_factor": COUNTS,

@@ -37,6 +37,8 @@ class GptConfig(ModelConfig):
     vocab_size: int | None = None
     tied_embeddings: bool | None = None
     dropout: float | None = None
+    attention: str = "auto"  # plain | cudnn; auto: cudnn where the cluster's GPUs have it
+    loss_chunks: int | None = None  # pieces of the sequence that get their logits in turn; null: 1
 
 
 @dataclass(kw_only=True)
@@ -51,6 +53,8 @@ class MoeConfig(ModelConfig):
     vocab_size: int | None = None
     tied_embeddings: bool | None = None
     dropout: float | None = None
+    attention: str = "auto"  # plain | cudnn; auto: cudnn where the cluster's GPUs have it
+    loss_chunks: int | None = None  # pieces of the sequence that get their logits in turn; null: 1
     experts: int | None = None
     expert_group_size: int | None = None  # tokens that are routed together
     mlp_factor: int | None = None  # width of the feed-forward layer over hidden

@@ -21,9 +21,9 @@ from launcher.autopar.cluster import Cluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
+from launcher.autopar.planned_model import as_planned, describe_model
 from launcher.autopar.predict import model_flops_per_step
 from launcher.autopar.space import PlanOptions
-from launcher.autopar.wording import large
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
@@ -262,10 +262,7 @@ def emulates(config: Config) -> bool:
 
 
 def build_model(config: Config, cluster: Cluster, given: Plan | None) -> Model:
-    """The model; the size that is left open is that of the given plan, or decided by the cluster."""
-    asked = config.model
-    if given is not None and (asked.name, asked.size) == (given.model.name, "auto"):
-        asked = dataclasses.replace(asked, size=given.model.size)
+    """The model; what is left open is as in the given plan, or decided by the cluster."""
     emulated = emulates(config) or not cluster.device.accelerator
     dtype = config.model.dtype
     if dtype == "auto":
@@ -273,14 +270,15 @@ def build_model(config: Config, cluster: Cluster, given: Plan | None) -> Model:
     if dtype == "fp64":
         jax.config.update("jax_enable_x64", True)
     resolved = models.resolve(
-        asked,
+        as_planned(config.model, given),
         memory_bytes=cluster.memory_bytes,
         has_accelerator=cluster.device.accelerator,
         dtype=dtype,
+        without_cudnn=None if cluster.device.has_cudnn_attention else cluster.device.kind,
+        prefer_plain=emulated and given is None,
     )
     model = models.build(resolved)
-    size = f"{large(model.num_parameters)} parameters"
-    log.info("model: %s %s, %s, computing in %s", model.name, model.size, size, dtype)
+    log.info("model: %s", describe_model(model))
     return model
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from launcher.autopar.curves import Curves, read_curve, read_curves
+from launcher.autopar.device_kinds import KNOWN_KINDS, MEMORY_BYTES_PER_S, has_bf16, is_nvidia
 from launcher.autopar.strict_reader import Node
 from launcher.autopar.strict_yaml import load_yaml
 from launcher.autopar.wording import count
@@ -27,19 +28,6 @@ _MICRO, _NANO = 1e-6, 1e-9
 _CURVES = ("matmul_curve", "convolution_curve", "kernel_gradient_curve", "batched_matmul_curve")
 _FEW_HOSTS = 16  # any number of which a stage may get
 _MOST_HOSTS, _MOST_DEVICES_PER_HOST = 100_000, 1024
-
-# Devices that JAX may report, by the packaged cluster that has the figures of their kind.
-_KNOWN_KINDS = {
-    "V100-SXM2-16GB": "1xp3",
-    "V100-SXM2-32GB": "1xp3",
-    "A100-SXM4-40GB": "dgx-a100",
-    "A100-SXM4-80GB": "dgx-a100",
-    "H100 80GB HBM3": "dgx-h100",
-    "H200": "h200",
-}
-# Where it is not that of the packaged cluster. NVIDIA A100 datasheet.
-_MEMORY_BYTES_PER_S = {"A100-SXM4-40GB": 1.555e12}
-_WITHOUT_BF16 = ("K80", "P40", "P100", "V100", "T4", "GTX", "RTX 20", "Quadro RTX", "TITAN")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +75,14 @@ class Device:
     def usable_bytes(self) -> int:
         """Return the memory that a plan may fill."""
         return self.memory_bytes - self.reserved_bytes
+
+    @property
+    def has_cudnn_attention(self) -> bool:
+        """Return whether cuDNN's fused attention runs on it.
+
+        It needs compute capability 8.0, and those are NVIDIA's GPUs with bf16.
+        """
+        return self.accelerator and self.has_bf16 and is_nvidia(self.kind)
 
     def slowdown(self, at_once: int | None) -> float:
         """Return how many times slower it is while so many devices of its machine compute.
@@ -234,15 +230,15 @@ class Cluster:
         if count == 0:
             return load_cluster("cpu8")
         model = kind.removeprefix("NVIDIA ").removeprefix("Tesla ")
-        known = model in _KNOWN_KINDS
-        base = load_cluster(_KNOWN_KINDS[model]) if known else _guess(kind)
+        known = model in KNOWN_KINDS
+        base = load_cluster(KNOWN_KINDS[model]) if known else _guess(kind)
         device = replace(
             base.device,
             kind=kind,
             memory_bytes=memory_bytes or base.device.memory_bytes,
             # What JAX may use is its pool: the reserve lies outside it.
             reserved_bytes=0 if memory_bytes else base.device.reserved_bytes,
-            memory_bytes_per_s=_MEMORY_BYTES_PER_S.get(model, base.device.memory_bytes_per_s),
+            memory_bytes_per_s=MEMORY_BYTES_PER_S.get(model, base.device.memory_bytes_per_s),
         )
         reported = {"device.memory_gib": "what JAX may use of it"} if memory_bytes else {}
         return replace(
@@ -371,8 +367,9 @@ def _guess(kind: str) -> Cluster:
     """Figures for an accelerator nobody described: a small GPU on PCI Express, so as not to promise
     what it may not keep."""
     guess = "guess: the figures of a small GPU on PCI Express, because this kind is not known"
-    has_bf16 = not any(name in kind for name in _WITHOUT_BF16)
-    peaks = {"fp64": 0.2e12, "fp32": 8e12, "fp16": 30e12} | ({"bf16": 30e12} if has_bf16 else {})
+    computes_bf16 = has_bf16(kind)
+    peaks = {"fp64": 0.2e12, "fp32": 8e12, "fp16": 30e12}
+    peaks |= {"bf16": 30e12} if computes_bf16 else {}
     device = Device(
         kind=kind,
         memory_bytes=8 * _GIB,
@@ -380,7 +377,7 @@ def _guess(kind: str) -> Cluster:
         peak_flops_per_s=peaks,
         matmul_efficiency=dict.fromkeys(peaks, 0.5),
         memory_bytes_per_s=300e9,
-        has_bf16=has_bf16,
+        has_bf16=computes_bf16,
         accelerator=True,
     )
     return Cluster(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jax.extend.core import Literal
+from jax.extend.core import primitives as prim
 
 from launcher.autopar.graph import Graph, Op, Value
 from launcher.autopar.structure import Run, find_repeats, op_signature
@@ -57,7 +58,7 @@ def cluster(
     flops = np.array([op_flops(op) for op in ops], np.float64)
     block_flops = _block_flops(runs, flops)
     if num_layers is None and block_flops is not None:
-        firsts = _around_blocks(runs, flops, crossing, block_flops)
+        firsts = _around_blocks(ops, runs, flops, crossing, block_flops)
         return Clustering(_between(ops, firsts), tuple(free))
     natural = _natural_number_of_layers(flops, block_flops)
     wanted = num_layers or natural
@@ -84,12 +85,22 @@ def _between(ops: Sequence[Op], firsts: Sequence[int]) -> tuple[tuple[Op, ...], 
 
 
 def _around_blocks(
-    runs: Sequence[Run], flops: np.ndarray, crossing: np.ndarray, block_flops: float
-) -> list[int]:
-    """The first op of every layer: each repetition of a block, and even pieces of what is around them."""
+    ops: Sequence[Op], runs: Sequence[Run], flops: np.ndarray, crossing: np.ndarray,
+    block_flops: float,
+) -> list[int]:  # fmt: skip
+    """The first op of every layer: each repetition of a block, and even pieces of what is around them.
+
+    Of what the model recomputes piece by piece (`jax.checkpoint`) each piece begins a layer too, but for
+    the first: layers are what is certain to be recomputed one after the other.
+    """
     firsts: list[int] = []
 
     def cut(start: int, end: int) -> None:
+        _, *later = [i for i in range(start, end) if ops[i].primitive is prim.remat_p] or [start]
+        for a, b in itertools.pairwise((start, *later, end)):
+            cut_piece(a, b)
+
+    def cut_piece(start: int, end: int) -> None:
         if start < end:
             work, crossed = flops[start:end], crossing[start:end]
             wanted = max(1, round(float(work.sum()) / block_flops))

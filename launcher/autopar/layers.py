@@ -85,6 +85,11 @@ class LayerClass:
     def backward_ops(self) -> tuple[Op, ...]:
         return (*self.input_ops, *self.weight_ops)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether the model itself recomputes something of it (`jax.checkpoint`)."""
+        return any(op.primitive is prim.remat_p for op in self.forward.ops)
+
     def recomputed_ops(self, outputs: Sequence[Value] = ()) -> tuple[Op, ...]:
         """The forward ops that the backward pass, or these outputs, need again."""
         read = used_values(self.backward_ops)
@@ -272,7 +277,9 @@ def _differentiate(
         [abstract(v) for v in forward.inputs],
         [abstract(forward.outputs[k]) for k in with_cotangent],
     )
-    graph = renumber(eliminate_dead_code(from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS)))
+    # With barriers, or a program of both passes would find what `jax.checkpoint` wants to be recomputed.
+    flat = from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS, barriers=True)
+    graph = renumber(eliminate_dead_code(flat))
     forward_ops, backward_ops, residuals = _split(graph, num_outputs)
     gradients = zip(differentiable, graph.outputs[num_outputs:], strict=True)
     handed_on = [gradient for i, gradient in gradients if slots[i].role is None]

@@ -13,7 +13,8 @@ from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.param_costs import optimizer_spec
 from launcher.autopar.picks import specs_as_dims, strategies_of
 from launcher.autopar.placement import Placement
-from launcher.autopar.plan import ModelRef, Plan, RunnerUp, SearchStats, Stage
+from launcher.autopar.plan import Plan, RunnerUp, SearchStats, Stage
+from launcher.autopar.planned_model import for_model, model_ref
 from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.search import Candidate, Search, search
@@ -30,7 +31,6 @@ _JUDGED = 3  # candidates that the simulator judges in full, or more until one f
 PLAN_VERSION = 1
 _MORE_SEARCHES = 2  # where no finished plan fits
 _CLOSE = 1.03  # how much faster a plan may be, finished, than the search thinks, or slower
-_HALF_PRECISIONS = {"fp16", "bf16"}  # a model has the same ops in both
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +126,7 @@ def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions)
             f"the plan is for a global batch of {plan.global_batch} samples "
             f"(train.global_batch={options.global_batch}): leave it out, or plan again"
         )
-    plan = _for_dtype(plan, model.dtype)
+    plan = for_model(plan, model)
     footprint = OptimizerFootprint(options.optimizer)
     plan = fill_in(plan, model, cluster, footprint)
     _check_batch(plan)
@@ -151,20 +151,6 @@ def check_plan(plan: Plan, model: Model, cluster: Cluster) -> None:
             f"take the plan's, or plan again"
         )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
-
-
-def _for_dtype(plan: Plan, dtype: str) -> Plan:
-    """Warn of a plan for another dtype; the casts of a wider one are ops that it has no strategies for."""
-    planned = plan.model.dtype
-    if planned in (None, dtype):
-        return plan
-    log.warning(
-        "the plan was made for model.dtype=%s, and this run computes in %s: set model.dtype=%s to do "
-        "as planned", planned, dtype, planned,
-    )  # fmt: skip
-    if {planned, dtype} <= _HALF_PRECISIONS:
-        return plan
-    return replace(plan, stages=tuple(replace(stage, strategies={}) for stage in plan.stages))
 
 
 def _fits(outlook: Outlook, cluster: Cluster) -> bool:
@@ -192,7 +178,7 @@ def _as_plan(candidate: Candidate, model: Model, cluster: Cluster, options: Plan
     )
     return Plan(
         version=PLAN_VERSION,
-        model=_model_ref(model),
+        model=model_ref(model),
         cluster=cluster.ref(),
         global_batch=options.global_batch,
         num_microbatches=candidate.num_microbatches,
@@ -249,7 +235,7 @@ def _completed(realized: RealizedPlan, model: Model, cluster: Cluster) -> Plan:
     )
     return replace(
         realized.plan,
-        model=_model_ref(model),
+        model=model_ref(model),
         cluster=cluster.ref(),
         stages=stages,
         num_layers=len(realized.planner.model.layers),
@@ -277,12 +263,6 @@ def _check_batch(plan: Plan) -> None:
                 f"a microbatch of {count(plan.microbatch_size, 'sample')} cannot be cut into {data} equal "
                 f"parts (stages[{index}].mesh.{DATA}={data}); change the mesh or num_microbatches"
             )
-
-
-def _model_ref(model: Model) -> ModelRef:
-    return ModelRef(
-        name=model.name, size=model.size, fingerprint=model.fingerprint, dtype=model.dtype
-    )
 
 
 def _runner_up(

@@ -32,13 +32,15 @@ class ModelRef:
 
     Attributes:
         fingerprint: Of its name and sizes; None in a plan written by hand.
-        dtype: Of the computation; None leaves it to the config.
+        dtype, attention, loss_chunks: How it computes; None leaves it to the config.
     """
 
     name: str
     size: str
     fingerprint: str | None = None
     dtype: str | None = None
+    attention: str | None = None
+    loss_chunks: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,12 +137,14 @@ def _optional(node: Node, read: Callable[[Node], T], default: T) -> T:
 
 
 def _model(node: Node) -> ModelRef:
-    found = node.fields(("name", "size"), ("fingerprint", "dtype"))
+    found = node.fields(("name", "size"), ("fingerprint", "dtype", "attention", "loss_chunks"))
     return ModelRef(
         name=found["name"].text(),
         size=found["size"].text(),
         fingerprint=_optional(found["fingerprint"], Node.text, None),
         dtype=_optional(found["dtype"], Node.text, None),
+        attention=_optional(found["attention"], Node.text, None),
+        loss_chunks=_optional(found["loss_chunks"], lambda node: node.integer(1), None),
     )
 
 

@@ -4,7 +4,7 @@ The launcher differentiates and plans a repeated layer once. Two ops are alike w
 primitive with the same parameters to operands of the same shapes, dtypes and literal values.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -20,12 +20,11 @@ from launcher.autopar.graph import Op, evaluate_op
 def op_signature(op: Op) -> Hashable:
     """Equal for two ops exactly when they are alike.
 
-    A custom_vjp call is like no other: its rules are functions, whose equality cannot be decided.
-    The rule of a custom_jvp call counts by what it traces to.
+    The rule of a custom derivative counts by what it traces to: it is a function, and whether two of
+    them are equal cannot be decided.
     """
-    if op.primitive is prim.custom_vjp_call_p:
-        return ("unique", id(op.eqn))
-    rule = _traced_rule(op) if op.primitive is prim.custom_jvp_call_p else ()
+    differentiate = _DIFFERENTIATE.get(op.primitive)
+    rule = _traced_rule(op, differentiate) if differentiate else ()
     params = tuple((name, _frozen(value)) for name, value in sorted(op.eqn.params.items()))
     operands = tuple(
         ("literal", str(operand.val), str(operand.aval))
@@ -37,24 +36,48 @@ def op_signature(op: Op) -> Hashable:
     return (str(op.primitive), params, rule, operands, results)
 
 
-def _traced_rule(op: Op) -> Hashable:
-    """The derivative of a custom_jvp call: its equations, and the arrays its rule closes over."""
+def _pushed_forward(run: Callable, floats: Sequence, tangents: Sequence) -> Sequence:
+    """What a function makes of arguments and their tangents."""
+    return jax.jvp(run, tuple(floats), tuple(tangents))
+
+
+def _pulled_back(run: Callable, floats: Sequence, cotangents: Sequence) -> Sequence:
+    """What a function makes of arguments, and of the cotangents of its results."""
+    results, pull_back = jax.vjp(run, *floats)
+    return results, pull_back(list(cotangents))
+
+
+_DIFFERENTIATE = {
+    prim.custom_jvp_call_p: _pushed_forward,
+    prim.custom_vjp_call_p: _pulled_back,
+}
+
+
+def _traced_rule(op: Op, differentiate: Callable) -> Hashable:
+    """The derivative of a call with a rule: its equations, and the arrays its rule closes over."""
     avals = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in op.eqn.invars]
-    is_float = [jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals]
+    is_float = [_is_float(aval) for aval in avals]
 
     def derivative(floats, tangents, others):
         def run(*chosen):
             left = {True: iter(chosen), False: iter(others)}
             results = evaluate_op(op, [next(left[kind]) for kind in is_float])
-            return [r for r in results if jnp.issubdtype(r.dtype, jnp.floating)]
+            return [r for r in results if _is_float(r)]
 
-        return jax.jvp(run, tuple(floats), tuple(tangents))
+        return differentiate(run, floats, tangents)
 
     floats = [aval for aval, kind in zip(avals, is_float, strict=True) if kind]
     others = [aval for aval, kind in zip(avals, is_float, strict=True) if not kind]
-    closed = jax.make_jaxpr(derivative)(floats, floats, others)
+    results = [var.aval for var in op.eqn.outvars if _is_float(var.aval)]
+    cotangents = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in results]
+    tangents = floats if differentiate is _pushed_forward else cotangents
+    closed = jax.make_jaxpr(derivative)(floats, tangents, others)
     arrays = [np.asarray(const) for const in closed.consts]
     return str(closed.jaxpr), tuple((str(a.dtype), a.shape, a.tobytes()) for a in arrays)
+
+
+def _is_float(array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _frozen(value) -> Hashable:

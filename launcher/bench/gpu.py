@@ -13,12 +13,13 @@ if 1.3b at sequence 2048 misses its bar on a GPU whose peak is known.
     batch         samples of a step; default: 8
     seq_len       tokens of a sample; default: 2048
     peers         which of plain and torch; default: both
-    recompute     what the planner may choose from, as in none,layer; default: none,layer,full
+    attention     as model.attention: auto (cuDNN's where the GPU has it), plain or cudnn; default: auto
+    loss_chunks   what the planner may choose from, of 1, 2, 4, 8 and 16; default: 1,8
+    recompute     the same, as in none,layer; default: none,layer,full
     microbatches  of a step; default: what the planner chooses
     profile       a folder: jax's profiler records one more step of each model there, to see where time goes
 
-It has not run on a GPU yet, so there are no figures with machine and date here. The models compute
-attention with plain operators, not with cuDNN's fused kernel, and the loss from whole logits.
+It has not run on a GPU yet, so there are no figures with machine and date here.
 """
 
 import datetime
@@ -30,10 +31,12 @@ import jax
 
 from launcher.autopar.cluster import Cluster, load_cluster
 from launcher.autopar.make_plan import Planned
-from launcher.autopar.wording import aligned, count, large, percent, seconds
+from launcher.autopar.planned_model import describe_model
+from launcher.autopar.wording import aligned, count, percent, seconds
 from launcher.bench import gpu_steps
 from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
+from launcher.checks import CHOICES
 from launcher.errors import ClusterError
 from launcher.main import make_meter
 from launcher.models.model import Model
@@ -41,11 +44,13 @@ from launcher.runtime import devices
 from launcher.runtime.metrics import Meter
 
 _KEYS = (
-    "models", "steps", "batch", "seq_len", "peers", "recompute", "microbatches", "profile",
+    "models", "steps", "batch", "seq_len", "peers", "attention", "loss_chunks", "recompute",
+    "microbatches", "profile",
 )  # fmt: skip
 _SIZES, _WITHOUT_GPU = ("tiny", "350m", "1.3b"), "tiny"
 _PEERS = ("plain", "torch")
 _RECOMPUTE = ("none", "layer", "full")
+_LOSS_CHUNKS = ("1", "2", "4", "8", "16")
 LEAST_MFU = {("1.3b", 2048): 0.5}
 
 
@@ -55,6 +60,7 @@ def run(settings: Mapping[str, str]) -> int:
     tasks = _tasks({"models": "350m,1.3b", **settings})
     peers = chosen(settings, "peers", _PEERS)
     recompute = chosen(settings, "recompute", _RECOMPUTE)
+    chunks = chosen({"loss_chunks": "1,8", **settings}, "loss_chunks", _LOSS_CHUNKS)
     microbatches = whole_number(settings, "microbatches", 1) if "microbatches" in settings else None
     # First, while JAX leaves the GPU's memory alone.
     torch_times = {task.size: gpu_steps.time_torch(task) for task in tasks if "torch" in peers}
@@ -62,8 +68,8 @@ def run(settings: Mapping[str, str]) -> int:
     _say(headline(cluster))
     missed = 0
     for task in tasks:
-        model = gpu_steps.build_model(task, cluster)
-        planned = gpu_steps.best_plan(model, cluster, task.batch, recompute, microbatches)
+        variants = [gpu_steps.build_model(task, cluster, int(number)) for number in chunks]
+        model, planned = gpu_steps.best_plan(variants, cluster, task.batch, recompute, microbatches)
         _say("", description(task, model, planned))
         grid = devices.acquire(cluster, emulated=not cluster.device.accelerator)
         folder = Path(settings["profile"]) / task.size if "profile" in settings else None
@@ -83,7 +89,10 @@ def _tasks(settings: Settings) -> list[Task]:
         key: whole_number(settings, key, default)
         for key, default in (("batch", 8), ("seq_len", 2048), ("steps", 20))
     }
-    return [Task(size=size, **numbers) for size in chosen(settings, "models", _SIZES)]
+    attention = settings.get("attention", "auto")
+    chosen({"attention": attention}, "attention", CHOICES["model.attention"])
+    sizes = chosen(settings, "models", _SIZES)
+    return [Task(size=size, attention=attention, **numbers) for size in sizes]
 
 
 def local_cluster(tasks: Sequence[Task]) -> Cluster:
@@ -112,8 +121,8 @@ def description(task: Task, model: Model, planned: Planned) -> str:
     """The model, and what was planned."""
     plan = planned.plan
     return (
-        f"{task.size}: {large(model.num_parameters)} parameters, {task.batch} x {task.seq_len} tokens, "
-        f"{model.dtype}; {count(plan.num_microbatches, 'microbatch')}, recomputation "
+        f"{describe_model(model)}; {task.batch} x {task.seq_len} tokens in "
+        f"{count(plan.num_microbatches, 'microbatch')}, recomputation "
         f"{plan.stages[0].recompute}, predicted {seconds(plan.predicted.step_s)}"
     )
 

@@ -5,6 +5,7 @@ Each returns a `Timed`; a peer that cannot run says why in `left_out`, and the b
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -42,16 +43,25 @@ class Task:
 
     Attributes:
         steps: How many are timed.
+        attention: As `model.attention`.
     """
 
     size: str
     batch: int
     seq_len: int
     steps: int
+    attention: str = "auto"
 
-    def config(self, dtype: str) -> GptConfig:
+    def config(self, dtype: str, loss_chunks: int = 1) -> GptConfig:
         """The model, without dropout, which fused attention in other libraries draws differently."""
-        return GptConfig(size=self.size, dtype=dtype, seq_len=self.seq_len, dropout=0.0)
+        return GptConfig(
+            size=self.size,
+            dtype=dtype,
+            seq_len=self.seq_len,
+            dropout=0.0,
+            attention=self.attention,
+            loss_chunks=loss_chunks,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +74,16 @@ class Timed:
 
 
 def best_plan(
-    model: Model, cluster: Cluster, batch: int, recompute: Sequence[str], count: int | None
-) -> Planned:
-    """The plan on one device that is predicted to be the fastest of those that fit.
+    variants: Sequence[Model],
+    cluster: Cluster,
+    batch: int,
+    recompute: Sequence[str],
+    count: int | None,
+) -> tuple[Model, Planned]:
+    """The model and plan on one device that are predicted to be the fastest of those that fit.
 
     Args:
+        variants: The same model by different kernels.
         recompute: What may be recomputed: `single` by itself recomputes nothing.
         count: Of microbatches; None leaves it open.
 
@@ -76,18 +91,18 @@ def best_plan(
         InfeasiblePlanError: none fits; that of the last choice.
     """
     found = []
-    for choice in recompute:
+    for model, choice in itertools.product(variants, recompute):
         options = PlanOptions(
             mode="single", global_batch=batch, num_microbatches=count, recompute=choice,
             optimizer=_TRANSFORM,
         )  # fmt: skip
         try:
-            found.append(find_plan(model, cluster, options, lambda text: None))
+            found.append((model, find_plan(model, cluster, options, lambda text: None)))
         except InfeasiblePlanError as error:
             refused = error
     if not found:
         raise refused
-    return min(found, key=lambda planned: planned.plan.predicted.step_s)
+    return min(found, key=lambda pair: pair[1].plan.predicted.step_s)
 
 
 def time_plan(
@@ -155,6 +170,16 @@ def time_torch(task: Task) -> Timed:
     return Timed(who=who, step_s=answer["step_s"])
 
 
-def build_model(task: Task, cluster: Cluster) -> Model:
+def build_model(task: Task, cluster: Cluster, loss_chunks: int = 1) -> Model:
     """The model in bf16, and in fp32 where there is no accelerator."""
-    return models.build(task.config("bf16" if cluster.device.accelerator else "fp32"))
+    device = cluster.device
+    dtype = "bf16" if device.accelerator else "fp32"
+    config = models.resolve(
+        task.config(dtype, loss_chunks),
+        memory_bytes=cluster.memory_bytes,
+        has_accelerator=device.accelerator,
+        dtype=dtype,
+        without_cudnn=None if device.has_cudnn_attention else device.kind,
+        prefer_plain=False,
+    )
+    return models.build(config)

@@ -11,6 +11,7 @@ from launcher.config import CustomConfig, GptConfig, ModelConfig, MoeConfig, Wrn
 from launcher.errors import ConfigError
 from launcher.models.custom import build_custom
 from launcher.models.gpt import Gpt
+from launcher.models.kernels import AUTO, Kernels, choose_attention, kernels_of
 from launcher.models.layers import PRECISIONS, Precision
 from launcher.models.model import Model, fingerprint, make_model
 from launcher.models.moe import Moe
@@ -25,8 +26,6 @@ from launcher.models.sizes import (
     wrn_size,
 )
 from launcher.models.wide_resnet import WideResNet
-
-AUTO = "auto"
 
 # Mixed precision with Adam: weights and gradients in 2 bytes each, master weights and two moments
 # in 4.
@@ -57,12 +56,22 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def resolve(
-    config: ModelConfig, *, memory_bytes: float, has_accelerator: bool, dtype: str
+    config: ModelConfig,
+    *,
+    memory_bytes: float,
+    has_accelerator: bool,
+    dtype: str,
+    without_cudnn: str | None = None,
+    prefer_plain: bool = True,
 ) -> ModelConfig:
-    """Decide the size and the dtype of a config, and check its sizes.
+    """Decide what a config leaves open, and check its sizes.
 
-    `auto` is the largest size of the paper's table whose training state takes at most 65 % of the
+    `size=auto` is the largest of the paper's table whose training state takes at most 65 % of the
     cluster's memory, and `tiny` where there is no accelerator or not even the smallest fits.
+
+    Args:
+        without_cudnn: The kind of the cluster's devices, if cuDNN's attention does not run on them.
+        prefer_plain: Whether `attention=auto` is plain where it could be cuDNN's.
     """
     config = dataclasses.replace(config, dtype=dtype)
     if isinstance(config, CustomConfig):
@@ -71,6 +80,16 @@ def resolve(
         size = _largest_that_fits(config, memory_bytes) if has_accelerator else "tiny"
         config = dataclasses.replace(config, size=size)
     check_size(config)
+    if isinstance(config, GptConfig | MoeConfig):
+        trunk = gpt_size(config) if isinstance(config, GptConfig) else moe_size(config).transformer
+        attention = choose_attention(
+            config.attention,
+            trunk,
+            dtype=dtype,
+            without_cudnn=without_cudnn,
+            prefer_plain=prefer_plain,
+        )
+        config = dataclasses.replace(config, attention=attention)
     return config
 
 
@@ -96,10 +115,11 @@ def _build_decoder(
     *,
     trunk: TransformerSize,
 ) -> Model:
-    precision = _precision(config)
+    precision, kernels = _precision(config), kernels_of(config, trunk)
     return make_model(
-        partial(module_type, size, precision),
+        partial(module_type, size, kernels, precision),
         precision=precision,
+        kernels=kernels,
         sample_unit="tokens",
         units_per_sample=trunk.seq_len,
         vocab_size=trunk.vocab_size,
@@ -132,13 +152,15 @@ def _identity(config: ModelConfig, size: TransformerSize | MoeSize | WrnSize) ->
 
 
 def _overrides(config: ModelConfig) -> dict[str, Any]:
-    """The fields of its family that a config sets."""
-    of_all_families = {field.name for field in dataclasses.fields(ModelConfig)}
+    """The fields of its family that a config sets, but for those that change nothing of the model."""
+    left_out = {
+        field.name for types in (ModelConfig, Kernels) for field in dataclasses.fields(types)
+    }
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        if name not in of_all_families and value != defaults[name]
+        if name not in left_out and value != defaults[name]
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from flax import nnx
 from jax import Array
 
+from launcher.models.kernels import Kernels
 from launcher.models.layers import Precision, at_least_fp32
 from launcher.models.skeleton import Arrays, Shapes, Skeleton, make_skeleton
 
@@ -27,6 +28,7 @@ class Model:
     vocab_size: int | None  # integers of a batch are below it: tokens, or classes of images
     fingerprint: str  # of the family and all sizes, whatever the dtype
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the size: model.* key -> value
+    kernels: Kernels = field(default_factory=Kernels)  # by which it computes; only decoders choose
     abstract_params: Shapes
     abstract_state: Shapes  # what training changes besides weights, such as BatchNorm's statistics
     make_module: Callable[[nnx.Rngs], nnx.Module]

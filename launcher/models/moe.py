@@ -16,12 +16,12 @@ from flax import nnx
 from jax import Array, lax
 
 from launcher.errors import ConfigError
+from launcher.models.kernels import Kernels
 from launcher.models.layers import (
     Dropout,
     LayerNorm,
     Precision,
     Weights,
-    cross_entropy,
     gelu,
     one_hot,
     softmax,
@@ -161,9 +161,9 @@ class Experts(nnx.Module):
 class ExpertsBlock(nnx.Module):
     """Attention, then the experts, each added to the residual stream."""
 
-    def __init__(self, size: MoeSize, *, weights: Weights):
+    def __init__(self, size: MoeSize, kernels: Kernels, *, weights: Weights):
         self.attention_norm = LayerNorm(size.transformer.hidden, weights=weights)
-        self.attention = Attention(size.transformer, weights=weights)
+        self.attention = Attention(size.transformer, kernels, weights=weights)
         self.experts_norm = LayerNorm(size.transformer.hidden, weights=weights)
         self.experts = Experts(size, weights=weights)
 
@@ -176,15 +176,15 @@ class ExpertsBlock(nnx.Module):
 class Moe(nnx.Module):
     """A decoder whose every second block has experts, with its language-modelling loss."""
 
-    def __init__(self, size: MoeSize, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, size: MoeSize, kernels: Kernels, precision: Precision, rngs: nnx.Rngs):
         weights = Weights.seeded(rngs, precision)
-        self.size = size
+        self.size, self.loss_chunks = size, kernels.loss_chunks
         self.embedding = Embedding(size.transformer, weights=weights)
         self.blocks = nnx.List(
             [
-                ExpertsBlock(size, weights=weights)
+                ExpertsBlock(size, kernels, weights=weights)
                 if index % 2
-                else DenseBlock(size.transformer, weights=weights)
+                else DenseBlock(size.transformer, kernels, weights=weights)
                 for index in range(size.transformer.layers)
             ]
         )
@@ -196,10 +196,10 @@ class Moe(nnx.Module):
 
         Not quite causal: a later token may take the place of an earlier one's second expert.
         """
-        return self._scores(tokens_BS)[0]
+        return self.embedding.logits(self._trunk(tokens_BS)[0])
 
-    def _scores(self, tokens_BS: Array) -> tuple[Array, Array]:
-        """Return logits, and the balancing losses of all blocks, added up."""
+    def _trunk(self, tokens_BS: Array) -> tuple[Array, Array]:
+        """Return what the logits are made of, and the balancing losses of all blocks, added up."""
         x_BSH = self.embedding(tokens_BS)
         # A running sum, so that one scalar goes from stage to stage and not one for each block.
         # It begins at zero, but at a value of the model: with a literal the first block would be unlike
@@ -211,12 +211,12 @@ class Moe(nnx.Module):
                 total_aux_loss = total_aux_loss + aux_loss
             else:
                 x_BSH = block(x_BSH)
-        return self.embedding.logits(self.final_norm(x_BSH)), total_aux_loss
+        return self.final_norm(x_BSH), total_aux_loss
 
     def loss(self, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         """Return the mean cross entropy of the next token plus the weighted balancing loss."""
-        logits_BSV, total_aux_loss = self._scores(batch["tokens"])
-        text_loss = cross_entropy(logits_BSV, batch["targets"])
+        x_BSH, total_aux_loss = self._trunk(batch["tokens"])
+        text_loss = self.embedding.loss(x_BSH, batch["targets"], self.loss_chunks)
         balance = total_aux_loss / (self.size.transformer.layers // 2)
         loss = text_loss + self.size.experts.aux_loss_weight * balance
         return loss, {"cross_entropy": text_loss, "aux_loss": balance}

@@ -4,6 +4,7 @@ Letters of shapes: B batch, S sequence (T where a key's position), H hidden, N h
 a head, V vocabulary.
 """
 
+import functools
 import math
 
 import jax
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from launcher.models.cudnn_attention import causal_attention
+from launcher.models.kernels import CUDNN, Kernels
 from launcher.models.layers import (
     Dropout,
     LayerNorm,
     Linear,
     Weights,
+    cross_entropy,
     gelu,
     softmax,
 )
@@ -63,8 +67,35 @@ class Embedding(nnx.Module):
 
     def logits(self, x_BSH: Array) -> Array:
         """Score every token of the vocabulary as the next."""
-        table = self.token if self.head is None else self.head
-        return jnp.einsum("BSH,VH->BSV", x_BSH, table[...].astype(self.dtype))
+        return _logits(x_BSH, self._table[...])
+
+    def loss(self, x_BSH: Array, targets_BS: Array, num_chunks: int) -> Array:
+        """Return the mean cross entropy of the next token.
+
+        In several chunks of the sequence, each of which makes its logits again in the backward pass, so
+        that those of one chunk are in memory at a time. Written out and not as a loop, inside which nothing
+        would be sharded; cut all at once, so that the chunks are alike; and the gradients of the table are
+        added up in its own precision.
+        """
+        if num_chunks == 1:
+            return cross_entropy(self.logits(x_BSH), targets_BS)
+        lengths = (x_BSH.shape[1] // num_chunks,) * num_chunks
+        chunks = zip(lax.split(x_BSH, lengths, 1), lax.split(targets_BS, lengths, 1), strict=True)
+        losses = [_chunk_loss(*chunk, self._table[...]) for chunk in chunks]
+        return functools.reduce(jnp.add, losses) / num_chunks
+
+    @property
+    def _table(self) -> nnx.Param:
+        return self.token if self.head is None else self.head
+
+
+def _logits(x_BSH: Array, table_VH: Array) -> Array:
+    return jnp.einsum("BSH,VH->BSV", x_BSH, table_VH.astype(x_BSH.dtype))
+
+
+@jax.checkpoint
+def _chunk_loss(x_BSH: Array, targets_BS: Array, table_VH: Array) -> Array:
+    return cross_entropy(_logits(x_BSH, table_VH), targets_BS)
 
 
 class Attention(nnx.Module):
@@ -74,8 +105,9 @@ class Attention(nnx.Module):
     devices splits the heads.
     """
 
-    def __init__(self, size: TransformerSize, *, weights: Weights):
+    def __init__(self, size: TransformerSize, kernels: Kernels, *, weights: Weights):
         self.heads = size.heads
+        self.is_fused = kernels.attention == CUDNN
         self.qkv = Linear(size.hidden, 3 * size.hidden, stddev=STDDEV, weights=weights)
         self.out = Linear(size.hidden, size.hidden, stddev=residual_stddev(size), weights=weights)
         self.score_dropout = Dropout(size.dropout, weights=weights)
@@ -90,13 +122,19 @@ class Attention(nnx.Module):
         q_BSND, k_BSND, v_BSND = (
             lax.slice_in_dim(fused, i * D, (i + 1) * D, axis=3) for i in range(3)
         )
+        mix = causal_attention if self.is_fused else self._plain
+        y_BSND = mix(q_BSND, k_BSND, v_BSND)
+        return self.out_dropout(self.out(y_BSND.reshape(B, S, H)))
+
+    def _plain(self, q_BSND: Array, k_BSND: Array, v_BSND: Array) -> Array:
+        """Attend with the scores of all pairs of positions in memory."""
+        D = q_BSND.shape[-1]
         # Scaled before the product, which could leave the range of fp16.
         scores_BNST = jnp.einsum("BSND,BTND->BNST", q_BSND * (1.0 / math.sqrt(D)), k_BSND)
         scores_BNST = scores_BNST.astype(self.reduce_dtype)
         probabilities_BNST = softmax(scores_BNST + _causal_bias(scores_BNST)).astype(self.dtype)
         probabilities_BNST = self.score_dropout(probabilities_BNST)
-        y_BSND = jnp.einsum("BNST,BTND->BSND", probabilities_BNST, v_BSND)
-        return self.out_dropout(self.out(y_BSND.reshape(B, S, H)))
+        return jnp.einsum("BNST,BTND->BSND", probabilities_BNST, v_BSND)
 
 
 def _causal_bias(scores_BNST: Array) -> Array:
@@ -123,9 +161,9 @@ class FeedForward(nnx.Module):
 class DenseBlock(nnx.Module):
     """Attention, then the dense feed-forward layer, each added to the residual stream."""
 
-    def __init__(self, size: TransformerSize, *, weights: Weights):
+    def __init__(self, size: TransformerSize, kernels: Kernels, *, weights: Weights):
         self.attention_norm = LayerNorm(size.hidden, weights=weights)
-        self.attention = Attention(size, weights=weights)
+        self.attention = Attention(size, kernels, weights=weights)
         self.mlp_norm = LayerNorm(size.hidden, weights=weights)
         self.mlp = FeedForward(size, weights=weights)
 

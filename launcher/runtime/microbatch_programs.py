@@ -53,8 +53,11 @@ class MicrobatchPrograms:
         self.signature, self.emitter = signature, signature.emitter
         self._recomputes = gathers or signature.layout.recompute != "none"
         self.emitter.calls_layers = signature.devices[0].platform == "cpu"
-        # Or it gathers the parameters of all layers before the first one.
-        self.emitter.calls_forward = self.emitter.calls_layers and gathers
+        # Or it gathers the parameters of all layers before the first one, or makes all at once what the
+        # model itself wants to have piece by piece.
+        layers = self.emitter.model.layers[signature.layout.first : signature.layout.last]
+        has_pieces = any(layer.cls.recomputes for layer in layers)
+        self.emitter.calls_forward = self.emitter.calls_layers and (gathers or has_pieces)
         self.is_split = split
         self._abstract = _Exchanged(signature)
         self.groups = self._grouped()

@@ -16,6 +16,7 @@ from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
 from launcher.autopar.simulator import Durations
 from launcher.config import GptConfig
+from launcher.models.kernels import Kernels
 from launcher.models.model import Model
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
@@ -33,6 +34,7 @@ class ToyModel:
     size: str = "tiny"
     dtype: str = "fp32"
     fingerprint: str = "toy"
+    kernels: Kernels = field(default_factory=Kernels)
 
     def example_batch(self, batch_size: int) -> Shapes:
         return self.batch(batch_size)

@@ -73,6 +73,24 @@ def test_packaged_clusters_load_the_same_by_name_and_by_config(name):
     assert Cluster.from_config(load([f"cluster={name}"]).cluster) == cluster
 
 
+@pytest.mark.parametrize("name", PACKAGED)
+def test_newer_gpus_have_cudnns_attention(name):
+    wanted = name in ("dgx-a100", "dgx-h100", "h200")
+    assert load_cluster(name).device.has_cudnn_attention == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("NVIDIA A10G", True), ("Tesla T4", False), ("NVIDIA GeForce RTX 2080 Ti", False),
+        ("NVIDIA H100 80GB HBM3", True), ("TPU v5 lite", False), ("AMD Instinct MI300X", False),
+    ],
+)  # fmt: skip
+def test_whether_a_device_that_is_found_has_cudnns_attention(kind, wanted):
+    device = Cluster.local(kind=kind, count=1, memory_bytes=None).device
+    assert device.has_cudnn_attention == wanted
+
+
 @pytest.mark.parametrize("name", ["cpu8", "local"])
 def test_figures_of_the_emulated_cpu_are_said_to_be_nominal(name):
     cluster = load_cluster(name)

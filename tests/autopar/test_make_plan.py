@@ -105,7 +105,12 @@ def test_a_found_plan_holds_together(gpt, cpu8):
     plan = found.plan
     assert (plan.global_batch, plan.cluster, plan.num_layers) == (BATCH, cpu8.ref(), 6)
     assert plan.model == ModelRef(
-        name="gpt", size="tiny", fingerprint=gpt.fingerprint, dtype="fp32"
+        name="gpt",
+        size="tiny",
+        fingerprint=gpt.fingerprint,
+        dtype="fp32",
+        attention="plain",
+        loss_chunks=1,
     )
     assert {path for stage in plan.stages for path in stage.params} == set(gpt.abstract_params)
     for stage in plan.stages:

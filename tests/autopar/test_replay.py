@@ -85,9 +85,32 @@ def test_in_another_dtype_the_ops_are_sharded_anew(dtype, found, tiny_gpt, cpu8,
     """Its casts are ops that the plan has no strategies for; its parameters lie where it says."""
     half = tiny_gpt(layers=4, dtype=dtype)
     plan = adopt_plan(found, half, cpu8, OPTIONS).plan
-    assert "the plan was made for model.dtype=fp32, and this run computes in" in caplog.text
+    assert "the plan was made for model.dtype=fp32, and this run has" in caplog.text
     assert plan.model.dtype == dtype
     assert [stage.params for stage in plan.stages] == [stage.params for stage in found.stages]
+    assert all(stage.strategies for stage in plan.stages)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "told"),
+    [
+        (
+            {"attention": "cudnn"},
+            "model.attention=plain, and this run has cudnn: set model.attention=",
+        ),
+        (
+            {"loss_chunks": 2},
+            "model.loss_chunks=1, and this run has 2: set model.loss_chunks=1 to do",
+        ),
+    ],
+)
+def test_by_other_kernels_the_ops_are_sharded_anew(kernels, told, found, tiny_gpt, cpu8, caplog):
+    other = tiny_gpt(layers=4, **kernels)
+    plan = adopt_plan(replace(found, num_layers=None), other, cpu8, OPTIONS).plan
+    assert f"the plan was made for {told}" in caplog.text
+    assert (plan.model.attention, plan.model.loss_chunks) == (
+        other.kernels.attention, other.kernels.loss_chunks,
+    )  # fmt: skip
     assert all(stage.strategies for stage in plan.stages)
 
 

@@ -18,6 +18,7 @@ from launcher.bench.plain_steps import draw_batch
 from launcher.bench.step_timing import median_step_s
 from launcher.config import GptConfig
 from launcher.errors import InfeasiblePlanError
+from launcher.models.model import Model
 from launcher.models.sizes import gpt_size
 from launcher.runtime.metrics import Meter
 
@@ -36,6 +37,8 @@ def no_torch(monkeypatch):
         (["model=tiny"], "gpu has no key 'model': it has models, steps, batch"),
         (["models=39b"], "models='39b': choose from tiny, 350m, 1.3b"),
         (["peers=jax"], "peers='jax': choose from plain, torch"),
+        (["attention=flash"], "attention='flash': choose from auto, plain, cudnn"),
+        (["loss_chunks=3"], "loss_chunks='3': choose from 1, 2, 4, 8, 16"),
         (["recompute=some"], "recompute='some': choose from none, layer, full"),
         (["batch=0"], "batch='0' is no positive whole number: write for example batch=8"),
         (["microbatches=x"], "microbatches='x' is no positive whole number"),
@@ -69,7 +72,7 @@ def test_a_small_run_on_the_cpu(recompute, microbatches, planned, tmp_path, caps
     assert main(["gpu", *settings]) == 0
     shown = capsys.readouterr().out
     assert f"jax {jax.__version__}\nthis is no GPU: the times say nothing of one" in shown
-    assert f"4 x 16 tokens, fp32; {planned}, predicted" in shown
+    assert f"computing in fp32; 4 x 16 tokens in {planned}, predicted" in shown
     rows = {line[:10].strip(): line for line in shown.splitlines()}
     assert "unknown" in rows["launcher"]  # the MFU
     assert rows["plain jit"].endswith("x as fast")
@@ -78,12 +81,24 @@ def test_a_small_run_on_the_cpu(recompute, microbatches, planned, tmp_path, caps
     assert list((tmp_path / "tiny" / "profile" / "step_1").rglob("*.xplane.pb"))
 
 
-def plan_on(memory_bytes: int) -> Planned:
-    """A plan of one microbatch, which takes 299 MiB, or 92 MiB with recomputation by layers."""
+def best_on(memory_bytes: int, chunks=(1,), **changes) -> tuple[Model, Planned]:
+    """The best of plans of one microbatch."""
     cluster = Cluster.local(kind="NVIDIA H100 80GB HBM3", count=1, memory_bytes=memory_bytes)
-    model = gpu_steps.build_model(dataclasses.replace(TASK, size="tiny", seq_len=512), cluster)
-    assert model.dtype == "bf16"
-    return gpu_steps.best_plan(model, cluster, 8, ["none", "layer"], 1)
+    task = dataclasses.replace(TASK, size="tiny", seq_len=512, **changes)
+    variants = [gpu_steps.build_model(task, cluster, number) for number in chunks]
+    assert {model.dtype for model in variants} == {"bf16"}
+    return gpu_steps.best_plan(variants, cluster, 8, ["none", "layer"], 1)
+
+
+def plan_on(memory_bytes: int) -> Planned:
+    """A plan with plain attention: it takes 299 MiB, or 92 MiB with recomputation by layers."""
+    return best_on(memory_bytes, attention="plain")[1]
+
+
+def test_on_a_gpu_that_has_it_attention_is_cudnns():
+    model, planned = best_on(2**30, chunks=(1, 8))
+    assert (model.kernels.attention, model.kernels.loss_chunks) == ("cudnn", 1)
+    assert planned.plan.stages[0].recompute == "none"
 
 
 @pytest.mark.parametrize(("memory_bytes", "choice"), [(2**30, "none"), (2**27, "layer")])
