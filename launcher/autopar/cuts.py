@@ -1,10 +1,36 @@
-"""Where stages may begin, and what crosses there."""
+"""Where stages may begin, and what crosses there.
+
+Before every layer, every few equal ones, or so that all stages have equally many.
+"""
+
+from collections.abc import Iterator
 
 from launcher.autopar.layers import LayeredModel
+from launcher.autopar.space import PlanOptions, Space, divisors
 from launcher.autopar.work import aval_bytes, op_flops
 
 _MOST_CUTS = 24
 _LIGHT = 0.5  # of a mean piece: less work is no stage's
+
+
+def ways_to_cut(
+    options: PlanOptions, space: Space, model: LayeredModel
+) -> Iterator[tuple[str, int, int | None, tuple[int, ...]]]:
+    """Yield (schedule, stages on a submesh, number of submeshes, where stages may begin).
+
+    Where stages may not begin before every layer, equally many layers may still need other cuts.
+    """
+    forced = space.num_submeshes
+    everywhere = {v: stage_cuts(model, (forced or 0) * v) for _, v in space.schedules}
+    if not options.equal_layers:
+        yield from ((name, v, forced, everywhere[v]) for name, v in space.schedules)
+    for name, v in space.schedules:
+        for number in divisors(space.num_devices) if forced is None else (forced,):
+            if number * v > len(model.layers):
+                continue
+            equal = equal_cuts(model, number * v)
+            if options.equal_layers or not set(equal) <= set(everywhere[v]):
+                yield name, v, number, equal
 
 
 def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
@@ -26,10 +52,28 @@ def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
     return 0, count
 
 
+def equal_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
+    """Cuts into stages of equally many layers, or one more.
+
+    Layers with little work do not count, unless without them there are fewer layers than stages.
+    """
+    work = _work(model)
+    least = _LIGHT * sum(work) / len(work)
+    heavy = [index for index, flops in enumerate(work) if flops >= least]
+    counted = heavy if len(heavy) >= num_stages else range(len(work))
+    starts = (counted[stage * len(counted) // num_stages] for stage in range(1, num_stages))
+    return (0, *starts, len(work))
+
+
+def _work(model: LayeredModel) -> list[float]:
+    """The operations of each layer."""
+    return [sum(op_flops(op) for op in layer.cls.joint.ops) for layer in model.layers]
+
+
 def _grouped(model: LayeredModel, group: int) -> tuple[int, ...]:
     """Cuts before every so many equal layers, counted from the first of them."""
     classes = [layer.cls for layer in model.layers]
-    work = [sum(op_flops(op) for op in cls.joint.ops) for cls in classes]
+    work = _work(model)
     least = _LIGHT * sum(work) / len(work) * group
     cuts, run = [0], 0
     for index in range(1, len(classes)):

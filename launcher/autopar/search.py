@@ -27,7 +27,7 @@ from launcher.autopar.advice import (
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
 from launcher.autopar.cluster import Cluster
-from launcher.autopar.cuts import crossing_bytes, stage_cuts
+from launcher.autopar.cuts import crossing_bytes, ways_to_cut
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.optimizer_state import OptimizerFootprint
@@ -100,10 +100,10 @@ class Search:
 
     def describe_space(self) -> str:
         """What was searched, in words."""
-        pieces, layers = self.cuts
-        cuts = f"stages of {pieces} pieces of {layers} layers" if pieces < layers else ""
-        counts = f"{', '.join(map(str, self.tried))} microbatches"
-        return "; ".join(filter(None, (self.space.describe(), cuts, counts)))
+        (pieces, layers), texts = self.cuts, [self.space.describe()]
+        if pieces < layers:
+            texts.append(f"stages of {pieces} pieces of {layers} layers, or of equally many layers")
+        return "; ".join([*texts, f"{', '.join(map(str, self.tried))} microbatches"])
 
 
 def search(
@@ -280,25 +280,26 @@ def _try_choices(
     worth_s: float, known: Known, space: Space, choices: Choices,
 ) -> _Tried:  # fmt: skip
     layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
-    cuts = {v: stage_cuts(layered, (space.num_submeshes or 0) * v) for _, v in space.schedules}
+    ways = tuple(ways_to_cut(options, space, layered))
     costs = StageCosts(
         planner, cluster, space.submeshes, num_microbatches=num_microbatches,
         choices=choices, optimizer=optimizer, known=known,
-        microbatch_size=options.global_batch // num_microbatches, cuts={*chain.from_iterable(cuts.values())},
+        microbatch_size=options.global_batch // num_microbatches,
+        cuts={*chain.from_iterable(cuts for *_, cuts in ways)},
     )  # fmt: skip
     bytes_at = crossing_bytes(planner.model)
     link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
     found: list[Arranged] = []
     candidates: list[Candidate] = []
     failures: list[InfeasiblePlanError] = []
-    for name, v in space.schedules:
+    for name, v, number, cuts in ways:
         arranger = Arranger(
             cluster=cluster,
-            space=space,
+            space=replace(space, num_submeshes=number),
             schedule=schedule_by_name(name, v),
             num_microbatches=num_microbatches,
             options=costs.options,
-            cuts=cuts[v],
+            cuts=cuts,
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
             cures=memory_cures(options, cluster),
             worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),
@@ -317,7 +318,10 @@ def _try_choices(
     return _Tried(
         num_solved=planner.num_solved,
         candidates=tuple(candidates),
-        cuts=(len(cuts[space.schedules[0][1]]) - 1, len(layered.layers)),
+        cuts=(
+            len(layered.layers if options.equal_layers else ways[0][-1][1:]),
+            len(layered.layers),
+        ),
         bound_s=min(arranged.bound_s for arranged in found),
         num_candidates=sum(arranged.num_candidates for arranged in found),
     )

@@ -28,6 +28,7 @@ class PlanOptions:
 
     Attributes:
         mode: "single", "data", "zero", "manual" or "auto".
+        equal_layers: stages get equally many layers, as where nobody balances them.
         optimizer: decides how many bytes of state a parameter has.
     """
 
@@ -42,6 +43,7 @@ class PlanOptions:
     recompute: str | None = None
     schedule: str | None = None
     virtual_stages: int | None = None
+    equal_layers: bool = False
     optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.adamw(1e-3))
 
 

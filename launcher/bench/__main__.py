@@ -6,7 +6,17 @@ A benchmark is a function from its settings to the exit status; `BENCHMARKS` nam
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher.bench import contest, emulated, fidelity, gpu, memory, overhead, planner, transfers
+from launcher.bench import (
+    contest,
+    emulated,
+    fidelity,
+    gpu,
+    memory,
+    overhead,
+    paper,
+    planner,
+    transfers,
+)
 from launcher.errors import ConfigError, LauncherError
 
 BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {
@@ -16,6 +26,7 @@ BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {
     "gpu": gpu.run,
     "memory": memory.run,
     "overhead": overhead.run,
+    "paper": paper.run,
     "planner": planner.run,
     "transfers": transfers.run,
 }

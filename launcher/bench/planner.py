@@ -1,26 +1,35 @@
-"""`python -m launcher.bench planner`: how long the intra-operator planner takes, and on what.
+"""`python -m launcher.bench planner`: how long planning takes.
 
-Three functions, forward and backward: one transformer layer on a 2-D mesh of 8 devices, with nothing held
-to any axis; a whole training step of GPT-39B (48 layers, AdamW) on 8 devices; and a model of 1,000 layers.
-Each is traced, posed, solved and written out from nothing. Then, for each, what the solver was given and
-what the exact reductions left of it.
+By itself, the intra-operator planner, on three functions, forward and backward: `layer`, a transformer layer
+on a 2-D mesh of 8 devices, with nothing held to any axis; `gpt`, a whole training step of GPT-39B (48 layers,
+AdamW) on 8 devices; `thousand`, a model of 1,000 layers. Each is traced, posed, solved and written out from
+nothing. Then, for each, what the solver was given and what the exact reductions left of it.
 
-    cases   which, as in layer,gpt; default: all
+From command to plan.json (`planner_commands`): `gpt-39b`, `moe-70b` and `wrn-13b` on the Alpa paper's
+cluster, `gpt-1t` on 3,072 A100s. And as a picture, over `layers` and over `hosts`.
+
+    cases   which, as in layer,gpt-39b; default: all
+    layers  of the models of the first picture, as in 8,16
+    hosts   of the clusters of the second, of 8 devices each
+    out     the folder of images/, for the pictures; default: docs
 """
 
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from launcher import autopar, models
+from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.solver.problem import ProblemSize
 from launcher.autopar.solver.solve import simplify
-from launcher.bench.settings import check_keys, chosen
+from launcher.bench.planner_commands import COMMANDS, SERIES, report_command, report_series
+from launcher.bench.settings import check_keys, chosen, whole_numbers
 from launcher.config import GptConfig
 
 _MESH = autopar.LogicalMesh(shape=(2, 4), alpha=(1e-5, 1e-6), beta=(1e-10, 1e-11))
@@ -37,18 +46,32 @@ class Case:
 
 
 def run(settings: Mapping[str, str]) -> int:
-    """Print a row per case, then the sizes of its problem; status 1 if one misses its bar."""
-    check_keys("planner", settings, ["cases"])
-    wanted = chosen(settings, "cases", _CASES)
+    """Print what each case takes; status 1 if one misses its bar."""
+    check_keys("planner", settings, ("cases", *SERIES, "out"))
+    wanted = chosen(settings, "cases", (*_CASES, *COMMANDS, *SERIES))
+    numbers = {name: whole_numbers(settings, name, SERIES[name].numbers) for name in SERIES}
     missed = 0
     for name in wanted:
-        case = _CASES[name]()
-        began_s = time.perf_counter()
-        sharded = autopar.auto_shard(case.step, *case.arguments, mesh=_MESH)
-        took_s = time.perf_counter() - began_s
-        missed += took_s > _BAR_S[name]
-        _report(case, sharded, took_s, _BAR_S[name])
+        if name in _CASES:
+            missed += _report_function(name)
+        elif name in COMMANDS:
+            missed += report_command(COMMANDS[name])
+        else:
+            picture = report_series(SERIES[name], numbers[name])
+            folder = Path(settings.get("out", "docs")) / "images"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / f"planner-{name}.svg", picture)
     return 1 if missed else 0
+
+
+def _report_function(name: str) -> bool:
+    """Print a row, then the sizes of its problem; says whether the bar was missed."""
+    case = _CASES[name]()
+    began_s = time.perf_counter()
+    sharded = autopar.auto_shard(case.step, *case.arguments, mesh=_MESH)
+    took_s = time.perf_counter() - began_s
+    _report(case, sharded, took_s, _BAR_S[name])
+    return took_s > _BAR_S[name]
 
 
 def _report(case: Case, sharded: autopar.ShardedFunction, took_s: float, bar_s: float) -> None:

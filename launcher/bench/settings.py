@@ -1,6 +1,6 @@
 """Reading a benchmark's `key=value` settings: every refusal is one line with the key and what it takes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from launcher.errors import ConfigError
 
@@ -25,6 +25,12 @@ def chosen(settings: Settings, key: str, known: Iterable[str]) -> list[str]:
     if wrong:
         raise ConfigError(f"{key}={wrong[0]!r}: choose from {', '.join(known)}")
     return names
+
+
+def whole_numbers(settings: Settings, key: str, default: Sequence[int]) -> list[int]:
+    """Numbers that are 1 or more, separated by commas."""
+    texts = settings[key].split(",") if key in settings else map(str, default)
+    return [whole_number({key: text}, key, default[0]) for text in texts]
 
 
 def whole_number(settings: Settings, key: str, default: int) -> int:

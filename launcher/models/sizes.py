@@ -152,15 +152,20 @@ WRN_BLOCKS = {
 WRN_LARGE_IMAGE = 64
 
 _GLOBAL_BATCH = {"gpt": 1024, "moe": 1024, "wrn": 1536}
+_GLOBAL_BATCH_OF = {
+    ("wrn", "13b"): 1520,
+    ("gpt", "145b"): 2304,
+    ("gpt", "310b"): 2160,
+    ("gpt", "530b"): 2520,
+    ("gpt", "1t"): 3072,
+}
 
 
 def default_global_batch(family: str, size: str) -> int:
     """Return the samples per optimizer step that the paper trains this size with."""
     if size == "tiny":
         return 32
-    if (family, size) == ("wrn", "13b"):
-        return 1520
-    return _GLOBAL_BATCH[family]
+    return _GLOBAL_BATCH_OF.get((family, size), _GLOBAL_BATCH[family])
 
 
 def gpt_size(config: GptConfig) -> TransformerSize:

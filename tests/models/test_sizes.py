@@ -122,6 +122,8 @@ def test_every_size_passes_its_own_checks(sizes, look_up, config_type):
         ("moe", "70b", 1024),
         ("wrn", "4b", 1536),
         ("wrn", "13b", 1520),
+        ("gpt", "530b", 2520),
+        ("gpt", "1t", 3072),
         ("gpt", "tiny", 32),
         ("wrn", "tiny", 32),
     ],
