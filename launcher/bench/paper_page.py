@@ -210,7 +210,8 @@ more, whether a plan recomputes or not. OOM: out of memory; predicted, that no p
 
 The methods are in `launcher/bench/paper_methods.py`. `manual` is every data x tensor x pipeline degree and
 number of microbatches, with and without recomputation. The solver shards the ops inside these degrees, and
-stages are cut where they balance, so it is an upper bound of what Megatron-LM can do, not Megatron-LM. The
+stages are cut where they balance, so it is an upper bound of what Megatron-LM can do, not Megatron-LM. Of
+Wide-ResNet `pp-dp` and `inter-op` do not recompute, as in the paper; all other methods may. The
 intra-operator experiment is one microbatch on one host, recomputing as the paper did.
 """
 

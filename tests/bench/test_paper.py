@@ -138,8 +138,15 @@ def test_pipeline_and_data_alone_are_a_part_of_the_grid():
     case = find_cases(END_TO_END, "wrn")[2]
     manual = [point for group in points_of(case, "manual") for point in group]
     alone = [point for group in points_of(case, "pp-dp") for point in group]
-    assert alone == [point for point in manual if point["tp"] == 1]
+    assert alone == [p for p in manual if p["tp"] == 1 and p["recompute"] == "none"]
     assert "pp-dp" not in methods_of(END_TO_END, "gpt")
+
+
+def test_inter_op_alone_gives_every_stage_a_device_and_recomputes_as_the_paper_did():
+    gpt, wrn = (find_cases(END_TO_END, family)[4] for family in ("gpt", "wrn"))
+    stages = {"mode": "auto", "dp": 1, "tp": 1, "pp": 16}
+    assert points_of(gpt, "inter-op") == [[stages]]
+    assert points_of(wrn, "inter-op") == [[{**stages, "recompute": "none"}]]
 
 
 def test_the_small_experiment_is_one_microbatch_and_recomputes_as_the_paper_did():
