@@ -204,12 +204,30 @@ class _Attempts:
     def walk(self, counts: Iterable[int]) -> None:
         """Try falling counts until the best is behind.
 
-        Where none has fitted yet, larger microbatches may: they leave the data axis more devices.
+        Where none has fitted yet, larger microbatches may: they leave the data axis more devices. Before the
+        walk ends for a count that is slower, its strategies are solved for itself: those of smaller
+        microbatches may be the reason.
         """
         for num_microbatches in counts:
             best_s = self.best()[0]
             if self.step_s(num_microbatches) > best_s:
+                self._solve_anew(num_microbatches)
+            if self.step_s(num_microbatches) > best_s:
                 return
+
+    def _solve_anew(self, num_microbatches: int) -> None:
+        """Try a count with strategies of its own, if it had a plan with those of others."""
+        before = self.found.get(num_microbatches)
+        if before is None:
+            return
+        self._progress(f"{num_microbatches} microbatches")
+        known: Known = {}
+        try:
+            again = self._try(num_microbatches, self.best()[0], known, self._space)
+        except InfeasiblePlanError:
+            return
+        self._known.update(known)
+        self.found[num_microbatches] = before.with_more(again)
 
     def climb(self, counts: Sequence[int]) -> None:
         """Try the counts next to the best, until both are worse."""
