@@ -134,14 +134,19 @@ class InterHostConfig:
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """A cluster as its YAML file describes it; `autopar.cluster.Cluster` has it in SI units."""
+    """A cluster as its YAML file describes it; `autopar.hosts` has it in SI units.
+
+    Either its hosts are all alike, or `groups` says what each kind of them is.
+    """
 
     name: str
-    hosts: int
-    devices_per_host: int
-    device: DeviceConfig
-    intra_host: IntraHostConfig
-    inter_host: InterHostConfig
+    hosts: int | None = None
+    devices_per_host: int | None = None
+    device: DeviceConfig | None = None
+    intra_host: IntraHostConfig | None = None
+    inter_host: InterHostConfig  # of groups: between hosts of different kinds
+    # Each {hosts, devices_per_host, device, intra_host}, or {cluster: NAME, hosts} with the rest from there
+    groups: list[Any] | None = None
     nominal: bool = False  # the figures are nominal, not measured
     sources: dict[str, str] = field(default_factory=dict)  # figure -> where it comes from
 

@@ -17,13 +17,15 @@ from rich.console import Console
 
 from launcher import data, models
 from launcher.autopar.budget import check_tokens
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
 from launcher.autopar.planned_model import as_planned, describe_model
 from launcher.autopar.predict import model_flops_per_step
 from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_hosts import peak_flops_per_s
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
@@ -58,13 +60,12 @@ class Setup:
     config: Config
     run_dir: Path
     console: Console
-    cluster: Cluster
+    cluster: AnyCluster
     model: Model
     optimizer: Optimizer
     given: Plan | None  # the plan of parallel.path
     options: PlanOptions
-    # Of a run that computes; a plan alone needs none of them.
-    dataset: Dataset | None
+    dataset: Dataset | None  # from here on: of a run that computes; a plan alone needs none
     weights: WeightsFile | None
     sampler: Sampler | None
 
@@ -204,7 +205,7 @@ def train_settings(config: Config, planned: Planned) -> train_loop.TrainSettings
 
 
 def find_sampler(
-    config: Config, cluster: Cluster, model: Model, dataset: Dataset
+    config: Config, cluster: AnyCluster, model: Model, dataset: Dataset
 ) -> Sampler | None:
     """What writes a text at the end, if one is asked for."""
     if not config.train.sample_tokens:
@@ -216,8 +217,9 @@ def find_sampler(
         top_k=config.train.sample_top_k,
         seed=config.seed,
     )
-    is_real = cluster.device.accelerator and not emulates(config)
-    return make_sampler(settings, model, dataset, cluster.device.memory_bytes if is_real else None)
+    is_real = cluster.has_accelerators and not emulates(config)
+    first_bytes = cluster.kinds[0].device.memory_bytes if is_real else None
+    return make_sampler(settings, model, dataset, first_bytes)
 
 
 def make_end(
@@ -236,22 +238,20 @@ def make_end(
 
 def explain_memory(planned: Planned, grid: np.ndarray) -> Callable[[BaseException], TrainingError]:
     """What to say when a device's memory is used up and nobody knows by which instruction."""
-    return partial(memory_error, plan=planned.plan, doing=None, devices=list(grid.flat))
+    return partial(memory_error, plan=planned.plan, doing=None, devices=[d for d in grid.flat if d])
 
 
-def find_cluster(config: Config) -> Cluster:
+def find_cluster(config: Config) -> AnyCluster:
     """The cluster of the config; `local` is whatever this machine has."""
-    cluster = Cluster.from_config(config.cluster)
+    cluster = cluster_from_config(config.cluster)
     audits = config.plan.audit and config.mode == "plan"
     is_local = cluster.name == "local"
-    if emulates(config) or audits or not (is_local or cluster.device.accelerator):
+    if emulates(config) or audits or not (is_local or cluster.has_accelerators):
         devices.emulate(cluster.num_devices)
     elif is_local:
         found = devices.discover(cluster.num_devices)
         if found.count:
-            cluster = Cluster.local(
-                kind=found.kind, count=found.count, memory_bytes=found.memory_bytes
-            )
+            cluster = cluster_at_hand(found.kind, found.count, found.memory_bytes)
     log.info("cluster: %s", cluster.describe())
     return cluster
 
@@ -261,9 +261,9 @@ def emulates(config: Config) -> bool:
     return config.runtime.name == "emulate"
 
 
-def build_model(config: Config, cluster: Cluster, given: Plan | None) -> Model:
+def build_model(config: Config, cluster: AnyCluster, given: Plan | None) -> Model:
     """The model; what is left open is as in the given plan, or decided by the cluster."""
-    emulated = emulates(config) or not cluster.device.accelerator
+    emulated = emulates(config) or not cluster.has_accelerators
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "fp32" if emulated else cluster.default_dtype
@@ -272,9 +272,9 @@ def build_model(config: Config, cluster: Cluster, given: Plan | None) -> Model:
     resolved = models.resolve(
         as_planned(config.model, given),
         memory_bytes=cluster.memory_bytes,
-        has_accelerator=cluster.device.accelerator,
+        has_accelerator=cluster.has_accelerators,
         dtype=dtype,
-        without_cudnn=None if cluster.device.has_cudnn_attention else cluster.device.kind,
+        without_cudnn=cluster.without_cudnn,
         prefer_plain=emulated and given is None,
     )
     model = models.build(resolved)
@@ -332,7 +332,7 @@ def audit_plan(
     config: Config,
     planned: Planned,
     model: Model,
-    cluster: Cluster,
+    cluster: AnyCluster,
     optimizer: Optimizer,
     console: Console,
 ) -> None:
@@ -349,14 +349,14 @@ def audit_plan(
     log.info("%s", memory_audit.report(memory))
 
 
-def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bool) -> Meter:
+def make_meter(planned: Planned, model: Model, cluster: AnyCluster, *, emulated: bool) -> Meter:
     """How step times become throughput and MFU; emulated devices have no peak."""
     plan = planned.plan
     traced = planned.realized.planner.model.traced
     return Meter(
         model_flops_per_step=model_flops_per_step(traced, plan.num_microbatches),
         num_devices=plan.num_devices,
-        peak_flops_per_s=None if emulated else cluster.peak_flops_per_s(model.dtype),
+        peak_flops_per_s=None if emulated else peak_flops_per_s(plan, cluster, model.dtype),
         global_batch=plan.global_batch,
         units_per_sample=model.units_per_sample,
         sample_unit=model.sample_unit,
@@ -366,10 +366,10 @@ def make_meter(planned: Planned, model: Model, cluster: Cluster, *, emulated: bo
     )
 
 
-def _incomparable(cluster: Cluster, *, emulated: bool) -> str | None:
+def _incomparable(cluster: AnyCluster, *, emulated: bool) -> str | None:
     """Why a step time measured here says nothing of the predicted one; None where it does."""
-    if emulated and cluster.device.accelerator:
-        return f"CPU devices stand for {cluster.device.kind}"
+    if emulated and cluster.has_accelerators:
+        return f"CPU devices stand for {' and '.join(k.device.kind for k in cluster.kinds)}"
     return f"the figures of cluster={cluster.name} are nominal" if cluster.nominal else None
 
 

@@ -8,11 +8,11 @@ auto_shard(step, *args, mesh=...)     shard any traceable function; needs nothin
 
 from launcher.autopar.auto_shard import ShardedFunction as ShardedFunction
 from launcher.autopar.auto_shard import auto_shard as auto_shard
-from launcher.autopar.cluster import Cluster as Cluster
 from launcher.autopar.cluster import load_cluster as load_cluster
 from launcher.autopar.collective_costs import AlpaCosts as AlpaCosts
 from launcher.autopar.collective_costs import RingCosts as RingCosts
 from launcher.autopar.compute import ComputeModel as ComputeModel
+from launcher.autopar.hosts import Cluster as Cluster
 from launcher.autopar.intra_op_options import IntraOpOptions as IntraOpOptions
 from launcher.autopar.make_plan import make_plan as make_plan
 from launcher.autopar.mesh import LogicalMesh as LogicalMesh

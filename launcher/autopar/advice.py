@@ -8,7 +8,7 @@ that the mode allows. Values are found by trying them (`space.fits`), one key at
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.restrictions import expert_counts
 from launcher.autopar.schedules import require_groups
@@ -29,19 +29,34 @@ from launcher.errors import ConfigError
 _MOST_VALUES = 6
 
 
-def check_degrees(options: PlanOptions, cluster: Cluster) -> None:
+def check_degrees(options: PlanOptions, cluster: AnyCluster) -> None:
     """Raise `ConfigError` where no plan of the forced degrees uses up the cluster's devices."""
     if fits(options, cluster):
         return
     given = _given(options)
     cures = [cure for key in given for cure in _degree_cures(options, cluster, key)]
-    cures = cures or ["leave some of them out" if len(given) > 1 else "leave it out"]
+    cures = cures or [_last_cure(options, cluster)]
     keys = ", ".join(f"parallel.{key}={value}" for key, value in given.items())
     raise ConfigError(
-        f"{keys or f'parallel={options.mode}'} cannot share out the "
-        f"{count(cluster.num_hosts, 'host')} x {count(cluster.devices_per_host, 'device')} of "
+        f"{keys or f'parallel={options.mode}'} cannot share out the {cluster.shape_text} of "
         f"cluster={cluster.name}: {_reason(options, cluster)}; set {', or '.join(cures)}"
     )
+
+
+def _last_cure(options: PlanOptions, cluster: AnyCluster) -> str:
+    """What to do where no other value of one key would do."""
+    if options.pp is None and _too_few_stages(options, cluster):
+        by_hand = PlanOptions(mode="manual", global_batch=options.global_batch)
+        stages = " or ".join(_degree_cures(by_hand, cluster, "pp"))
+        here = options.mode == "manual"
+        return stages if here else f"parallel=auto, or parallel=manual and {stages}"
+    return "leave some of them out" if len(_given(options)) > 1 else "leave it out"
+
+
+def _too_few_stages(options: PlanOptions, cluster: AnyCluster) -> bool:
+    """Whether the stages that are asked for leave a kind of hosts without one."""
+    _, _, stages = forced_degrees(options, cluster)
+    return stages is not None and stages < len(cluster.kinds)
 
 
 def _given(options: PlanOptions) -> dict[str, int]:
@@ -49,14 +64,19 @@ def _given(options: PlanOptions) -> dict[str, int]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _reason(options: PlanOptions, cluster: Cluster) -> str:
+def _reason(options: PlanOptions, cluster: AnyCluster) -> str:
     data, tensor, stages = forced_degrees(options, cluster)
     total = num_devices(options, cluster)
-    if tensor is not None and cluster.devices_per_host % tensor:
+    if _too_few_stages(options, cluster):
         return (
-            f"a tensor axis must divide the {count(cluster.devices_per_host, 'device')} of a host"
+            f"a stage lies on hosts of one kind, {count(len(cluster.kinds), 'kind')} need as many stages, "
+            f"and parallel.pp={stages}"
         )
-    if options.mode != "auto" and data * tensor * stages != total:
+    for kind in cluster.kinds:
+        if tensor is not None and kind.devices_per_host % tensor:
+            per_host = count(kind.devices_per_host, "device")
+            return f"a tensor axis must divide the {per_host} of a host"
+    if options.mode != "auto" and data is not None and data * tensor * stages != total:
         product = data * tensor * stages
         return f"dp {data} x tp {tensor} x pp {stages} is {count(product, 'device')}, not {total}"
     if not experts_fit(options, cluster):
@@ -68,7 +88,7 @@ def _reason(options: PlanOptions, cluster: Cluster) -> str:
     )
 
 
-def _degree_cures(options: PlanOptions, cluster: Cluster, key: str) -> Iterator[str]:
+def _degree_cures(options: PlanOptions, cluster: AnyCluster, key: str) -> Iterator[str]:
     """The other values of one key with which the rest could stay."""
     most = num_devices(options, cluster)
     candidates = range(1, most + 1) if key == "pp" else divisors(most)
@@ -85,7 +105,7 @@ def _choice(values: Sequence[int]) -> str:
     )
 
 
-def check_batch(options: PlanOptions, cluster: Cluster) -> None:
+def check_batch(options: PlanOptions, cluster: AnyCluster) -> None:
     """Raise `ConfigError` where the batch cannot be cut into microbatches for the data axis."""
     batch, number = options.global_batch, options.num_microbatches
     if number is not None and batch % number:
@@ -110,7 +130,7 @@ def check_batch(options: PlanOptions, cluster: Cluster) -> None:
     )
 
 
-def _shortest_data_axis(options: PlanOptions, cluster: Cluster) -> int:
+def _shortest_data_axis(options: PlanOptions, cluster: AnyCluster) -> int:
     """The least data degree among those of plans whose stages are alike in it."""
     degrees = sorted({view.data for view in stage_views(options, cluster)})
     return next(degree for degree in degrees if fits(options, cluster, degree))
@@ -118,6 +138,17 @@ def _shortest_data_axis(options: PlanOptions, cluster: Cluster) -> int:
 
 def _next_multiple(value: int, divisor: int) -> int:
     return -(-value // divisor) * divisor
+
+
+def check_kinds(options: PlanOptions, cluster: AnyCluster) -> None:
+    """Raise `ConfigError` for a schedule of equal submeshes where hosts are not alike."""
+    if virtual_stages(options) > 1 and len(cluster.kinds) > 1:
+        raise ConfigError(
+            f"parallel.schedule=interleaved has {virtual_stages(options)} stages "
+            f"(parallel.virtual_stages) on each of several equal submeshes, and the hosts of "
+            f"cluster={cluster.name} are of {len(cluster.kinds)} kinds; take parallel.schedule=1f1b, or "
+            f"gpipe or zb_h1"
+        )
 
 
 def check_groups(options: PlanOptions) -> None:
@@ -135,7 +166,7 @@ def check_groups(options: PlanOptions) -> None:
         )
 
 
-def check_experts(options: PlanOptions, cluster: Cluster, model: LayeredModel) -> None:
+def check_experts(options: PlanOptions, cluster: AnyCluster, model: LayeredModel) -> None:
     """Raise `ConfigError` for experts that are to be split but are not there, or not so many."""
     if options.ep in (None, 1):
         return
@@ -155,12 +186,12 @@ def check_experts(options: PlanOptions, cluster: Cluster, model: LayeredModel) -
         )
 
 
-def memory_cures(options: PlanOptions, cluster: Cluster) -> str:
+def memory_cures(options: PlanOptions, cluster: AnyCluster) -> str:
     """What lowers a plan's memory and is allowed in its mode."""
     return either([*_memory_cures(options, cluster), "take a smaller model.size"])
 
 
-def _memory_cures(options: PlanOptions, cluster: Cluster) -> Iterator[str]:
+def _memory_cures(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
     tried = options.recompute or ("layer" if options.mode == "auto" else "none")
     if tried != "full":
         yield f"set parallel.recompute={'layer' if tried == 'none' else 'full'}"
@@ -178,4 +209,5 @@ def _memory_cures(options: PlanOptions, cluster: Cluster) -> Iterator[str]:
     if options.mode in ("single", "data", "zero"):
         yield "take parallel=auto"
     if options.mode not in ("single", "data"):
-        yield f"raise cluster.hosts={cluster.num_hosts}"
+        alike = len(cluster.kinds) == 1
+        yield f"raise cluster.hosts={cluster.num_hosts}" if alike else "add hosts to cluster.groups"

@@ -27,11 +27,11 @@ from functools import partial
 
 import numpy as np
 
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.judge import judged_s
 from launcher.autopar.pace import pace_of
-from launcher.autopar.placement import Placement, place
+from launcher.autopar.placement import Placement, place_on
 from launcher.autopar.plan_bounds import lines_of
 from launcher.autopar.refine import refine
 from launcher.autopar.schedules import AbstractSchedule
@@ -74,7 +74,7 @@ class Arranger:
         most_judged: how many arrangements the simulator may be asked about.
     """
 
-    cluster: Cluster
+    cluster: AnyCluster
     space: Space
     schedule: AbstractSchedule
     num_microbatches: int
@@ -136,7 +136,7 @@ class Arranger:
         if better.stages is not None:
             stages, step_s = better.stages, better.step_s
         bound_s = max(result.bound_s, better.step_s) if better.is_proven else result.bound_s
-        placement = self._place([self.space.submeshes[choice.submesh] for choice in stages])
+        placement = self._place(stages)
         if not math.isfinite(step_s):
             return Arranged(None, bound_s, num_candidates)
         return Arranged(Arrangement(stages, placement, step_s), bound_s, num_candidates)
@@ -150,7 +150,7 @@ class Arranger:
         if not self._fits(stages):
             return None
         try:
-            self._place([self.space.submeshes[choice.submesh] for choice in stages])
+            self._place(stages)
         except InfeasiblePlanError:
             return None
         return judged_s(stages, self.schedule, self.num_microbatches, self.transfer_s)
@@ -165,8 +165,9 @@ class Arranger:
 
         return plan_stages(
             submeshes=self.space.submeshes,
-            num_devices=self.space.num_devices,
-            memory_bytes=self.cluster.device.usable_bytes,
+            num_devices=self.space.devices,
+            memory_bytes=[kind.device.usable_bytes for kind in self.cluster.kinds],
+            kinds=self.space.kinds,
             options=self.options,
             in_flight=counted(self.schedule.stash_peak),
             split=counted(self.schedule.split_peak),
@@ -186,7 +187,7 @@ class Arranger:
                 lines_of,
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
-                memory_bytes=self.cluster.device.usable_bytes,
+                memory_bytes=self._memory_bytes,
             ),
             "worth_s": self.worth_s,
             "cures": self.cures,
@@ -201,7 +202,7 @@ class Arranger:
             alone = replace(
                 self,
                 worth_s=min([self.worth_s, *known_s]),
-                space=replace(self.space, submeshes=(self.space.submeshes[submesh],)),
+                space=self.space.only([submesh]),
                 options=partial(self._options_on, submesh),
             )
             try:
@@ -223,6 +224,11 @@ class Arranger:
             sum(arranged.num_candidates for arranged in found),
         )
 
+    @property
+    def _memory_bytes(self) -> float:
+        """Of a device, as far as virtual stages are concerned, which lie on hosts of one kind."""
+        return self.cluster.kinds[0].device.usable_bytes
+
     def _no_groups(self) -> InfeasiblePlanError:
         v = self.schedule.virtual_stages
         return InfeasiblePlanError(
@@ -236,8 +242,10 @@ class Arranger:
         """Yield (index of a shape, how many of them use up the devices), where the schedule can use that."""
         v = self.schedule.virtual_stages
         for index, (hosts, devices) in enumerate(self.space.submeshes):
-            number, rest = divmod(self.space.num_devices, hosts * devices)
-            if rest or self.num_microbatches % number or number * v >= len(self.cuts):
+            number, rest = divmod(self.space.devices[self.space.kinds[index]], hosts * devices)
+            if rest or number * hosts * devices < self.space.num_devices:
+                continue  # devices would be left, also if only those of another kind
+            if self.num_microbatches % number or number * v >= len(self.cuts):
                 continue
             if self.space.num_submeshes in (None, number):
                 yield index, number
@@ -251,7 +259,7 @@ class Arranger:
         The stages of a submesh should fit together: prices on memory rise until they do. If they do at
         none, the plan whose stages fit one by one stands.
         """
-        memory_bytes, weight = self.cluster.device.usable_bytes, self._weight(p)
+        memory_bytes, weight = self._memory_bytes, self._weight(p)
         whole = self._cut_equal(p, memory_bytes)
         if whole.stages is None or self._fits(whole.stages):
             return whole
@@ -281,7 +289,7 @@ class Arranger:
             options = least_together(
                 [self.options(stages[i].first, stages[i].last, stages[i].submesh) for i in own],
                 [self.schedule.stash_peak(i, number, m) for i in own],
-                self.cluster.device.usable_bytes,
+                self._memory_bytes,
             )
             for stage, option in zip(own, options, strict=True):
                 packed[stage] = replace(stages[stage], option=option)
@@ -292,7 +300,7 @@ class Arranger:
         return self._v * (self.num_microbatches - p) + p - 1
 
     def _no_fit(self) -> InfeasiblePlanError:
-        v, memory_bytes = self._v, self.cluster.device.usable_bytes
+        v, memory_bytes = self._v, self._memory_bytes
         return InfeasiblePlanError(
             f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
             f"device that has {memory_bytes / 2**30:.2f} GiB "
@@ -318,7 +326,9 @@ class Arranger:
 
     def _fits(self, stages: Sequence[StageChoice]) -> bool:
         """Whether what the stages of each submesh hold at most fits together."""
-        return bool((self._needed_bytes(stages) <= self.cluster.device.usable_bytes).all())
+        homes = [self.space.kinds[choice.submesh] for choice in stages[: len(stages) // self._v]]
+        room_bytes = [self.cluster.kinds[kind].device.usable_bytes for kind in homes]
+        return bool((self._needed_bytes(stages) <= room_bytes).all())
 
     def _needed_bytes(self, stages: Sequence[StageChoice]) -> np.ndarray:
         """What the stages of each submesh need on a device."""
@@ -329,10 +339,12 @@ class Arranger:
         homes = [slice(home, None, submeshes) for home in range(submeshes)]
         return np.array([shared_bytes(options[own], held[own], split[own]) for own in homes])
 
-    def _place(self, shapes: Sequence[tuple[int, int]]) -> tuple[Placement, ...]:
-        """Where stages of these shapes lie; the stages of a submesh take turns."""
-        homes = shapes[: len(shapes) // self._v]
-        return place(homes, self.cluster.num_hosts, self.cluster.devices_per_host) * self._v
+    def _place(self, stages: Sequence[StageChoice]) -> tuple[Placement, ...]:
+        """Where the stages lie; those of a submesh take turns."""
+        homes = [choice.submesh for choice in stages[: len(stages) // self._v]]
+        shapes = [self.space.submeshes[submesh] for submesh in homes]
+        kinds = [self.space.kinds[submesh] for submesh in homes]
+        return place_on(self.cluster, shapes, kinds) * self._v
 
 
 def _on(submesh: int, arrangement: Arrangement | None) -> Arrangement | None:

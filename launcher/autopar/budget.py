@@ -6,7 +6,7 @@ Left out: what a run spends besides its steps: compiling, evaluations, restarts.
 import math
 from dataclasses import dataclass
 
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.plan import Plan
 from launcher.autopar.wording import digits, large
 from launcher.errors import ConfigError
@@ -51,7 +51,7 @@ def check_tokens(tokens: float | None, model: Model) -> None:
         )
 
 
-def token_budget(tokens: float, model: Model, plan: Plan, cluster: Cluster) -> Budget:
+def token_budget(tokens: float, model: Model, plan: Plan, cluster: AnyCluster) -> Budget:
     """Work out what a priced plan takes for so many tokens."""
     tokens_per_step = plan.global_batch * model.units_per_sample
     steps = math.ceil(tokens / tokens_per_step)
@@ -62,7 +62,7 @@ def token_budget(tokens: float, model: Model, plan: Plan, cluster: Cluster) -> B
         steps=steps,
         wall_s=wall_s,
         device_hours=wall_s * plan.num_devices / _HOUR_S,
-        device_word="GPU" if cluster.device.accelerator else "device",
+        device_word="GPU" if cluster.has_accelerators else "device",
     )
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned, adopt_plan, check_plan
 from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.plan_file import read_plan
 from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_hosts import TightStage
 from launcher.autopar.step_parts import PARTS, StepParts, device_parts
 from launcher.autopar.summary import WIDTH, schedule_text
 from launcher.autopar.tensor_groups import Shapes, TensorGroup, tensor_groups
@@ -42,7 +43,7 @@ class PricedPlan:
     name: str
     plan: Plan
     parts: StepParts
-    usable_bytes: float  # of a device
+    tight: TightStage
 
     @property
     def peak_bytes(self) -> float:
@@ -83,7 +84,7 @@ class Comparison:
         return {name: other[name] - one[name] for name in PARTS}
 
 
-def adopt_other(path: Path, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
+def adopt_other(path: Path, model: Model, cluster: AnyCluster, options: PlanOptions) -> Planned:
     """Price the plan of `plan.compare` on the model and the cluster of this run."""
     plan = read_plan(path, key="plan.compare")
     given = f"plan.compare={path}"
@@ -106,12 +107,11 @@ def _check_batch(plan: Plan, options: PlanOptions) -> None:
 
 def priced(name: str, planned: Planned) -> PricedPlan:
     """Take a plan's predicted step apart."""
-    device = planned.realized.stages[0].settings.compute.device
     return PricedPlan(
         name=name,
         plan=planned.plan,
         parts=device_parts(planned.realized, planned.outlook.timeline),
-        usable_bytes=device.usable_bytes,
+        tight=planned.tight,
     )
 
 
@@ -137,10 +137,10 @@ def verdict(comparison: Comparison) -> str:
     reason = reasons(comparison)
     text = f"{head}: {reason}" if reason else head
     for plan in (one, other):
-        if plan.peak_bytes > plan.usable_bytes:
+        if not plan.tight.fits:
             text += (
-                f"; {plan.name} does not fit, it needs {size(plan.peak_bytes)} on a device that has "
-                f"{size(plan.usable_bytes)} to fill"
+                f"; {plan.name} does not fit, it needs {size(plan.tight.needed_bytes)} on a device "
+                f"that has {size(plan.tight.device.usable_bytes)} to fill"
             )
     return text
 

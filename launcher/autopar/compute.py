@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.cluster import Device
+from launcher.autopar.device import Device
 from launcher.autopar.graph import Op
 from launcher.autopar.work import (
     is_kernel_gradient,

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.autopar.cluster import Cluster, Link
+from launcher.autopar.device import Link
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.spec import PARTIAL, REPLICATED, Shape, Spec, fits, local_shape, to_text
 
@@ -285,15 +286,21 @@ def _ratio(block: Shape, tile: Shape) -> Shape:
 # What it takes
 
 
-def message_s(crossings: Iterable[Crossing], cluster: Cluster, mesh: LogicalMesh) -> float:
+def message_s(crossings: Iterable[Crossing], cluster: AnyCluster, mesh: LogicalMesh) -> float:
     """Seconds from the sending of a message until its values lie where the target wants them.
 
     Tiles travel together: the busiest host's network link, or the busiest device's link inside a host,
     takes the longest. Then come the all-gathers, one after the other.
 
     Args:
+        crossings: all between the same two submeshes, each on hosts of one kind.
         mesh: the target's.
     """
+    crossings = tuple(crossings)
+    if not crossings:
+        return 0.0
+    ends = crossings[0].source.places[0][0], crossings[0].target.places[0][0]
+    near, far = cluster.kind_of(ends[1:]).intra_host, cluster.link_between(*ends)
     inside, between = Counter(), Counter()
     gather_s = 0.0
     for crossing in crossings:
@@ -307,8 +314,7 @@ def message_s(crossings: Iterable[Crossing], cluster: Cluster, mesh: LogicalMesh
                 between.update({("out", sender[0]): crossing.tile_bytes})
                 between.update({("in", receiver[0]): crossing.tile_bytes})
         gather_s += crossing_gather_s(crossing, mesh)
-    across_s = max(_busiest_s(inside, cluster.intra_host), _busiest_s(between, cluster.inter_host))
-    return across_s + gather_s
+    return max(_busiest_s(inside, near), _busiest_s(between, far)) + gather_s
 
 
 def crossing_gather_s(crossing: Crossing, mesh: LogicalMesh) -> float:

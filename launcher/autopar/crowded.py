@@ -31,12 +31,13 @@ class Crowd:
 
     Attributes:
         devices: of each submesh: machine -> how many of its devices the submesh has.
-        slowdown: devices of a machine that compute at once -> how many times slower each of them is.
+        slowdown: of each submesh: devices of a machine that compute at once -> how many times slower
+            each of its own is.
         priced: how many times slower than alone the durations of each submesh are meant for.
     """
 
     devices: tuple[Mapping[int, int], ...]
-    slowdown: Callable[[int], float]
+    slowdown: tuple[Callable[[int], float], ...]
     priced: tuple[float, ...]
 
     def speeds(self, busy: list[int]) -> dict[int, float]:
@@ -46,7 +47,7 @@ class Crowd:
             at_once.update(self.devices[submesh])
         return {
             submesh: self.priced[submesh]
-            / max(self.slowdown(at_once[machine]) for machine in self.devices[submesh])
+            / max(self.slowdown[submesh](at_once[machine]) for machine in self.devices[submesh])
             for submesh in busy
         }
 

@@ -74,13 +74,14 @@ def plan_stages(
     *,
     num_layers: int,
     submeshes: Sequence[tuple[int, int]],
-    num_devices: int,
+    num_devices: int | Sequence[int],
     num_microbatches: int,
-    memory_bytes: float,
+    memory_bytes: float | Sequence[float],
     options: Callable[[int, int, int], Sequence[StageOption]],
     cuts: Sequence[int],
     in_flight: Callable[[int, int], int],
     split: Callable[[int, int], int] = lambda stages_to_end, num_microbatches: 0,
+    kinds: Sequence[int] = (),
     num_stages: int | None = None,
     weight: int | None = None,
     use_all_devices: bool = True,
@@ -94,13 +95,15 @@ def plan_stages(
 
     Args:
         submeshes: shapes that a stage may have, as (hosts, devices per host).
-        memory_bytes: of one device.
+        num_devices: by kind of hosts, where there are several.
+        memory_bytes: of one device; likewise.
         options: ways to run layers [first, last) on a submesh, or none; called as (first, last,
             submesh index), once for each stage beside which all layers and devices can be used up.
         cuts: layers before which a stage may begin, ascending, with 0 and `num_layers`.
         in_flight: how many microbatches a stage holds at once, called as (stages from it to the
             last, both counted; number of microbatches).
         split: likewise, how many of them are between the halves of their backward pass.
+        kinds: of hosts, by submesh; all of one where it is left out.
         num_stages: forces the number of stages.
         weight: of max t_i in the objective; B - 1 where it is not given.
         use_all_devices: whether submeshes must add up to `num_devices`, or may leave some idle.
@@ -112,7 +115,7 @@ def plan_stages(
     """
     pieces = make_pieces(
         num_layers=num_layers, submeshes=submeshes, num_devices=num_devices, cuts=cuts,
-        num_stages=num_stages, use_all_devices=use_all_devices,
+        num_stages=num_stages, use_all_devices=use_all_devices, kinds=kinds,
     )  # fmt: skip
     choices = [
         StageChoice(first=first, last=last, submesh=submesh, option=option)
@@ -125,7 +128,9 @@ def plan_stages(
         for count in (in_flight, split)
     )
     need_bytes = needed_bytes(rows, held, halves)
-    fitting = that_fit(rows, need_bytes, memory_bytes)
+    kind_of = np.array(kinds or [0] * len(submeshes))
+    room_bytes = np.atleast_1d(memory_bytes)[kind_of[rows["submesh"]]]
+    fitting = that_fit(rows, need_bytes, room_bytes)
     bounds = tuple(lines(pieces, fitting)) if len(fitting) else ()
     least_s = least_step_s(bounds) if len(fitting) else math.inf
     best, total_s, num_passes = None, math.inf, 0
@@ -133,8 +138,7 @@ def plan_stages(
         weight = num_microbatches - 1 if weight is None else weight
         best, total_s, num_passes = _search(pieces, fitting, fitting["path_s"], weight)
     if best is None and (least_s < worth_s or math.isinf(least_s)):
-        least_bytes = _bottleneck(pieces, rows, need_bytes)
-        raise _infeasible(pieces, least_bytes, memory_bytes, num_microbatches, cures)
+        raise _infeasible(pieces, rows, need_bytes, room_bytes, num_microbatches, cures)
     return SearchResult(
         stages=None if best is None else tuple(choices[n] for n in fitting["number"][best]),
         total_s=total_s,
@@ -244,13 +248,20 @@ def _least_sum(pieces: Pieces, rows: np.ndarray, path_s: np.ndarray, box: _Box):
     return inside[trace_back(pieces, rows, path_s, sums, stages)], sum_s
 
 
-def _infeasible(pieces: Pieces, least_bytes, memory_bytes, num_microbatches: int, cures: str):
-    """The error for a search without a plan; `least_bytes` are those of the least demanding one."""
-    if math.isinf(least_bytes):
+def _infeasible(
+    pieces: Pieces, rows: np.ndarray, need_bytes: np.ndarray, room_bytes: np.ndarray,
+    num_microbatches: int, cures: str,
+) -> InfeasiblePlanError:  # fmt: skip
+    """The error for a search without a plan: what the least demanding one needs, on the device it lacks."""
+    excess = need_bytes - room_bytes[:, None]
+    least = _bottleneck(pieces, rows, excess)
+    if math.isinf(least):
         return InfeasiblePlanError(
             f"some of the {pieces.cuts[-1]} layers have no sharding on any submesh that leaves enough "
             f"devices to the others (parallel.num_microbatches={num_microbatches}); set another number"
         )
+    row, stages = np.argwhere(rows["fits"] & (excess == least))[0]
+    least_bytes, memory_bytes = need_bytes[row, stages], room_bytes[row]
     return InfeasiblePlanError(
         f"the least demanding plan needs {least_bytes / 2**30:.2f} GiB on a device that has "
         f"{memory_bytes / 2**30:.2f} GiB, {math.ceil(least_bytes - memory_bytes):,} bytes too many "

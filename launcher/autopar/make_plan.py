@@ -2,11 +2,11 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster, Cluster
 from launcher.autopar.mesh import DATA
 from launcher.autopar.open_stages import fill_in
 from launcher.autopar.optimizer_state import OptimizerFootprint
@@ -19,6 +19,7 @@ from launcher.autopar.predict import Outlook, foresee
 from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.search import Candidate, Search, search
 from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_hosts import TightStage, tightest
 from launcher.autopar.stage_layout import training_layout
 from launcher.autopar.stage_table import StageChoice
 from launcher.autopar.wording import count, seconds, size
@@ -41,27 +42,32 @@ class Planned:
     realized: RealizedPlan
     outlook: Outlook
 
+    @property
+    def tight(self) -> TightStage:
+        """Return the stage that fills its devices most."""
+        return _tightest(self.realized, self.outlook)
 
-def make_plan(model: Model, cluster: Cluster, options: PlanOptions) -> Plan:
+
+def make_plan(model: Model, cluster: AnyCluster, options: PlanOptions) -> Plan:
     """Plan how a model trains on a cluster."""
     return find_plan(model, cluster, options, lambda text: None).plan
 
 
 def find_plan(
-    model: Model, cluster: Cluster, options: PlanOptions, progress: Callable[[str], None]
+    model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
 ) -> Planned:
     """Search, let the simulator judge the best candidates, and return the winner."""
     found = search(model, cluster, options, progress)
     judged = _judge(found, model, cluster, options, progress)
     counted = cluster
     for _ in range(_MORE_SEARCHES):
-        over = min(max(o.prediction.peak_bytes_per_device) for _, _, o in judged)
-        over -= cluster.device.usable_bytes
-        if over <= 0:
+        tight = min((_tightest(r, o) for _, r, o in judged), key=lambda stage: stage.over_bytes)
+        if tight.fits:
             break
         # The search counts less memory than a finished plan has need of: leave it so much less.
-        progress(f"searching again with {size(over)} less memory")
-        counted = _with_less_memory(counted, over)
+        progress(f"searching again with {size(tight.over_bytes)} less memory")
+        of_kind = [kind.device == tight.device for kind in cluster.kinds]
+        counted = _with_less_memory(counted, of_kind, tight.over_bytes)
         try:
             again = search(model, counted, options, progress)
         except InfeasiblePlanError:
@@ -69,9 +75,9 @@ def find_plan(
         found = replace(again, bound_s=min(found.bound_s, again.bound_s))
         judged = _judge(found, model, cluster, options, progress)
     behind = found.candidates[len(judged) :]
-    judged.sort(key=lambda found: (not _fits(found[2], cluster), found[2].prediction.step_s))
+    judged.sort(key=lambda it: (not _tightest(*it[1:]).fits, it[2].prediction.step_s))
     best, realized, outlook = judged[0]
-    _check_memory(outlook, cluster, options)
+    _check_memory(_tightest(realized, outlook), cluster, options)
     best_s = outlook.prediction.step_s
     others = [
         _runner_up(other, its.prediction.step_s, its.prediction.bubble_fraction, best_s)
@@ -95,14 +101,14 @@ def find_plan(
 
 
 def _judge(
-    found: Search, model: Model, cluster: Cluster, options: PlanOptions,
+    found: Search, model: Model, cluster: AnyCluster, options: PlanOptions,
     progress: Callable[[str], None],
 ) -> list[tuple[Candidate, RealizedPlan, Outlook]]:  # fmt: skip
     """Simulate candidates in full: until one fits, and then those that might still be faster."""
     footprint = OptimizerFootprint(options.optimizer)
     judged: list[tuple[Candidate, RealizedPlan, Outlook]] = []
     for candidate in found.candidates:
-        fitting_s = [o.prediction.step_s for _, _, o in judged if _fits(o, cluster)]
+        fitting_s = [o.prediction.step_s for _, r, o in judged if _tightest(r, o).fits]
         if fitting_s and (len(judged) >= _JUDGED or candidate.step_s > _CLOSE * min(fitting_s)):
             break
         progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
@@ -112,13 +118,21 @@ def _judge(
     return judged
 
 
-def _with_less_memory(cluster: Cluster, over_bytes: float) -> Cluster:
-    device = cluster.device
-    reserved = device.reserved_bytes + math.ceil(over_bytes)
-    return replace(cluster, device=replace(device, reserved_bytes=reserved))
+def _with_less_memory(cluster: AnyCluster, which: Sequence[bool], over_bytes: float) -> AnyCluster:
+    """Leave out so much of it on some kinds of hosts."""
+
+    def reserving(kind: Cluster) -> Cluster:
+        reserved_bytes = kind.device.reserved_bytes + math.ceil(over_bytes)
+        return replace(kind, device=replace(kind.device, reserved_bytes=reserved_bytes))
+
+    kinds = tuple(
+        reserving(kind) if is_meant else kind
+        for kind, is_meant in zip(cluster.kinds, which, strict=True)
+    )
+    return replace(cluster, kinds=kinds) if len(kinds) > 1 else kinds[0]
 
 
-def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions) -> Planned:
+def adopt_plan(plan: Plan, model: Model, cluster: AnyCluster, options: PlanOptions) -> Planned:
     """Take a plan as it is, completing what it leaves out and pricing it anew."""
     check_plan(plan, model, cluster)
     if options.global_batch != plan.global_batch:
@@ -134,16 +148,16 @@ def adopt_plan(plan: Plan, model: Model, cluster: Cluster, options: PlanOptions)
     outlook = foresee(realized, cluster)
     completed = replace(_completed(realized, model, cluster), predicted=outlook.prediction)
     plan = _without_other_figures(completed, plan)
-    if not _fits(outlook, cluster):
+    tight = _tightest(realized, outlook)
+    if not tight.fits:
         log.warning(
             "the plan needs %s on a device that has %s to fill (cluster.device.memory_gib less "
-            "reserved_gib)", size(max(plan.predicted.peak_bytes_per_device)),
-            size(cluster.device.usable_bytes),
+            "reserved_gib)", size(tight.needed_bytes), size(tight.device.usable_bytes),
         )  # fmt: skip
     return Planned(plan, replace(realized, plan=plan), outlook)
 
 
-def check_plan(plan: Plan, model: Model, cluster: Cluster) -> None:
+def check_plan(plan: Plan, model: Model, cluster: AnyCluster) -> None:
     """Raise `PlanError` for a plan of another model, or one that cannot be on this cluster."""
     if plan.model.name != model.name:
         raise PlanError(
@@ -153,23 +167,23 @@ def check_plan(plan: Plan, model: Model, cluster: Cluster) -> None:
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
 
 
-def _fits(outlook: Outlook, cluster: Cluster) -> bool:
-    return max(outlook.prediction.peak_bytes_per_device) <= cluster.device.usable_bytes
+def _tightest(realized: RealizedPlan, outlook: Outlook) -> TightStage:
+    devices = [stage.settings.compute.device for stage in realized.stages]
+    return tightest(outlook.prediction, devices)
 
 
-def _check_memory(outlook: Outlook, cluster: Cluster, options: PlanOptions) -> None:
-    if not _fits(outlook, cluster):
-        needed = max(outlook.prediction.peak_bytes_per_device)
-        device = cluster.device
+def _check_memory(tight: TightStage, cluster: AnyCluster, options: PlanOptions) -> None:
+    if not tight.fits:
+        device = tight.device
         raise InfeasiblePlanError(
-            f"the best plan needs {needed / 2**30:.2f} GiB on a device that has "
+            f"the best plan needs {tight.needed_bytes / 2**30:.2f} GiB on a device that has "
             f"{device.usable_bytes / 2**30:.2f} GiB to fill (cluster.device.memory_gib="
             f"{device.memory_bytes / 2**30:g} less reserved_gib={device.reserved_bytes / 2**30:g}); "
             f"{memory_cures(options, cluster)}"
         )
 
 
-def _as_plan(candidate: Candidate, model: Model, cluster: Cluster, options: PlanOptions) -> Plan:
+def _as_plan(candidate: Candidate, model: Model, cluster: AnyCluster, options: PlanOptions) -> Plan:
     stages = tuple(
         _stage(candidate, choice, place)
         for choice, place in zip(
@@ -228,7 +242,7 @@ def _with_shardings(stage: Stage, planner, sharding) -> Stage:
     )
 
 
-def _completed(realized: RealizedPlan, model: Model, cluster: Cluster) -> Plan:
+def _completed(realized: RealizedPlan, model: Model, cluster: AnyCluster) -> Plan:
     """A plan with everything written down that realizing it decided."""
     stages = tuple(
         _with_shardings(stage.stage, realized.planner, stage.sharding) for stage in realized.stages

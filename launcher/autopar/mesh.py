@@ -6,8 +6,8 @@ What a collective costs by which algorithm is in `collective_costs`.
 import math
 from dataclasses import dataclass, replace
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.collective_costs import CollectiveCosts, RingCosts, Wire, WiredCosts
+from launcher.autopar.hosts import Cluster
 
 DATA, TENSOR = "data", "tensor"
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.crossing import Crossing, Located, message_s, plan_crossing, total_bytes
 from launcher.autopar.graph import Value
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.param_costs import gradient_spec
 from launcher.autopar.realized_stage import RealizedStage
 from launcher.autopar.spec import replicated
@@ -52,7 +52,7 @@ class MessageSeconds:
 
 
 def price_messages(
-    messages: Messages, stages: Sequence[RealizedStage], cluster: Cluster
+    messages: Messages, stages: Sequence[RealizedStage], cluster: AnyCluster
 ) -> MessageSeconds:
     """Price all messages on a cluster."""
 

@@ -9,12 +9,13 @@ Left out: transfers between stages, and memory when layers are cut. Who wants th
 decide (parallel=auto).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.memory import class_memories, stage_memory, unread_memory
@@ -23,11 +24,12 @@ from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.realize import layered_model, layers_of, solve_stage
 from launcher.autopar.schedules import schedule_by_name
+from launcher.autopar.stage_hosts import devices_of
 from launcher.errors import PlanError
 from launcher.models.model import Model
 
 
-def fill_in(plan: Plan, model: Model, cluster: Cluster, optimizer: OptimizerFootprint) -> Plan:
+def fill_in(plan: Plan, model: Model, cluster: AnyCluster, optimizer: OptimizerFootprint) -> Plan:
     """Return the plan with layers and a mesh for every stage."""
     if any(not stage.layers for stage in plan.stages):
         plan = _with_layers(plan, model, cluster)
@@ -41,17 +43,18 @@ def fill_in(plan: Plan, model: Model, cluster: Cluster, optimizer: OptimizerFoot
     return plan
 
 
-def _with_layers(plan: Plan, model: Model, cluster: Cluster) -> Plan:
+def _with_layers(plan: Plan, model: Model, cluster: AnyCluster) -> Plan:
     layered = layered_model(model, plan.microbatch_size, plan.num_layers, key="num_layers")
     if len(layered.layers) < len(plan.stages):
         layered = layered_model(model, plan.microbatch_size, len(plan.stages), key="stages")
-    work_s = _work_s(layered, ComputeModel(cluster.device))
+    devices = devices_of(plan, cluster)
+    work_s = [_work_s(layered, ComputeModel(device)) for device in devices]
     ends = even_cuts(work_s, [stage.num_devices for stage in plan.stages])
     stages = tuple(
         replace(stage, layers=(first, last))
         for stage, first, last in zip(plan.stages, (0, *ends[:-1]), ends, strict=True)
     )
-    return replace(plan, stages=stages, num_layers=len(work_s))
+    return replace(plan, stages=stages, num_layers=len(layered.layers))
 
 
 def _work_s(layered: LayeredModel, compute: ComputeModel) -> list[float]:
@@ -63,38 +66,44 @@ def _work_s(layered: LayeredModel, compute: ComputeModel) -> list[float]:
     return [of_class[layer.cls.name] for layer in layered.layers]
 
 
-def even_cuts(work: Sequence[float], devices: Sequence[int]) -> tuple[int, ...]:
+def even_cuts(work: Sequence[Sequence[float]], devices: Sequence[int]) -> tuple[int, ...]:
     """Return where each stage ends, so that the largest of work over devices is least.
 
     Every stage gets a layer.
+
+    Args:
+        work: of each layer, by stage: what it is on one of the stage's devices.
     """
-    before = [0.0]
-    for amount in work:
-        before.append(before[-1] + amount)
+    before = [(0.0, *itertools.accumulate(amounts)) for amounts in work]
+    number = len(work[0])
+
+    def share(stage: int, first: int, end: int) -> float:
+        return (before[stage][end] - before[stage][first]) / devices[stage]
 
     @cache
     def best(stage: int, first: int) -> tuple[float, tuple[int, ...]]:
         """The largest share of the stages from `stage` on, which get the layers from `first` on."""
         if stage == len(devices) - 1:
-            return (before[-1] - before[first]) / devices[stage], (len(work),)
+            return share(stage, first, number), (number,)
         found = []
-        for end in range(first + 1, len(work) - (len(devices) - 2 - stage)):
+        for end in range(first + 1, number - (len(devices) - 2 - stage)):
             rest, ends = best(stage + 1, end)
-            found.append((max((before[end] - before[first]) / devices[stage], rest), (end, *ends)))
+            found.append((max(share(stage, first, end), rest), (end, *ends)))
         return min(found)
 
     return best(0, 0)[1]
 
 
 def _with_mesh(
-    plan: Plan, index: int, planner: IntraOpPlanner, cluster: Cluster,
+    plan: Plan, index: int, planner: IntraOpPlanner, cluster: AnyCluster,
     optimizer: OptimizerFootprint,
 ) -> Stage:  # fmt: skip
     """The stage with the mesh that suits it best; one that contradicts what it fixes is none."""
     stage = plan.stages[index]
     schedule = schedule_by_name(plan.schedule, plan.virtual_stages)
     in_flight = schedule.stash_peak(index, len(plan.stages), plan.num_microbatches)
-    limit_bytes = cluster.device.usable_bytes / plan.virtual_stages
+    device = cluster.kind_of(stage.hosts).device
+    limit_bytes = device.usable_bytes / plan.virtual_stages
     found, failures = [], []
     for number, viewed in enumerate(_views(stage, plan.microbatch_size)):
         try:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.stage_table import shapes_text
 from launcher.errors import InfeasiblePlanError
 
@@ -10,14 +11,35 @@ Placement = tuple[tuple[int, ...], tuple[int, ...]]
 """The hosts of a stage, and the devices that it takes of each of them."""
 
 
-def place(
-    submeshes: Sequence[tuple[int, int]], num_hosts: int, devices_per_host: int
+def place_on(
+    cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], kinds: Sequence[int]
 ) -> tuple[Placement, ...]:
+    """Give every stage hosts of its kind; they are numbered one kind after the other."""
+    placed: dict[int, Placement] = {}
+    first_host = 0
+    for number, kind in enumerate(cluster.kinds):
+        own = [stage for stage, its in enumerate(kinds) if its == number]
+        shapes = [submeshes[stage] for stage in own]
+        key = "cluster.hosts" if len(cluster.kinds) == 1 else f"cluster.groups[{number}].hosts"
+        places = place(shapes, kind.num_hosts, kind.devices_per_host, key)
+        for stage, (hosts, devices) in zip(own, places, strict=True):
+            placed[stage] = tuple(first_host + host for host in hosts), devices
+        first_host += kind.num_hosts
+    return tuple(placed[stage] for stage in range(len(submeshes)))
+
+
+def place(
+    submeshes: Sequence[tuple[int, int]], num_hosts: int, devices_per_host: int,
+    key: str = "cluster.hosts",
+) -> tuple[Placement, ...]:  # fmt: skip
     """Give every stage its hosts and devices: a rectangle of its shape (hosts, devices per host).
 
     Whole hosts first, the largest submeshes before the others; then one host after the other is
     filled with slices. With powers of two there is always room (appendix A of the paper), and every
     slice is aligned to its size; slices of other sizes may not fit though their sum does.
+
+    Args:
+        key: by which the number of hosts is set.
     """
     order = sorted(range(len(submeshes)), key=lambda stage: -math.prod(submeshes[stage]))
     placed: dict[int, Placement] = {}
@@ -37,7 +59,7 @@ def place(
     if len(placed) < len(submeshes):
         raise InfeasiblePlanError(
             f"submeshes of {shapes_text(submeshes)} cannot be cut side by side out of {num_hosts} hosts "
-            f"of {devices_per_host} devices (cluster.hosts={num_hosts}); set parallel.pp, "
+            f"of {devices_per_host} devices ({key}={num_hosts}); set parallel.pp, "
             f"parallel.dp and parallel.tp so that stages take whole hosts or equal parts of one"
         )
     return tuple(placed[stage] for stage in range(len(submeshes)))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from launcher.autopar.cluster import Cluster, ClusterRef
+from launcher.autopar.hosts import AnyCluster, ClusterRef
 from launcher.autopar.mesh import DATA, TENSOR
 from launcher.autopar.program import round_robin
 from launcher.autopar.schedules import SCHEDULE_NAMES
@@ -173,7 +173,7 @@ class Plan:
         return sum(stage.num_devices for stage in self.submeshes)
 
     def check(
-        self, num_layers: int | None, cluster: Cluster, fingerprint: str | None = None
+        self, num_layers: int | None, cluster: AnyCluster, fingerprint: str | None = None
     ) -> None:
         """Raise `PlanError` for the first thing that cannot be.
 
@@ -275,19 +275,19 @@ def _check_layers(plan: Plan, num_layers: int | None) -> None:
             )
 
 
-def _check_devices(plan: Plan, cluster: Cluster) -> None:
+def _check_devices(plan: Plan, cluster: AnyCluster) -> None:
     """All submeshes lie inside the cluster, and none on top of another."""
     user: dict[tuple[int, int], int] = {}
     hosts = _Extent(cluster.num_hosts, max((h for s in plan.stages for h in s.hosts), default=0))
-    devices = _Extent(
-        cluster.devices_per_host, max((d for s in plan.stages for d in s.devices), default=0)
-    )
+    last_device = max((d for s in plan.stages for d in s.devices), default=0)
     for index, stage in enumerate(plan.stages):
         first = index % plan.num_submeshes
         if index != first:
             _check_same_place(plan, first, index)
             continue
         place = f"stages[{index}]"
+        kind = cluster.kind_of(stage.hosts, f"{place}.hosts")
+        devices = _Extent(kind.devices_per_host, last_device)
         _check_indices(f"{place}.hosts", stage.hosts, hosts, "cluster.hosts")
         _check_indices(f"{place}.devices", stage.devices, devices, "cluster.devices_per_host")
         for where in ((host, device) for host in stage.hosts for device in stage.devices):

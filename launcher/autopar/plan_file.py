@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from launcher.autopar.atomic_file import write_atomically
-from launcher.autopar.cluster import ClusterRef
+from launcher.autopar.hosts import ClusterRef, GroupRef
 from launcher.autopar.plan import (
     AXIS_NAMES,
     PLAN_VERSION,
@@ -67,6 +67,8 @@ def write_plan(plan: Plan, path: Path) -> None:
 def to_json(plan: Plan) -> str:
     """Write a plan as JSON with a stable layout."""
     tree = asdict(plan)
+    if not plan.cluster.groups:  # as it has always been written
+        del tree["cluster"]["groups"]
     for stage in tree["stages"]:
         stage["layers"] = stage["layers"] or None
         stage["mesh"] = dict(stage["mesh"]) or None
@@ -149,11 +151,23 @@ def _model(node: Node) -> ModelRef:
 
 
 def _cluster(node: Node) -> ClusterRef:
-    found = node.fields(("name", "hosts", "devices_per_host"))
+    found = node.fields(("name", "hosts", "devices_per_host"), ("groups",))
     return ClusterRef(
         name=found["name"].text(),
         hosts=found["hosts"].integer(1),
         devices_per_host=found["devices_per_host"].integer(1),
+        groups=_optional(
+            found["groups"], lambda node: tuple(_group(item) for item in node.items()), ()
+        ),
+    )
+
+
+def _group(node: Node) -> GroupRef:
+    found = node.fields(("hosts", "devices_per_host", "device"))
+    return GroupRef(
+        hosts=found["hosts"].integer(1),
+        devices_per_host=found["devices_per_host"].integer(1),
+        device=found["device"].text(),
     )
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 from launcher.autopar import answers_page, html_page, svg
 from launcher.autopar.answers import Answers
 from launcher.autopar.atomic_file import write_atomically
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.cluster_picture import cluster_svg
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.html_page import cell, number, section, table
 from launcher.autopar.plan import AXIS_NAMES, Plan, Prediction
 from launcher.autopar.stage_bars import bar_legend, memory_bar, time_bar
+from launcher.autopar.stage_hosts import devices_of, peaks_by_kind
 from launcher.autopar.step_parts import StepParts
 from launcher.autopar.summary import headline, mfu, schedule_text, stage_cells
 from launcher.autopar.tensor_groups import Shapes, Split, TensorGroup, tensor_groups
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.timeline_picture import timeline_svg
-from launcher.autopar.wording import count, digits, percent, ranges, seconds, size
+from launcher.autopar.wording import count, digits, either, percent, ranges, seconds, size
 
 _MOST_GROUPS = 200
 _GLYPH = 34  # px
@@ -49,13 +50,15 @@ _NO_EXTRAS = PageExtras()
 
 
 def write_page(
-    plan: Plan, timeline: Timeline, cluster: Cluster, path: Path, extras: PageExtras = _NO_EXTRAS
+    plan: Plan, timeline: Timeline, cluster: AnyCluster, path: Path, extras: PageExtras = _NO_EXTRAS
 ) -> None:
     """Write plan.html."""
     write_atomically(path, page(plan, timeline, cluster, extras))
 
 
-def page(plan: Plan, timeline: Timeline, cluster: Cluster, extras: PageExtras = _NO_EXTRAS) -> str:
+def page(
+    plan: Plan, timeline: Timeline, cluster: AnyCluster, extras: PageExtras = _NO_EXTRAS
+) -> str:
     """Return the page as a text."""
     shapes = extras.params
     sections = (
@@ -72,7 +75,7 @@ def page(plan: Plan, timeline: Timeline, cluster: Cluster, extras: PageExtras = 
     )
 
 
-def _head(plan: Plan, cluster: Cluster, extras: PageExtras) -> str:
+def _head(plan: Plan, cluster: AnyCluster, extras: PageExtras) -> str:
     batch = (
         f"{count(plan.global_batch, 'sample')} a step, number of microbatches: "
         f"{plan.num_microbatches}, of {count(plan.microbatch_size, 'sample')} each; "
@@ -95,21 +98,21 @@ def _head(plan: Plan, cluster: Cluster, extras: PageExtras) -> str:
     )
 
 
-def _promises(plan: Plan, cluster: Cluster) -> Iterator[tuple[str, str]]:
+def _promises(plan: Plan, cluster: AnyCluster) -> Iterator[tuple[str, str]]:
     yield "stages", str(len(plan.stages))
     predicted = plan.predicted
     if predicted is not None:
         share = mfu(predicted, plan, cluster)
-        peak_bytes = max(predicted.peak_bytes_per_device, default=0.0)
         yield "a step, predicted", seconds(predicted.step_s)
         yield "bubble", percent(predicted.bubble_fraction)
         yield "TFLOP/s per device", digits(predicted.tflops_per_device)
         yield "MFU", "unknown" if share is None else percent(share)
-        yield f"of {size(cluster.device.memory_bytes)} per device", size(peak_bytes)
+        for word, device, peak_bytes in peaks_by_kind(plan, predicted, cluster):
+            yield f"of {size(device.memory_bytes)} per {word}", size(peak_bytes)
         yield "sent per step", size(predicted.communicated_bytes)
 
 
-def _machine(plan: Plan, cluster: Cluster) -> str:
+def _machine(plan: Plan, cluster: AnyCluster) -> str:
     sizes = {stage.num_devices for stage in plan.stages}
     each = f"{count(min(sizes), 'device')} each" if len(sizes) == 1 else "devices as shown"
     used = count(plan.num_submeshes, "stage")
@@ -121,22 +124,26 @@ def _machine(plan: Plan, cluster: Cluster) -> str:
     return section("Who does what", lead, cluster_svg(plan, cluster))
 
 
-def _stages(plan: Plan, parts: Sequence[StepParts], cluster: Cluster) -> str:
-    heads = ["stage", *stage_cells(plan.stages[0])]
+def _stages(plan: Plan, parts: Sequence[StepParts], cluster: AnyCluster) -> str:
+    heads, devices = ["stage", *stage_cells(plan.stages[0], cluster)], devices_of(plan, cluster)
     heads[heads.index("mesh")] = " x ".join(AXIS_NAMES)
     predicted = plan.predicted
     if parts:
         heads.append(f"time of a step, {seconds(parts[0].step_s)}")
     if predicted is not None:
-        heads += ["forward", "backward", f"memory of {size(cluster.device.memory_bytes)}"]
+        limits = dict.fromkeys(size(device.memory_bytes) for device in devices)
+        heads += ["forward", "backward", f"memory of {either(list(limits))}"]
     rows = []
     for index, stage in enumerate(plan.stages):
-        cells = [number(str(index)), *(cell(value) for value in stage_cells(stage).values())]
+        cells = [
+            number(str(index)),
+            *(cell(value) for value in stage_cells(stage, cluster).values()),
+        ]
         if parts:
             own = parts[plan.submesh_of[index]]
             cells.append(f"<td>{time_bar(own, own.step_s)}</td>")
         if predicted is not None:
-            cells += _promised_cells(predicted, index, cluster.device.memory_bytes)
+            cells += _promised_cells(predicted, index, devices[index].memory_bytes)
         rows.append("".join(cells))
     legend = bar_legend(parts) if parts else ""
     lead = "Layers: the first and the last of a stage. Forward, backward: of a microbatch."

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import optax
 
 from launcher.autopar.buffers import peak
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.crowded import Crowd, simulate_crowded
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import StageSharding
 from launcher.autopar.launch_arrays import launch_arrays
 from launcher.autopar.launches import submesh_launches
@@ -25,6 +25,7 @@ from launcher.autopar.plan import Plan, Prediction
 from launcher.autopar.predicted_buffers import predicted_buffers
 from launcher.autopar.realize import RealizedPlan, realize
 from launcher.autopar.simulator import Durations, simulate
+from launcher.autopar.stage_hosts import devices_of
 from launcher.autopar.timeline import Timeline
 from launcher.autopar.trace import TracedModel
 from launcher.autopar.work import op_flops
@@ -44,7 +45,7 @@ class Outlook:
 def predict(
     plan: Plan,
     model: Model,
-    cluster: Cluster,
+    cluster: AnyCluster,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Prediction:
     """Price a plan on a cluster, also one that was made by hand or for another cluster."""
@@ -53,7 +54,7 @@ def predict(
     return foresee(realize(plan, model, cluster, optimizer=footprint), cluster).prediction
 
 
-def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
+def foresee(realized: RealizedPlan, cluster: AnyCluster) -> Outlook:
     """Simulate a realized plan."""
     durations = stage_durations(realized, cluster)
     timeline = _play(realized, cluster, durations)
@@ -74,7 +75,7 @@ def foresee(realized: RealizedPlan, cluster: Cluster) -> Outlook:
     return Outlook(prediction, timeline)
 
 
-def _play(realized: RealizedPlan, cluster: Cluster, durations: Durations) -> Timeline:
+def _play(realized: RealizedPlan, cluster: AnyCluster, durations: Durations) -> Timeline:
     """Simulate the program, on hosts whose devices slow one another down if these do."""
     crowd = crowd_of(realized.plan, cluster, [s.settings.compute for s in realized.stages])
     if crowd is None:
@@ -82,25 +83,23 @@ def _play(realized: RealizedPlan, cluster: Cluster, durations: Durations) -> Tim
     return simulate_crowded(realized.program, durations, crowd)
 
 
-def crowd_of(plan: Plan, cluster: Cluster, priced: Sequence[ComputeModel]) -> Crowd | None:
+def crowd_of(plan: Plan, cluster: AnyCluster, priced: Sequence[ComputeModel]) -> Crowd | None:
     """Who shares a machine with whom in a plan; None where that costs nothing.
 
     Args:
         priced: by stage, what its durations were priced with.
     """
-    device = cluster.device
-    if max(factor for _, factor in device.concurrency) == 1.0:
+    kinds = devices_of(plan, cluster)
+    if max(factor for device in kinds for _, factor in device.concurrency) == 1.0:
         return None
-    devices: dict[int, Counter[int]] = {}
-    slowdowns: dict[int, float] = {}
-    for submesh, stage, compute in zip(plan.submesh_of, plan.stages, priced, strict=True):
-        machines = map(cluster.machine_of, stage.hosts)
-        devices[submesh] = Counter(m for m in machines for _ in stage.devices)
-        slowdowns[submesh] = device.slowdown(compute.at_once)
+    first_stages = list(zip(plan.submeshes, kinds, priced, strict=False))
     return Crowd(
-        devices=tuple(devices[submesh] for submesh in sorted(devices)),
-        slowdown=device.slowdown,
-        priced=tuple(slowdowns[submesh] for submesh in sorted(slowdowns)),
+        devices=tuple(
+            Counter(cluster.machine_of(host) for host in stage.hosts for _ in stage.devices)
+            for stage, _, _ in first_stages
+        ),
+        slowdown=tuple(device.slowdown for _, device, _ in first_stages),
+        priced=tuple(device.slowdown(compute.at_once) for _, device, compute in first_stages),
     )
 
 
@@ -109,16 +108,17 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
     return 3.0 * num_microbatches * sum(op_flops(op) for op in traced.graph.ops)
 
 
-def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
+def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
     across = price_messages(realized.messages, realized.stages, cluster)
     avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
     arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
-    each_s = cluster.device.array_launch_s
+    each_s = [device.array_launch_s for device in devices_of(realized.plan, cluster)]
 
     def with_arrays(seconds: Iterable[float], counts: Iterable[int]) -> tuple[float, ...]:
-        return tuple(own + each_s * count for own, count in zip(seconds, counts, strict=True))
+        stages = zip(seconds, each_s, counts, strict=True)
+        return tuple(own_s + array_s * count for own_s, array_s, count in stages)
 
     return Durations(
         forward_s=with_arrays((s.forward_s for s in shardings), (a.forward for a in arrays)),
@@ -136,7 +136,7 @@ def stage_durations(realized: RealizedPlan, cluster: Cluster) -> Durations:
         activation_s=across.activation_s,
         cotangent_s=across.cotangent_s,
         tied_s=across.tied_s,
-        norm_s=max(cluster.intra_host.latency_s, cluster.inter_host.latency_s),
+        norm_s=max(link.latency_s for link in cluster.links),
     )
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from launcher.autopar import checker
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.clustering import cluster as cluster_ops
 from launcher.autopar.communication import add_communication
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.emit import StageEmitter
 from launcher.autopar.graph import Value
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayeredModel, build_layers
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
@@ -70,11 +70,12 @@ def layered_model(
     return build_layers(traced, cluster_ops(traced, num_layers, key=key))
 
 
-def stage_mesh(stage: Stage, cluster: Cluster) -> LogicalMesh:
+def stage_mesh(stage: Stage, cluster: AnyCluster) -> LogicalMesh:
     """The logical mesh of a stage, with its links priced."""
     sizes = dict(stage.mesh)
+    kind = cluster.kind_of(stage.hosts)
     return logical_mesh(
-        cluster, hosts=len(stage.hosts), devices=len(stage.devices), data=sizes["data"]
+        kind, hosts=len(stage.hosts), devices=len(stage.devices), data=sizes["data"]
     )
 
 
@@ -85,7 +86,7 @@ def restrictions(mesh: LogicalMesh, experts: Experts = Experts.FREE) -> Restrict
 
 
 def realize(
-    plan: Plan, model: Model, cluster: Cluster, planner: IntraOpPlanner | None = None,
+    plan: Plan, model: Model, cluster: AnyCluster, planner: IntraOpPlanner | None = None,
     optimizer: OptimizerFootprint = ADAMW,
 ) -> RealizedPlan:  # fmt: skip
     """Work out everything that a plan implies, and prove its program.
@@ -133,7 +134,7 @@ def layers_of(plan: Plan, model: Model) -> LayeredModel:
 
 
 def _realize_stage(
-    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
+    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: AnyCluster,
     optimizer: OptimizerFootprint,
 ) -> RealizedStage:  # fmt: skip
     first, last = stage.layers
@@ -144,14 +145,14 @@ def _realize_stage(
 
 
 def solve_stage(
-    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: Cluster,
+    stage: Stage, plan: Plan, planner: IntraOpPlanner, cluster: AnyCluster,
     optimizer: OptimizerFootprint,
 ) -> StageSharding:  # fmt: skip
     """Shard the ops of a stage beside the others of its plan, those that it leaves open."""
-    mesh = stage_mesh(stage, cluster)
+    mesh, device = stage_mesh(stage, cluster), cluster.kind_of(stage.hosts).device
     settings = StageSettings(
         mesh=mesh,
-        compute=ComputeModel(cluster.device, _at_once(plan, stage, cluster)),
+        compute=ComputeModel(device, _at_once(plan, stage, cluster)),
         restrictions=restrictions(mesh),
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
@@ -162,7 +163,7 @@ def solve_stage(
     return planner.solve(*stage.layers, settings, pins=pins)
 
 
-def _at_once(plan: Plan, stage: Stage, cluster: Cluster) -> int:
+def _at_once(plan: Plan, stage: Stage, cluster: AnyCluster) -> int:
     """How many devices of the stage's busiest machine compute at the same time as it does."""
     used = {(host, device) for s in plan.stages for host in s.hosts for device in s.devices}
     machines = Counter(cluster.machine_of(host) for host, _ in used)

@@ -54,14 +54,15 @@ class _Search:
         self.best: Stages | None = None
         self.best_s = known_s
         self.judged_left, self.looks_left = most_judged, most_judged * _EXPANDED_PER_JUDGED
-        self.sizes = np.array(table.pieces.sizes)[table.rows["submesh"]]
+        self.axis = table.pieces.axis
+        self.takes = self.axis.takes[table.rows["submesh"]]
         starts = np.arange(table.pieces.num_pieces + 2)
         self.bounds = np.searchsorted(table.rows["start"], starts)
 
     def all_of(self, number: int) -> None:
         """All plans of so many stages."""
         states = [_State.start(line, number) for line in self.lines]
-        self._go_on((), states, 0, self.table.pieces.num_devices, number)
+        self._go_on((), states, 0, self.axis.all_devices, number)
 
     def _go_on(self, rows: tuple[int, ...], states, start: int, devices: int, left: int) -> None:
         if not left:
@@ -72,14 +73,15 @@ class _Search:
             if least_s >= self.best_s or self.judged_left <= 0 or self.looks_left <= 0:
                 return
             end = int(self.table.rows["end"][row])
-            self._go_on((*rows, row), following, end, devices - int(self.sizes[row]), left - 1)
+            self._go_on((*rows, row), following, end, devices - int(self.takes[row]), left - 1)
 
     def _ways(self, states: Sequence["_State"], start: int, devices: int, left: int) -> Iterator:
         """The next stages that there may be, the most promising first: (row, least time, states)."""
         here = np.arange(*self.bounds[start : start + 2])
         rows = self.table.rows
-        here = here[rows["fits"][here, left - 1] & (self.sizes[here] <= devices)]
-        ends, rest = rows["end"][here], devices - self.sizes[here]
+        has_room = self.axis.has_room[rows["submesh"][here], devices]
+        here = here[rows["fits"][here, left - 1] & has_room]
+        ends, rest = rows["end"][here], devices - self.takes[here]
         least_s = np.max([s.least_s(here, ends, rest, left - 1) for s in states], axis=0)
         for at in np.argsort(least_s, kind="stable"):
             row = int(here[at])

@@ -23,11 +23,13 @@ from launcher.autopar.advice import (
     check_degrees,
     check_experts,
     check_groups,
+    check_kinds,
     memory_cures,
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.cuts import crossing_bytes, ways_to_cut
+from launcher.autopar.device import Device
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.optimizer_state import OptimizerFootprint
@@ -107,10 +109,11 @@ class Search:
 
 
 def search(
-    model: Model, cluster: Cluster, options: PlanOptions, progress: Callable[[str], None]
+    model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
 ) -> Search:
     """Find the best arrangement for each schedule and each number of microbatches worth trying."""
     start = time.perf_counter()
+    check_kinds(options, cluster)
     check_degrees(options, cluster)
     check_groups(options)
     check_batch(options, cluster)
@@ -175,14 +178,14 @@ class _Attempts:
     """What has been tried, by number of microbatches, and why nothing fits at some of them."""
 
     def __init__(
-        self, model: Model, cluster: Cluster, options: PlanOptions, space: Space, progress
+        self, model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, progress
     ):
         self._try = partial(_try, model, cluster, options)
         self._space = space
         self._progress = progress
         self.found: dict[int, _Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
-        self._known: Known = {}
+        self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
 
     def best(self) -> tuple[float, int]:
         """The least step time, and the number of microbatches that has it."""
@@ -221,12 +224,13 @@ class _Attempts:
         if before is None:
             return
         self._progress(f"{num_microbatches} microbatches")
-        known: Known = {}
+        known: tuple[Known, ...] = tuple({} for _ in self._known)
         try:
             again = self._try(num_microbatches, self.best()[0], known, self._space)
         except InfeasiblePlanError:
             return
-        self._known.update(known)
+        for old, new in zip(self._known, known, strict=True):
+            old.update(new)
         self.found[num_microbatches] = before.with_more(again)
 
     def climb(self, counts: Sequence[int]) -> None:
@@ -260,22 +264,23 @@ class _Attempts:
             for choice in candidate.arrangement.stages
             if candidate.step_s <= _CLOSE * best_s
         ]
-        used = {(choice.option.tag.mesh, choice.option.tag.weight) for choice in chosen}
-        others = {key: picks for key, picks in self._known.items() if key[:2] not in used}
-        shapes = {self._space.submeshes[choice.submesh] for choice in chosen}
-        part = tuple(shape for shape in self._space.submeshes if shape in shapes)
+        kinds = self._space.kinds
+        used = {(kinds[c.submesh], c.option.tag.mesh, c.option.tag.weight) for c in chosen}
+        others = tuple(
+            {key: picks for key, picks in known.items() if (kind, *key[:2]) not in used}
+            for kind, known in enumerate(self._known)
+        )
+        part = self._space.only({choice.submesh for choice in chosen})
         try:
-            again = self._try(
-                num_microbatches, math.inf, others, replace(self._space, submeshes=part)
-            )
+            again = self._try(num_microbatches, math.inf, others, part)
         except InfeasiblePlanError:
             return  # the new strategies need more memory, and the ones that were taken over fit
         self.found[num_microbatches] = before.with_more(again)
 
 
 def _try(
-    model: Model, cluster: Cluster, options: PlanOptions, num_microbatches: int,
-    worth_s: float, known: Known, space: Space,
+    model: Model, cluster: AnyCluster, options: PlanOptions, num_microbatches: int,
+    worth_s: float, known: Sequence[Known], space: Space,
 ) -> _Tried:  # fmt: skip
     """Search all schedules for what takes less than `worth_s`; where memory is scarce, with all choices."""
     microbatch_size = options.global_batch // num_microbatches
@@ -284,29 +289,35 @@ def _try(
     search_with = partial(
         _try_choices, planner, cluster, options, num_microbatches, worth_s, known, space
     )
-    some = _worthwhile(space.choices, layered, optimizer, cluster)
+    everything = (space.choices,) * len(cluster.kinds)
+    some = tuple(
+        _worthwhile(space.choices, layered, optimizer, kind.device) for kind in cluster.kinds
+    )
     try:
         return search_with(some)
     except InfeasiblePlanError:
-        if some == space.choices:
+        if some == everything:
             raise
-    return search_with(space.choices)
+    return search_with(everything)
 
 
 def _try_choices(
-    planner: IntraOpPlanner, cluster: Cluster, options: PlanOptions, num_microbatches: int,
-    worth_s: float, known: Known, space: Space, choices: Choices,
+    planner: IntraOpPlanner, cluster: AnyCluster, options: PlanOptions, num_microbatches: int,
+    worth_s: float, known: Sequence[Known], space: Space, choices: Sequence[Choices],
 ) -> _Tried:  # fmt: skip
+    """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
     layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     ways = tuple(ways_to_cut(options, space, layered))
-    costs = StageCosts(
-        planner, cluster, space.submeshes, num_microbatches=num_microbatches,
-        choices=choices, optimizer=optimizer, known=known,
-        microbatch_size=options.global_batch // num_microbatches,
-        cuts={*chain.from_iterable(cuts for *_, cuts in ways)},
+    costs = tuple(
+        StageCosts(
+            planner, cluster, space.submeshes, num_microbatches=num_microbatches,
+            choices=choices[kind], optimizer=optimizer, known=known[kind], kind=kind,
+            microbatch_size=options.global_batch // num_microbatches,
+            cuts={*chain.from_iterable(cuts for *_, cuts in ways)},
+        )
+        for kind in range(len(cluster.kinds))
     )  # fmt: skip
-    bytes_at = crossing_bytes(planner.model)
-    link = cluster.inter_host if cluster.num_hosts > 1 else cluster.intra_host
+    bytes_at, link = crossing_bytes(planner.model), cluster.stage_link
     found: list[Arranged] = []
     candidates: list[Candidate] = []
     failures: list[InfeasiblePlanError] = []
@@ -316,7 +327,7 @@ def _try_choices(
             space=replace(space, num_submeshes=number),
             schedule=schedule_by_name(name, v),
             num_microbatches=num_microbatches,
-            options=costs.options,
+            options=lambda *of: costs[space.kinds[of[-1]]].options(*of),
             cuts=cuts,
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
             cures=memory_cures(options, cluster),
@@ -329,7 +340,7 @@ def _try_choices(
             continue
         best = found[-1].best
         if best is not None:
-            gap = costs.largest_gap_fraction
+            gap = max(its.largest_gap_fraction for its in costs)
             candidates.append(Candidate(num_microbatches, name, v, planner, best, gap))
     if not found:
         raise failures[0]
@@ -346,9 +357,9 @@ def _try_choices(
 
 
 def _worthwhile(
-    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, cluster: Cluster
+    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, device: Device
 ) -> Choices:
-    """Without what only saves memory, where one device could hold the state of the whole model.
+    """Without what only saves memory, where one such device could hold the state of the whole model.
 
     ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
     """
@@ -357,14 +368,14 @@ def _worthwhile(
     kept = [optimizer.kept(aval) for aval in params]
     state_bytes = sum(state.alike_bytes + state.whole_bytes for state in kept)
     state_bytes += 2 * sum(map(aval_bytes, params))  # weights and accumulators
-    if state_bytes > _ROOMY * cluster.device.usable_bytes:
+    if state_bytes > _ROOMY * device.usable_bytes:
         return choices
     zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
     return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])
 
 
 def _layers(
-    model: Model, cluster: Cluster, options: PlanOptions, space: Space, microbatch_size: int
+    model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, microbatch_size: int
 ) -> LayeredModel:
     """The model in its natural layers, or in more where so many stages are asked for."""
     layered = layered_model(model, microbatch_size)

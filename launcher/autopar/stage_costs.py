@@ -18,8 +18,8 @@ from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
 from launcher.autopar.memory import (
     ClassMemory,
@@ -87,24 +87,26 @@ class StagePick:
 
 
 class StageCosts:
-    """Prices ranges of layers on submeshes, on demand.
+    """Prices ranges of layers on submeshes of a kind of hosts, on demand.
 
     Args:
+        kind: of the cluster's hosts, by its number.
         optimizer: decides how much state a parameter has, and what updating it takes.
         known: strategies to price instead of solving; those that are solved are added.
         cuts: what ranges lie between; by default every layer's ends.
     """
 
     def __init__(
-        self, planner: IntraOpPlanner, cluster: Cluster, submeshes: Sequence[tuple[int, int]], *,
+        self, planner: IntraOpPlanner, cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
         microbatch_size: int, known: Known | None = None, cuts: Iterable[int] | None = None,
+        kind: int = 0,
     ):  # fmt: skip
-        self.planner, self.cluster, self.submeshes = planner, cluster, submeshes
+        self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
         self.optimizer, self.microbatch_size = optimizer, microbatch_size
-        self.compute = ComputeModel(cluster.device)
-        self._ideal_s = self._ideal_microbatch_s()
+        self.compute, self._stage_link = ComputeModel(self.cluster.device), cluster.stage_link
+        self._ideal_s = self._ideal_microbatch_s(cluster)
         self._whole = (0, len(planner.model.layers))
         self._priced: dict[tuple, _Solved] = {}
         self._strategies: dict[tuple, StageSharding] = {}
@@ -120,10 +122,18 @@ class StageCosts:
         self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
         self.largest_gap_fraction = 0.0
 
-    def _ideal_microbatch_s(self) -> float:
-        """A microbatch's operations spread evenly over the cluster."""
+    def _ideal_microbatch_s(self, cluster: AnyCluster) -> float:
+        """A microbatch's operations spread over the cluster so that all devices take equally long."""
         ops = [op for layer in self.planner.model.layers for op in layer.cls.joint.ops]
-        return sum(self.compute.op_s(op) for op in ops) / self.cluster.num_devices
+
+        def alone_s(compute: ComputeModel) -> float:
+            return sum(compute.op_s(op) for op in ops)
+
+        own_s = alone_s(self.compute)
+        others = [kind for kind in cluster.kinds if kind is not self.cluster]
+        # Of devices like ours, so many do what all of another kind do.
+        worth = sum(k.num_devices * own_s / alone_s(ComputeModel(k.device)) for k in others)
+        return own_s / (self.cluster.num_devices + worth)
 
     def options(self, first: int, last: int, submesh: int) -> tuple[StageOption, ...]:
         """The ways to run layers [first, last) on a submesh shape that are not worse than others."""
@@ -198,7 +208,7 @@ class StageCosts:
 
     def _borrowed_s(self, wiring: StageWiring) -> float:
         """Once a step, gradients go to the stage that updates a parameter, and it comes back."""
-        between = self.cluster.inter_host if self.cluster.num_hosts > 1 else self.cluster.intra_host
+        between = self._stage_link
         avals = self.planner.model.traced.graph.avals
         num_bytes = sum(aval_bytes(avals[value]) for value in wiring.borrowed)
         return 2 * (between.latency_s + num_bytes / between.bytes_per_s) if num_bytes else 0.0

@@ -19,6 +19,7 @@ from operator import attrgetter
 
 import numpy as np
 
+from launcher.autopar.device_axis import DeviceAxis, device_axis
 from launcher.errors import InfeasiblePlanError
 
 
@@ -71,8 +72,7 @@ class Pieces:
     """What a plan may look like. Neighbouring cuts enclose a piece; stages are made of pieces."""
 
     cuts: tuple[int, ...]
-    sizes: tuple[int, ...]  # of the submeshes
-    num_devices: int
+    axis: DeviceAxis
     num_stages: int | None
     use_all_devices: bool
 
@@ -82,7 +82,7 @@ class Pieces:
 
     @property
     def max_stages(self) -> int:
-        return self.num_stages or min(self.num_pieces, self.num_devices // min(self.sizes))
+        return self.num_stages or min(self.num_pieces, self.axis.most_submeshes)
 
     @property
     def numbers_of_stages(self) -> range:
@@ -90,48 +90,55 @@ class Pieces:
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """The (first, last, submesh) beside which pieces and devices can be used up."""
-        reach = self._tilings()
+        reach, axis = self._tilings(), self.axis
+        everything = axis.all_devices
         for start, end in itertools.combinations(range(self.num_pieces + 1), 2):
             behind = self.num_pieces - end
             fewest, most = (start > 0) + (behind > 0), start + behind  # other stages
             if self.num_stages is not None:
                 fewest, most = max(fewest, self.num_stages - 1), min(most, self.num_stages - 1)
-            for submesh, size in enumerate(self.sizes):
-                rest = self.num_devices - size
-                if rest >= 0 and reach[fewest : most + 1, rest].any():
+            for submesh in np.flatnonzero(axis.has_room[:, everything]).tolist():
+                rest = everything - axis.takes[submesh]
+                if reach[fewest : most + 1, rest].any():
                     yield self.cuts[start], self.cuts[end], submesh
 
     def _tilings(self) -> np.ndarray:
         """`result[n, d]`: whether n submeshes can take d devices, or leave some of them idle."""
-        reach = np.zeros((self.num_pieces + 1, self.num_devices + 1), bool)
+        reach = np.zeros((self.num_pieces + 1, self.axis.width), bool)
         reach[0, : 1 if self.use_all_devices else None] = True
-        for n, size in itertools.product(range(self.num_pieces), self.sizes):
-            reach[n + 1, size:] |= reach[n, : max(self.num_devices + 1 - size, 0)]
+        for n, submesh in itertools.product(range(self.num_pieces), range(len(self.axis.takes))):
+            room, rest = self.axis.moves(submesh)
+            reach[n + 1, room] |= reach[n, rest]
         return reach
 
 
 def make_pieces(
-    *, num_layers: int, submeshes: Sequence[tuple[int, int]], num_devices: int, cuts: Sequence[int],
-    num_stages: int | None, use_all_devices: bool,
+    *, num_layers: int, submeshes: Sequence[tuple[int, int]], num_devices: int | Sequence[int],
+    cuts: Sequence[int], num_stages: int | None, use_all_devices: bool, kinds: Sequence[int] = (),
 ) -> Pieces:  # fmt: skip
-    """Check that there are plans at all, whatever their stages cost."""
+    """Check that there are plans at all, whatever their stages cost.
+
+    Args:
+        num_devices: by kind of hosts, where there are several.
+        kinds: of hosts, by submesh; all of one where it is left out.
+    """
     if list(cuts) != sorted({0, *cuts, num_layers}):
         raise ValueError(f"cuts {tuple(cuts)} do not ascend from 0 to the {num_layers} layers")
-    sizes = [math.prod(shape) for shape in submeshes]
-    # Where all submeshes are whole hosts, the DP counts hosts.
-    unit = math.gcd(*sizes, num_devices if use_all_devices else 0)
+    totals, kinds = np.atleast_1d(num_devices).tolist(), kinds or (0,) * len(submeshes)
     pieces = Pieces(
         cuts=tuple(cuts),
-        sizes=tuple(size // unit for size in sizes),
-        num_devices=num_devices // unit,
+        axis=device_axis(
+            [math.prod(shape) for shape in submeshes], kinds, totals, use_all=use_all_devices
+        ),
         num_stages=num_stages,
         use_all_devices=use_all_devices,
     )
     if next(pieces.ranges(), None) is None:
         raise InfeasiblePlanError(
-            f"{num_devices} devices and {pieces.num_pieces} pieces of the model cannot be shared "
+            f"{sum(totals)} devices and {pieces.num_pieces} pieces of the model cannot be shared "
             f"out to {num_stages or 'any number of'} stages on submeshes of {shapes_text(submeshes)} "
-            f"(parallel.pp={num_stages or 'null'}); set another parallel.pp or cluster.hosts"
+            f"(parallel.pp={num_stages or 'null'}); set another parallel.pp or "
+            f"{'cluster.hosts' if len(totals) == 1 else 'cluster.groups'}"
         )
     return pieces
 
@@ -235,9 +242,15 @@ def in_flight_bytes(
     return held * stash_bytes[:, None] + split * weight_bytes[:, None]
 
 
-def that_fit(rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float) -> np.ndarray:
-    """The rows that fit into memory somewhere in the pipeline, and only there."""
-    fits = rows["fits"] & (need_bytes <= memory_bytes)
+def that_fit(
+    rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float | np.ndarray
+) -> np.ndarray:
+    """The rows that fit into memory somewhere in the pipeline, and only there.
+
+    Args:
+        memory_bytes: of one device, by row where devices differ.
+    """
+    fits = rows["fits"] & (need_bytes <= np.reshape(memory_bytes, (-1, 1)))
     is_used = fits.any(axis=1)
     fitting = rows[is_used]
     fitting["fits"] = fits[is_used]
@@ -270,16 +283,16 @@ def trace_back(
     Args:
         sums: what `sweep` found for the values with `np.add`.
     """
-    sizes, start, devices = np.array(pieces.sizes)[rows["submesh"]], 0, pieces.num_devices
-    picked = []
+    axis, submesh = pieces.axis, rows["submesh"]
+    picked, start, devices = [], 0, axis.all_devices
     for stages in range(num_stages, 0, -1):
         here = np.arange(*np.searchsorted(rows["start"], (start, start + 1)))
-        here = here[rows["fits"][here, stages - 1] & (sizes[here] <= devices)]
+        here = here[rows["fits"][here, stages - 1] & axis.has_room[submesh[here], devices]]
         own = values[here] if values.ndim == 1 else values[here, stages - 1]
-        total = own + sums[stages - 1, rows["end"][here], devices - sizes[here]]
+        total = own + sums[stages - 1, rows["end"][here], devices - axis.takes[submesh[here]]]
         first = here[np.lexsort((rows["once_s"][here], total))[0]]
         picked.append(first)
-        start, devices = rows["end"][first], devices - sizes[first]
+        start, devices = rows["end"][first], devices - axis.takes[submesh[first]]
     return np.array(picked)
 
 
@@ -297,17 +310,18 @@ def sweep_longest(
 
 
 def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarray:
-    width = pieces.num_devices + 1
+    width = pieces.axis.width
     table = np.full((pieces.max_stages + 1, pieces.num_pieces + 1, width), np.inf)
     table[0, -1, : 1 if pieces.use_all_devices else None] = 0.0  # behind the last stage
     start, end, submesh = rows["start"], rows["end"], rows["submesh"]
-    behind = np.full((len(pieces.sizes), pieces.num_pieces + 1, width), np.inf)
+    behind = np.full((len(pieces.axis.takes), pieces.num_pieces + 1, width), np.inf)
     for stages in range(1, pieces.max_stages + 1):
         live = np.flatnonzero(fits[:, stages - 1])
         if not len(live):
             continue
-        for index, size in enumerate(pieces.sizes):
-            behind[index, :, size:] = table[stages - 1, :, : max(width - size, 0)]
+        for index in range(len(behind)):
+            room, rest = pieces.axis.moves(index)
+            behind[index, :, room] = table[stages - 1, :, rest]
         ways = step(live, stages, behind[submesh[live], end[live]])  # (rows, devices)
         groups = np.flatnonzero(np.diff(start[live], prepend=-1))
         table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)

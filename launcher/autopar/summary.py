@@ -9,13 +9,15 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from launcher.autopar.budget import Budget, budget_text
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.plan import AXIS_NAMES, Plan, Prediction, Stage
+from launcher.autopar.stage_hosts import devices_of, peak_flops_per_s, peaks_by_kind
 from launcher.autopar.tensor_groups import Shapes, TensorGroup, tensor_groups
 from launcher.autopar.wording import (
     aligned,
     count,
     digits,
+    either,
     large,
     percent,
     ranges,
@@ -32,7 +34,7 @@ _RIGHT = frozenset(("stage", "zero", "memory", "forward", "backward", "once"))
 
 
 def summarize(
-    plan: Plan, cluster: Cluster, params: Shapes | None = None, budget: Budget | None = None
+    plan: Plan, cluster: AnyCluster, params: Shapes | None = None, budget: Budget | None = None
 ) -> str:
     """Write a plan for people.
 
@@ -53,15 +55,14 @@ def summarize(
     return "\n".join(line.rstrip() for line in lines)
 
 
-def headline(plan: Plan, cluster: Cluster, params: Shapes) -> str:
+def headline(plan: Plan, cluster: AnyCluster, params: Shapes) -> str:
     """Say in one line what is planned for which machine."""
     number = sum(math.prod(spec.shape) for spec in params.values())
     known = (f"{large(number)} parameters" if number else "", plan.model.dtype or "")
     details = ", ".join(text for text in known if text)
     return (
         f"{plan.model.name} {plan.model.size}{f' ({details})' if details else ''} on "
-        f"{cluster.name}, {count(cluster.num_hosts, 'host')} x {cluster.devices_per_host} "
-        f"{cluster.device.kind}"
+        f"{cluster.name}, {cluster.hardware_text}"
     )
 
 
@@ -73,13 +74,13 @@ def schedule_text(plan: Plan) -> str:
     return f"{plan.schedule}, {plan.virtual_stages} stages on each of {submeshes}"
 
 
-def mfu(predicted: Prediction, plan: Plan, cluster: Cluster) -> float | None:
+def mfu(predicted: Prediction, plan: Plan, cluster: AnyCluster) -> float | None:
     """Return the predicted share of the device's peak; None where no peak is known."""
-    peak = cluster.peak_flops_per_s(plan.model.dtype or "")
+    peak = peak_flops_per_s(plan, cluster, plan.model.dtype or "")
     return None if peak is None else predicted.tflops_per_device * 1e12 / peak
 
 
-def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
+def _head(plan: Plan, cluster: AnyCluster, params: Shapes) -> Iterator[str]:
     yield from _wrapped("plan", headline(plan, cluster, params))
     each = count(plan.microbatch_size, "sample")
     yield from _wrapped(
@@ -101,7 +102,7 @@ def _head(plan: Plan, cluster: Cluster, params: Shapes) -> Iterator[str]:
         )
 
 
-def _promises(plan: Plan, predicted: Prediction, cluster: Cluster) -> Iterator[str]:
+def _promises(plan: Plan, predicted: Prediction, cluster: AnyCluster) -> Iterator[str]:
     share = mfu(predicted, plan, cluster)
     yield from _wrapped(
         "predicted",
@@ -112,12 +113,12 @@ def _promises(plan: Plan, predicted: Prediction, cluster: Cluster) -> Iterator[s
         if predicted.step_s > 0
         else "a step without work",
     )
-    yield from _wrapped(
-        "",
-        f"at most {size(max(predicted.peak_bytes_per_device, default=0.0))} of "
-        f"{size(cluster.device.memory_bytes)} per device, "
-        f"{size(predicted.communicated_bytes)} sent per step by all devices",
-    )
+    tops = [
+        f"at most {size(peak_bytes)} of {size(device.memory_bytes)} per {word}"
+        for word, device, peak_bytes in peaks_by_kind(plan, predicted, cluster)
+    ]
+    sent = f"{size(predicted.communicated_bytes)} sent per step by all devices"
+    yield from _wrapped("", ", ".join((*tops, sent)))
     yield from _wrapped("", f"TFLOP/s count {predicted.tflops_convention}")
     if cluster.nominal:
         yield from _wrapped(
@@ -136,10 +137,12 @@ def _wrapped(name: str, text: str) -> list[str]:
     )
 
 
-def stage_cells(stage: Stage) -> dict[str, str]:
-    """Describe a stage's choices, by the names of the columns."""
+def stage_cells(stage: Stage, cluster: AnyCluster) -> dict[str, str]:
+    """Describe a stage's choices, by the names of the columns; the kind of hosts if there are several."""
+    kind = cluster.kind_of(stage.hosts).device.kind
     return {
         "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}" if stage.layers else "open",
+        **({"kind": shortened(kind, _WIDEST)} if len(cluster.kinds) > 1 else {}),
         "hosts": shortened(ranges(stage.hosts), 9),
         "devices": shortened(ranges(stage.devices), 9),
         "mesh": " x ".join(str(length) for _, length in stage.mesh) or "open",
@@ -148,10 +151,10 @@ def stage_cells(stage: Stage) -> dict[str, str]:
     }
 
 
-def _stages(plan: Plan, cluster: Cluster) -> Iterator[str]:
+def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
     rows = []
     for index, stage in enumerate(plan.stages):
-        row = {"stage": str(index), **stage_cells(stage)}
+        row = {"stage": str(index), **stage_cells(stage, cluster)}
         if plan.predicted is not None:
             row |= _stage_promises(plan.predicted, index)
         rows.append(row)
@@ -165,8 +168,10 @@ def _stages(plan: Plan, cluster: Cluster) -> Iterator[str]:
         yield from body[_MOST_STAGES // 2 :]
     note = f"layers: first-last; mesh: {' x '.join(AXIS_NAMES)}"
     if plan.predicted is not None:
-        limit = size(cluster.device.memory_bytes)
-        note += f"; memory: of {limit}; times: of a microbatch; once: of a step"
+        limits = either(
+            list(dict.fromkeys(size(d.memory_bytes) for d in devices_of(plan, cluster)))
+        )
+        note += f"; memory: of {limits}; times: of a microbatch; once: of a step"
     if plan.virtual_stages > 1:
         note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
     yield from textwrap.wrap(note, WIDTH)

@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compare import PricedPlan, compare, priced, reasons
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.space import PlanOptions
@@ -65,7 +65,7 @@ def why_not(
     chosen: PricedPlan,
     choices: Sequence[Choice],
     model: Model,
-    cluster: Cluster,
+    cluster: AnyCluster,
     options: PlanOptions,
     progress: Callable[[str], None],
 ) -> WhyNot:

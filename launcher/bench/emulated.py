@@ -24,7 +24,8 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.hosts import Cluster
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.space import PlanOptions
 from launcher.bench.settings import check_keys, chosen, whole_number

@@ -29,7 +29,8 @@ from pathlib import Path
 
 import jax
 
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster import cluster_at_hand, load_cluster
+from launcher.autopar.hosts import Cluster
 from launcher.autopar.make_plan import Planned
 from launcher.autopar.planned_model import describe_model
 from launcher.autopar.wording import aligned, count, percent, seconds
@@ -104,7 +105,7 @@ def local_cluster(tasks: Sequence[Task]) -> Cluster:
             f"models={large_ones[0]} needs 1 GPU, and this machine has 0 ({found.kind}): run it where "
             f"there is one, with jax[cuda12], or take models={_WITHOUT_GPU}"
         )
-    return Cluster.local(kind=found.kind, count=found.count, memory_bytes=found.memory_bytes)
+    return cluster_at_hand(found.kind, found.count, found.memory_bytes)
 
 
 def headline(cluster: Cluster) -> str:

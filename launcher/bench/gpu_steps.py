@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import Cluster
 from launcher.autopar.make_plan import Planned, find_plan
 from launcher.autopar.space import PlanOptions
 from launcher.bench import plain_steps

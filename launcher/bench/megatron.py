@@ -15,8 +15,8 @@ from itertools import pairwise
 import jax.numpy as jnp
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.hosts import Cluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.picks import strategies_of

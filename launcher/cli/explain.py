@@ -141,7 +141,7 @@ def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
         key = f"{prefix}{field.name}"
         yield key
         alternatives = [schema for (group, _), schema in SCHEMAS.items() if group == key]
-        for nested in (field.type, *alternatives):
+        for nested in (field.type, *typing.get_args(field.type), *alternatives):
             if dataclasses.is_dataclass(nested):
                 yield from _all_keys(nested, f"{key}.")
 

@@ -4,13 +4,14 @@ How many CPU devices a process has is decided before JAX starts its backends, so
 come before anything that touches a device.
 """
 
+import itertools
 import os
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.hosts import AnyCluster
 from launcher.errors import ClusterError
 
 
@@ -48,8 +49,8 @@ def discover(num_cpu_devices: int) -> Found:
     )
 
 
-def acquire(cluster: Cluster, *, emulated: bool) -> np.ndarray:
-    """The devices of a cluster as an array, hosts by devices per host.
+def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
+    """The devices of a cluster as an array, hosts by devices per host; None where a host has fewer.
 
     Args:
         emulated: whether CPU devices may stand for the cluster's.
@@ -58,14 +59,18 @@ def acquire(cluster: Cluster, *, emulated: bool) -> np.ndarray:
         ClusterError: they are not there; the message names the ways on.
     """
     found = jax.devices()
-    fits_kind = emulated or (found[0].platform == "cpu") != cluster.device.accelerator
+    fits_kind = emulated or (found[0].platform == "cpu") != cluster.has_accelerators
     if len(found) < cluster.num_devices or not fits_kind:
+        shapes = (f"{k.num_hosts} x {k.devices_per_host} {k.device.kind}" for k in cluster.kinds)
         raise ClusterError(
-            f"cluster={cluster.name} needs {cluster.num_hosts} x {cluster.devices_per_host} "
-            f"{cluster.device.kind} ({cluster.num_devices} devices), this machine has {len(found)} "
+            f"cluster={cluster.name} needs {' and '.join(shapes)} "
+            f"({cluster.num_devices} devices), this machine has {len(found)} "
             f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster; submit it "
             f"with mode=submit (a later version); or rehearse that cluster's shape on this CPU by adding "
             f"runtime=emulate model.size=tiny"
         )
-    used = np.array(found[: cluster.num_devices], dtype=object)
-    return used.reshape(cluster.num_hosts, cluster.devices_per_host)
+    widths = [kind.devices_per_host for kind in cluster.kinds for _ in range(kind.num_hosts)]
+    grid, left = np.full((len(widths), max(widths)), None, dtype=object), iter(found)
+    for host, width in enumerate(widths):
+        grid[host, :width] = list(itertools.islice(left, width))
+    return grid

@@ -12,7 +12,6 @@ from rich.console import Console
 
 from launcher.autopar.answers import Answers
 from launcher.autopar.budget import Budget, token_budget
-from launcher.autopar.cluster import Cluster
 from launcher.autopar.compare import (
     THIS_PLAN,
     PricedPlan,
@@ -21,6 +20,7 @@ from launcher.autopar.compare import (
     comparison_text,
     priced,
 )
+from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned
 from launcher.autopar.plan_file import write_plan
 from launcher.autopar.plan_page import PageExtras, write_page
@@ -49,7 +49,7 @@ class PlanReporter:
     """
 
     model: Model
-    cluster: Cluster
+    cluster: AnyCluster
     options: PlanOptions
     run_dir: Path
     console: Console

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 import yaml
 
-from launcher.autopar.cluster import Cluster, Link, load_cluster
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.device import Link
+from launcher.autopar.hosts import Cluster
 from launcher.config import ProfileConfig
 from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime.profile_compute import ComputeFigures, measure_compute
@@ -39,6 +41,11 @@ def run_profile(
     cluster: Cluster, settings: ProfileConfig, run_dir: Path, progress: Progress
 ) -> str:
     """Measure a cluster, write its file, and say where it is and how it is used."""
+    if len(cluster.kinds) > 1:
+        raise ConfigError(
+            f"mode=profile measures 1 kind of hosts, and cluster={cluster.name} has "
+            f"{len(cluster.kinds)} (cluster.groups): profile a host of each, and name their files in groups"
+        )
     name = settings.name or default_name(cluster)
     check_name(name)
     measured = measure(cluster, reachable(cluster), progress)

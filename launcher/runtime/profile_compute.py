@@ -14,9 +14,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from launcher.autopar.cluster import Device
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.curves import Curve
+from launcher.autopar.device import Device
 from launcher.autopar.graph import CALLS, from_jaxpr
 from launcher.autopar.work import op_flops
 from launcher.runtime.profile_timing import Job, call_s, prepared, round_s

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import Cluster, Device, load_cluster
+from launcher.autopar.cluster import load_cluster
+from launcher.autopar.device import Device
+from launcher.autopar.hosts import Cluster
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
 from launcher.autopar.simulator import Durations

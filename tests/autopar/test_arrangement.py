@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import math
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+from machines import mixed
 
 from launcher.autopar.arrangement import Arranger
 from launcher.autopar.judge import judged_s
@@ -15,15 +18,38 @@ from launcher.autopar.stage_table import StageChoice, StageOption
 from launcher.errors import InfeasiblePlanError
 
 NUM_LAYERS = 4
-SHAPES = ((1, 1), (1, 2), (1, 4))  # of a cluster of one host x 4 devices
 SCHEDULES = (
     GPipe(), OneForwardOneBackward(), ZbH1(),
     Interleaved(virtual_stages=2), Interleaved(virtual_stages=4),
 )  # fmt: skip
 
 
-def random_arranger(rng, cpu8, schedule, num_microbatches, num_submeshes=None):
-    """At most 3 options for a range of layers on a submesh, whose memory often is too little."""
+def one_kind(rng, cpu8):
+    """One host of 4 devices."""
+    del rng
+    return replace(cpu8, num_hosts=1)
+
+
+def two_kinds(rng, cpu8):
+    """A host of 2 devices, and 1 or 2 hosts of 2 others."""
+    host = replace(cpu8, num_hosts=1, devices_per_host=2)
+    return mixed(host, replace(host, num_hosts=rng.randint(1, 2)))
+
+
+def with_memory(rng, cluster):
+    """Often too little of it, on each kind of hosts its own."""
+    if len(cluster.kinds) > 1:
+        return replace(cluster, kinds=tuple(with_memory(rng, kind) for kind in cluster.kinds))
+    memory_bytes = rng.choice((1.2, 2.0, 3.0, 50.0))
+    device = replace(cluster.device, memory_bytes=memory_bytes, reserved_bytes=0)
+    return replace(cluster, device=device)
+
+
+def random_arranger(rng, cluster, schedule, num_microbatches, num_submeshes=None):
+    """At most 2 options for a range of layers on a submesh; what they cost differs between kinds."""
+    space = replace(
+        make_space(PlanOptions(mode="auto", global_batch=64), cluster), num_submeshes=num_submeshes
+    )
     table = {
         (first, last, submesh): tuple(
             StageOption(
@@ -41,17 +67,11 @@ def random_arranger(rng, cpu8, schedule, num_microbatches, num_submeshes=None):
             for number in range(rng.randint(1, 2))
         )
         for first, last in itertools.combinations(range(NUM_LAYERS + 1), 2)
-        for submesh in range(len(SHAPES))
+        for submesh in range(len(space.submeshes))
     }
     received_s = [rng.random() / 4 for _ in range(NUM_LAYERS + 1)]
-    memory = replace(cpu8.device, memory_bytes=rng.choice((1.2, 2.0, 3.0, 50.0)), reserved_bytes=0)
-    space = replace(
-        make_space(PlanOptions(mode="auto", global_batch=64), replace(cpu8, num_hosts=1)),
-        submeshes=SHAPES,
-        num_submeshes=num_submeshes,
-    )
     return Arranger(
-        cluster=replace(cpu8, num_hosts=1, device=memory),
+        cluster=with_memory(rng, cluster),
         space=space,
         schedule=schedule,
         num_microbatches=num_microbatches,
@@ -65,17 +85,20 @@ def random_arranger(rng, cpu8, schedule, num_microbatches, num_submeshes=None):
 
 def all_arrangements(arranger):
     """Yield every (stages, number of submeshes), a stage being (first, submesh, option)."""
-    v, total = arranger.schedule.virtual_stages, arranger.space.num_devices
-    sizes = [hosts * devices for hosts, devices in SHAPES]
+    v, space = arranger.schedule.virtual_stages, arranger.space
+    every = range(len(space.submeshes))
     for number in range(1, NUM_LAYERS + 1):
         if number % v or arranger.space.num_submeshes not in (None, number // v):
             continue
         for inner in itertools.combinations(range(1, NUM_LAYERS), number - 1):
             bounds = [0, *inner, NUM_LAYERS]
-            for submeshes in itertools.product(range(len(SHAPES)), repeat=number // v):
+            for submeshes in itertools.product(every, repeat=number // v):
                 if v > 1 and (len(set(submeshes)) > 1 or arranger.num_microbatches % (number // v)):
                     continue
-                if sum(sizes[submesh] for submesh in submeshes) != total:
+                used = Counter()
+                for submesh in submeshes:
+                    used[space.kinds[submesh]] += math.prod(space.submeshes[submesh])
+                if [used[kind] for kind in range(len(space.devices))] != list(space.devices):
                     continue
                 ranges = list(zip(itertools.pairwise(bounds), submeshes * v, strict=True))
                 choices = (arranger.options(*pair, submesh) for pair, submesh in ranges)
@@ -106,7 +129,8 @@ def fits(stages, arranger):
         running = flying + max(option.workspace_bytes for _, option in own)
         ending = sum(option.gradient_bytes for _, option in own)
         fixed = sum(option.fixed_bytes for _, option in own)
-        if fixed + max(running, ending) > arranger.cluster.device.usable_bytes:
+        kind = arranger.cluster.kinds[arranger.space.kinds[stages[home][1]]]
+        if fixed + max(running, ending) > kind.device.usable_bytes:
             return False
     return True
 
@@ -115,12 +139,12 @@ def as_stages(arrangement):
     return [(choice.first, choice.submesh, choice.option) for choice in arrangement.stages]
 
 
-def check_regret(seed, cpu8):
+def check_regret(seed, cpu8, machine=one_kind, schedules=SCHEDULES, numbers=(1, 2)):
     """The best of all schedules and numbers of microbatches, against all plans; True if there are any."""
     rng, all_s, found_s = random.Random(seed), [], []
-    forced = rng.choice((None, None, None, 1, 2))
-    for schedule, m in itertools.product(SCHEDULES, rng.sample((1, 2, 4, 8), 2)):
-        arranger = random_arranger(rng, cpu8, schedule, m, forced)
+    forced = rng.choice((None, None, None, *numbers))
+    for schedule, m in itertools.product(schedules, rng.sample((1, 2, 4, 8), 2)):
+        arranger = random_arranger(rng, machine(rng, cpu8), schedule, m, forced)
         plans = [stages for stages in all_arrangements(arranger) if fits(stages, arranger)]
         if not plans:
             with pytest.raises(InfeasiblePlanError):
@@ -135,10 +159,22 @@ def check_regret(seed, cpu8):
         assert arranged.bound_s == pytest.approx(min(times_s), rel=1e-12)  # and it is proven
         p = len(best.stages) // schedule.virtual_stages
         assert best.placement == best.placement[:p] * schedule.virtual_stages
+        check_places(best, arranger)
         all_s.append(min(times_s))
         found_s.append(best.step_s)
     assert min(found_s, default=0.0) == pytest.approx(min(all_s, default=0.0), rel=1e-12)
     return bool(all_s)
+
+
+def check_places(best, arranger):
+    """Every stage lies on hosts of its kind, no device has two, and none is left."""
+    space, cluster, taken = arranger.space, arranger.cluster, []
+    homes = len(best.stages) // arranger.schedule.virtual_stages
+    for choice, (hosts, devices) in list(zip(best.stages, best.placement, strict=True))[:homes]:
+        assert (len(hosts), len(devices)) == space.submeshes[choice.submesh]
+        assert cluster.kind_of(hosts) is cluster.kinds[space.kinds[choice.submesh]]
+        taken += itertools.product(hosts, devices)
+    assert len(taken) == len(set(taken)) == cluster.num_devices
 
 
 def test_no_plan_of_a_small_joint_space_is_better_than_the_one_found(cpu8):
@@ -151,8 +187,22 @@ def test_no_regret_on_three_hundred_joint_spaces(seed, cpu8):
     assert sum(check_regret(number, cpu8) for number in range(seed, seed + 25)) > 12
 
 
+def check_kinds(seed, cpu8):
+    return check_regret(seed, cpu8, two_kinds, SCHEDULES[:3], (2, 3))
+
+
+def test_no_plan_on_two_kinds_of_hosts_is_better_than_the_one_found(cpu8):
+    assert sum(check_kinds(seed, cpu8) for seed in range(8)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(500, 600, 20))
+def test_no_regret_on_one_hundred_spaces_of_two_kinds_of_hosts(seed, cpu8):
+    assert sum(check_kinds(number, cpu8) for number in range(seed, seed + 20)) > 10
+
+
 def test_what_is_not_worth_it_is_not_searched(cpu8):
-    arranger = random_arranger(random.Random(5), cpu8, OneForwardOneBackward(), 4)
+    arranger = random_arranger(random.Random(5), one_kind(None, cpu8), OneForwardOneBackward(), 4)
     arranged = dataclasses.replace(arranger, worth_s=1e-9).find()
     assert arranged.best is None
     assert arranged.bound_s > 1e-9
@@ -160,7 +210,7 @@ def test_what_is_not_worth_it_is_not_searched(cpu8):
 
 def test_what_cannot_be_shared_out_is_told(cpu8):
     schedule = Interleaved(virtual_stages=2)
-    arranger = random_arranger(random.Random(2), cpu8, schedule, 3)
+    arranger = random_arranger(random.Random(2), one_kind(None, cpu8), schedule, 3)
     crowded = dataclasses.replace(arranger, space=replace(arranger.space, num_submeshes=4))
     with pytest.raises(
         InfeasiblePlanError,
@@ -186,7 +236,7 @@ def test_stages_that_fit_one_by_one_may_not_fit_together(cpu8):
         ]
 
     schedule = Interleaved(virtual_stages=2)
-    arranger = random_arranger(random.Random(3), cpu8, schedule, 2, num_submeshes=2)
+    arranger = random_arranger(random.Random(3), one_kind(None, cpu8), schedule, 2, num_submeshes=2)
     device = replace(cpu8.device, memory_bytes=7.0, reserved_bytes=0)
     arranger = dataclasses.replace(
         arranger, options=options, cluster=replace(arranger.cluster, device=device)

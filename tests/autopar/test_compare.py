@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+from launcher.autopar.cluster import load_cluster
 from launcher.autopar.compare import (
     THIS_PLAN,
     PricedPlan,
@@ -18,6 +19,7 @@ from launcher.autopar.compare import (
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.plan_file import write_plan
 from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_hosts import TightStage
 from launcher.autopar.step_parts import StepParts
 from launcher.errors import PlanError
 
@@ -48,9 +50,8 @@ def side(plan, name, **parts):
     """A plan whose step is made of these parts."""
     made = StepParts(**parts)
     predicted = replace(plan.predicted, step_s=made.step_s)
-    return PricedPlan(
-        name=name, plan=replace(plan, predicted=predicted), parts=made, usable_bytes=1e18
-    )
+    tight = TightStage(0.0, load_cluster("cpu8").device)
+    return PricedPlan(name=name, plan=replace(plan, predicted=predicted), parts=made, tight=tight)
 
 
 @pytest.mark.parametrize("pair", [("deep", "flat"), ("flat", "deep"), ("flat", "again")])
@@ -141,7 +142,8 @@ def test_a_part_that_one_plan_has_not_is_none(plan):
 
 def test_a_plan_that_does_not_fit_is_said_so(plan):
     one = side(plan, "this plan", computation_s=2.0)
-    other = replace(side(plan, "b.json", computation_s=1.0), usable_bytes=2**20)
+    small = replace(load_cluster("cpu8").device, memory_bytes=2**20)
+    other = replace(side(plan, "b.json", computation_s=1.0), tight=TightStage(2**21, small))
     assert "; b.json does not fit, it needs " in verdict(compare(one, other, {}))
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launcher.autopar.cluster import Link
 from launcher.autopar.crossing import (
     Located,
     crossing_gather_s,
@@ -16,6 +15,7 @@ from launcher.autopar.crossing import (
     plan_crossing,
     total_bytes,
 )
+from launcher.autopar.device import Link
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.spec import PARTIAL, REPLICATED, all_specs
 

@@ -36,7 +36,7 @@ def crowd(num_submeshes, slowdown, priced=1.0, machines=None):
     machines = machines or [0] * num_submeshes
     return Crowd(
         devices=tuple({machine: 1} for machine in machines),
-        slowdown=slowdown,
+        slowdown=(slowdown,) * num_submeshes,
         priced=(priced,) * num_submeshes,
     )
 
@@ -94,7 +94,8 @@ def test_machines_do_not_slow_one_another_down():
 
 
 def test_what_spans_machines_goes_at_the_pace_of_the_fullest():
-    wide = Crowd(devices=({0: 1, 1: 1}, {1: 2}), slowdown=lambda n: n, priced=(1.0, 1.0))
+    alike = (lambda n: n,) * 2
+    wide = Crowd(devices=({0: 1, 1: 1}, {1: 2}), slowdown=alike, priced=(1.0, 1.0))
     assert wide.speeds([0, 1]) == {0: 1 / 3, 1: 1 / 3}
     assert wide.speeds([0]) == {0: 1.0}
 

@@ -11,8 +11,12 @@ from launcher.autopar.space import PlanOptions
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
+def examples(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
+
+
 def example(name: str, language: str) -> str:
-    return re.search(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)[1]
+    return examples(name, language)[0]
 
 
 def test_the_smallest_plan_is_one(tiny_gpt, cpu8):
@@ -40,6 +44,14 @@ def test_the_cluster_of_ones_own_is_one(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(example("clusters.md", "yaml"))
     assert load_cluster(path).num_devices == 32
+
+
+def test_the_cluster_of_several_kinds_is_one(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    path.write_text(examples("clusters.md", "yaml")[1])
+    cluster = load_cluster(path)
+    assert [kind.num_devices for kind in cluster.kinds] == [8, 8]
+    assert cluster.kinds[1].inter_host == load_cluster("dgx-a100").inter_host
 
 
 def test_the_example_of_auto_shard_runs_as_it_says(capsys):

@@ -8,12 +8,13 @@ import pytest
 from plans import plan_of, stage_of
 
 from launcher.autopar.clustering import cluster
-from launcher.autopar.make_plan import _check_memory, _fits, adopt_plan, find_plan, make_plan
+from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
 from launcher.autopar.plan import ModelRef
 from launcher.autopar.plan_file import from_json, to_json
 from launcher.autopar.predict import foresee, predict
 from launcher.autopar.realize import realize
 from launcher.autopar.space import PlanOptions
+from launcher.autopar.stage_hosts import tightest
 from launcher.autopar.trace import trace_model
 from launcher.errors import ConfigError, InfeasiblePlanError, PlanError
 
@@ -160,7 +161,7 @@ def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
         InfeasiblePlanError,
         match=r"needs 0\.\d+ GiB on a device that has 0\.00 GiB .*memory_gib=0\.0039",
     ):
-        _check_memory(found.outlook, small, options("single"))
+        _check_memory(tightest(found.plan.predicted, [small.device]), small, options("single"))
 
 
 def test_memory_that_finished_plans_lack_is_left_out_of_another_search(gpt, cpu8, monkeypatch):
@@ -189,7 +190,7 @@ def test_a_reserve_is_left_empty(gpt, cpu8):
     for spare, fits in ((needed // 10, True), (-(2**20), False)):
         device = replace(cpu8.device, reserved_bytes=cpu8.device.memory_bytes - needed - spare)
         machine = replace(cpu8, device=device)
-        assert _fits(found.outlook, machine) == fits
+        assert tightest(found.plan.predicted, [device]).fits == fits
         if fits:
             planned(gpt, machine, "single")
         else:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.autopar.cluster import Link
 from launcher.autopar.collective_costs import RingCosts
 from launcher.autopar.curves import Curve
+from launcher.autopar.device import Link
 from launcher.autopar.mesh import LogicalMesh, logical_mesh
 
 NEAR, FAR = 1e-6, 1e-5  # seconds per message

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from launcher.autopar.cluster import Link
+from launcher.autopar.device import Link
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.messages import price_messages, scalar_crossing
 from launcher.autopar.space import PlanOptions

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.autopar.cluster import ClusterRef
+from launcher.autopar.hosts import ClusterRef
 from launcher.autopar.make_plan import adopt_plan
 from launcher.autopar.open_stages import even_cuts
 from launcher.autopar.plan import ModelRef, Plan, Stage
@@ -56,7 +56,7 @@ def test_cuts_are_the_best_of_all(seed):
             for first, last, share in zip((0, *ends[:-1]), ends, devices, strict=True)
         )
 
-    ends = even_cuts(work, devices)
+    ends = even_cuts([work] * len(devices), devices)
     every = itertools.combinations(range(1, len(work)), len(devices) - 1)
     assert largest(ends) == pytest.approx(min(largest((*cut, len(work))) for cut in every))
     assert all(first < last for first, last in itertools.pairwise((0, *ends)))

@@ -17,6 +17,7 @@ from launcher.autopar.program import Wiring
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.simulator import Durations, simulate
 from launcher.autopar.stage_bars import bar_legend, memory_bar, time_bar
+from launcher.autopar.stage_hosts import TightStage
 from launcher.autopar.step_parts import StepParts
 from launcher.autopar.timeline import EventKind, Timeline
 from launcher.autopar.timeline_picture import timeline_svg
@@ -115,7 +116,7 @@ def test_names_cannot_break_the_page(plan, timeline, cpu8, params):
         schedule=HOSTILE,
     )
     priced = [
-        PricedPlan(name=HOSTILE, plan=each, parts=parts, usable_bytes=1.0)
+        PricedPlan(name=HOSTILE, plan=each, parts=parts, tight=TightStage(0.0, cpu8.device))
         for each, parts in zip((hostile, plan), PARTS, strict=True)
     ]
     forced = Alternative(name=HOSTILE, best=None, reason=HOSTILE)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from machines import mixed
 
 from launcher.autopar.restrictions import Experts
 from launcher.autopar.schedules import SCHEDULE_NAMES
@@ -135,6 +136,50 @@ def test_degrees_fit_by_hand_where_their_product_is_the_cluster(cpu8, hosts, per
         in_host = min(width, per_host) % tp == 0
         expected = width * pp == hosts * per_host and is_rectangle and in_host
         assert fits(options("manual", dp=dp, tp=tp, pp=pp), cluster) == expected, (dp, tp, pp)
+
+
+@pytest.mark.parametrize("shapes", [((1, 4), (1, 2)), ((2, 2), (1, 3)), ((1, 2), (2, 2), (1, 1))])
+def test_several_kinds_are_each_used_up_by_stages_of_their_own(cpu8, shapes):
+    kinds = [replace(cpu8, num_hosts=hosts, devices_per_host=n) for hosts, n in shapes]
+    for dp, tp, pp in itertools.product((None, 1, 2, 4), (None, 1, 2), (None, *range(1, 9))):
+        degrees = {"dp": dp, "tp": tp}
+        numbers = range(1, 9) if pp is None else (pp,)
+        expected = any(
+            all(
+                can_be_tiled(kind, dp, tp, own, BATCH)
+                for kind, own in zip(kinds, shares, strict=True)
+            )
+            for number in numbers
+            for shares in itertools.product(range(1, number + 1), repeat=len(kinds))
+            if sum(shares) == number
+        )
+        forced = options("auto", pp=pp, **degrees)
+        assert fits(forced, mixed(*kinds), BATCH) == expected, (dp, tp, pp)
+
+
+def test_the_space_says_of_which_kind_a_submesh_is(cpu8):
+    small = replace(cpu8, num_hosts=1, devices_per_host=2)
+    space = make_space(options("auto"), mixed(cpu8, small))
+    assert space.submeshes == ((1, 1), (1, 2), (1, 4), (2, 4), (1, 1), (1, 2))
+    assert (space.kinds, space.devices, space.num_devices) == ((0, 0, 0, 0, 1, 1), (8, 2), 10)
+    assert not any(name == "interleaved" for name, _ in space.schedules)
+    part = space.only({1, 5})
+    assert (part.submeshes, part.kinds) == (((1, 2), (1, 2)), (0, 1))
+    alone = make_space(options("single"), mixed(cpu8, small))
+    assert (alone.devices, alone.num_devices) == ((1, 0), 1)
+    by_hand = make_space(options("manual", tp=2, pp=5), mixed(cpu8, small))
+    assert (by_hand.choices.tensor, by_hand.num_submeshes) == (2, 5)
+
+
+def test_the_smallest_submeshes_of_large_mixed_clusters_are_left_out(cpu8):
+    large = mixed(*(replace(cpu8, num_hosts=n, devices_per_host=8) for n in (8, 2)))
+    sizes = {view.num_devices for view in stage_views(options("auto"), large)}
+    assert sizes == {4, *range(8, 65, 8)}  # 17 x 5 numbers of devices left, not 65 x 17
+    assert fits(options("auto"), large)
+    forced = {view.num_devices for view in stage_views(options("auto", pp=24), large)}
+    assert min(forced) == 1  # that many stages may need them
+    odd = mixed(*(replace(cpu8, num_hosts=n, devices_per_host=3) for n in (15, 15)))
+    assert min(view.num_devices for view in stage_views(options("auto"), odd)) == 1
 
 
 def test_every_view_has_the_forced_degrees_and_a_tensor_axis_inside_a_host(cpu8):

@@ -10,9 +10,9 @@ import pytest
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from launcher.autopar.cluster import Device
 from launcher.autopar.compute import ComputeModel
 from launcher.autopar.curves import Curve
+from launcher.autopar.device import Device
 from launcher.autopar.graph import CALLS, CUSTOM_CALLS, from_jaxpr
 from launcher.autopar.work import KINDS, aval_bytes, op_flops, operand_bytes, result_bytes
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import Cluster
+from launcher.autopar.cluster import cluster_at_hand
 from launcher.autopar.make_plan import Planned
 from launcher.bench import gpu, gpu_steps, torch_gpt
 from launcher.bench.__main__ import main
@@ -83,7 +83,7 @@ def test_a_small_run_on_the_cpu(recompute, microbatches, planned, tmp_path, caps
 
 def best_on(memory_bytes: int, chunks=(1,), **changes) -> tuple[Model, Planned]:
     """The best of plans of one microbatch."""
-    cluster = Cluster.local(kind="NVIDIA H100 80GB HBM3", count=1, memory_bytes=memory_bytes)
+    cluster = cluster_at_hand(kind="NVIDIA H100 80GB HBM3", count=1, memory_bytes=memory_bytes)
     task = dataclasses.replace(TASK, size="tiny", seq_len=512, **changes)
     variants = [gpu_steps.build_model(task, cluster, number) for number in chunks]
     assert {model.dtype for model in variants} == {"bf16"}

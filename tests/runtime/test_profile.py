@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from launcher import main
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.cluster import cluster_from_config, load_cluster
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime import profile, profile_compute, profile_links
@@ -153,7 +153,7 @@ def test_a_run_writes_a_file_that_the_command_line_finds(tmp_path, monkeypatch):
     config = load(["mode=profile", "cluster=cpu8", "profile.name=mine"])
     assert main.run(config, tmp_path) == 0
     found = load(["cluster=mine", f"hydra.searchpath=[file://{tmp_path}]"])
-    cluster = Cluster.from_config(found.cluster)
+    cluster = cluster_from_config(found.cluster)
     assert cluster.device.program_launch_s == pytest.approx(3e-4)
     assert profile.usage(tmp_path, "mine") == (
         f"python -m launcher cluster=mine 'hydra.searchpath=[file://{tmp_path}]'"
