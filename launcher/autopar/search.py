@@ -43,6 +43,7 @@ from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
+_NEAR = 1.1  # times the best: may be because of the strategies
 _ROOMY = 0.25  # of a device's memory
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
 
@@ -208,12 +209,12 @@ class _Attempts:
         """Try falling counts until the best is behind.
 
         Where none has fitted yet, larger microbatches may: they leave the data axis more devices. Before the
-        walk ends for a count that is slower, its strategies are solved for itself: those of smaller
-        microbatches may be the reason.
+        walk ends for a count that is a little slower, its strategies are solved for itself: those of
+        smaller microbatches may be the reason.
         """
         for num_microbatches in counts:
             best_s = self.best()[0]
-            if self.step_s(num_microbatches) > best_s:
+            if best_s < self.step_s(num_microbatches) < _NEAR * best_s:
                 self._solve_anew(num_microbatches)
             if self.step_s(num_microbatches) > best_s:
                 return

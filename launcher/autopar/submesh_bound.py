@@ -1,13 +1,13 @@
 """Virtual stages that fill the memory of their submesh together: a bound, and the best options of some.
 
 The v stages of submesh j do all its work, m t for each, after the first microbatch came to it, which takes
-at least j times the shortest stage. Which pieces they are made of is left open, but for their number: f_j(n)
-is the least work of v stages of n pieces together whose bytes fit into a device, by combining, stage after
+at least j times the shortest stage. Which layers they are made of is left open, but for their number: f_j(n)
+is the least work of v stages of n layers together whose bytes fit into a device, by combining, stage after
 stage, those options of each length that no other one beats in time and bytes. Then no plan takes less than
 
-    min over n_j that add up to all pieces of max over j of  (j * shortest + f_j(n_j))
+    min over n_j that add up to all layers of max over j of  (j * shortest + f_j(n_j))
 
-Tight where pieces are much alike. Left out: where the pieces lie, and that one stage's workspace is not
+Tight where layers are much alike. Left out: where the layers lie, and that one stage's workspace is not
 another's (each counts with a v-th).
 """
 
@@ -30,16 +30,16 @@ from launcher.autopar.stage_table import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ways:
-    """Ways to run so many pieces: what each takes in seconds, and on a device in bytes."""
+    """Ways to run so many layers: what each takes in seconds, and on a device in bytes."""
 
-    pieces: np.ndarray
+    layers: np.ndarray
     work_s: np.ndarray
     bytes: np.ndarray
 
     def unbeaten(self) -> "_Ways":
-        """Those that no other with as many pieces beats in both."""
-        order = np.lexsort((self.bytes, self.work_s, self.pieces))
-        lengths, sizes = self.pieces[order], self.bytes[order]
+        """Those that no other with as many layers beats in both."""
+        order = np.lexsort((self.bytes, self.work_s, self.layers))
+        lengths, sizes = self.layers[order], self.bytes[order]
         is_kept = np.zeros(len(order), bool)
         for group in np.split(np.arange(len(order)), np.flatnonzero(np.diff(lengths)) + 1):
             least = np.minimum.accumulate(sizes[group])
@@ -47,12 +47,12 @@ class _Ways:
         return self.only(order[is_kept])
 
     def only(self, which: np.ndarray) -> "_Ways":
-        return _Ways(self.pieces[which], self.work_s[which], self.bytes[which])
+        return _Ways(self.layers[which], self.work_s[which], self.bytes[which])
 
     def beside(self, other: "_Ways", memory_bytes: float, worth_s: float) -> "_Ways":
         """One of these and one of the others on the same devices."""
         both = _Ways(
-            np.add.outer(self.pieces, other.pieces).ravel(),
+            np.add.outer(self.layers, other.layers).ravel(),
             np.add.outer(self.work_s, other.work_s).ravel(),
             np.add.outer(self.bytes, other.bytes).ravel(),
         )
@@ -74,7 +74,8 @@ def busiest_submesh_s(
     number, v = pieces.num_stages, schedule.virtual_stages
     submeshes = number // v
     shortest_s = float(microbatch_time_s(rows).min())
-    least_s = np.full((submeshes, pieces.num_pieces + 1), np.inf)  # f_j(n), and what is before
+    num_layers = pieces.cuts[-1]
+    least_s = np.full((submeshes, num_layers + 1), np.inf)  # f_j(n), and what is before
     known: dict[tuple, _Ways] = {}
     for j in range(submeshes):
         held = tuple(
@@ -82,12 +83,19 @@ def busiest_submesh_s(
         )
         if (held, j > 0, j < submeshes - 1) not in known:
             known[held, j > 0, j < submeshes - 1] = _together(
-                rows, number, j, held, num_microbatches, memory_bytes, worth_s
+                rows,
+                np.array(pieces.cuts),
+                number,
+                j,
+                held,
+                num_microbatches,
+                memory_bytes,
+                worth_s,
             )
         ways = known[held, j > 0, j < submeshes - 1]
-        inside = ways.pieces <= pieces.num_pieces
-        np.minimum.at(least_s[j], ways.pieces[inside], ways.work_s[inside] + j * shortest_s)
-    return min(_shared_out_s(least_s, pieces.num_pieces), worth_s)
+        inside = ways.layers <= num_layers
+        np.minimum.at(least_s[j], ways.layers[inside], ways.work_s[inside] + j * shortest_s)
+    return min(_shared_out_s(least_s, num_layers), worth_s)
 
 
 def least_together(
@@ -116,7 +124,7 @@ def least_together(
 
 
 def _together(
-    rows: np.ndarray, number: int, j: int, held: tuple[int, ...], num_microbatches: int,
+    rows: np.ndarray, cuts: np.ndarray, number: int, j: int, held: tuple[int, ...], num_microbatches: int,
     memory_bytes: float, worth_s: float,
 ) -> _Ways:  # fmt: skip
     """Ways to run the stages of submesh j together."""
@@ -128,21 +136,21 @@ def _together(
         bytes_ = in_flight_bytes(own, np.array([in_flight]))[:, 0]
         bytes_ += own["fixed_bytes"] + own["workspace_bytes"] / v
         work_s = num_microbatches * (own["forward_s"] + own["backward_s"])
-        alone = _Ways(own["end"] - own["start"], work_s, bytes_).unbeaten()
+        alone = _Ways(cuts[own["end"]] - cuts[own["start"]], work_s, bytes_).unbeaten()
         together = together.beside(alone, memory_bytes, worth_s)
     return together
 
 
-def _shared_out_s(least_s: np.ndarray, num_pieces: int) -> float:
-    """The least time in which the submeshes can do all pieces, each as many as it can."""
-    # With more pieces in less time, fewer are done in it too.
+def _shared_out_s(least_s: np.ndarray, num_layers: int) -> float:
+    """The least time in which the submeshes can do all layers, each as many as it can."""
+    # With more layers in less time, fewer are done in it too.
     least_s = np.minimum.accumulate(least_s[:, ::-1], axis=1)[:, ::-1]
     times_s = np.unique(least_s[np.isfinite(least_s)])
     low, high = 0, len(times_s)  # the first time that is enough
     while low < high:
         middle = (low + high) // 2
-        done = (least_s <= times_s[middle]).sum(axis=1) - 1  # pieces; -1: not even its stages
-        if (done >= 0).all() and done.sum() >= num_pieces:
+        done = (least_s <= times_s[middle]).sum(axis=1) - 1  # layers; -1: not even its stages
+        if (done >= 0).all() and done.sum() >= num_layers:
             high = middle
         else:
             low = middle + 1
