@@ -1,8 +1,10 @@
 """From search results to a `Plan`: the best candidate after simulation, with the others as runners-up."""
 
+import gc
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from launcher.autopar.advice import memory_cures
@@ -57,6 +59,25 @@ def find_plan(
     model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
 ) -> Planned:
     """Search, let the simulator judge the best candidates, and return the winner."""
+    with _no_garbage_collection():
+        return _find_plan(model, cluster, options, progress)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Planning makes millions of objects that stay: looking for garbage among them takes a fifth longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _find_plan(
+    model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
+) -> Planned:
     found = search(model, cluster, options, progress)
     judged = _judge(found, model, cluster, options, progress)
     counted = cluster

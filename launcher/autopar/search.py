@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 
 from launcher.autopar.advice import (
     check_batch,
@@ -28,7 +27,6 @@ from launcher.autopar.advice import (
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
 from launcher.autopar.cuts import crossing_bytes, ways_to_cut
-from launcher.autopar.device import Device
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
@@ -36,15 +34,12 @@ from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.realize import layered_model
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
-from launcher.autopar.stage_costs import Choices, Known, StageCosts
-from launcher.autopar.trace import Role
-from launcher.autopar.work import aval_bytes
+from launcher.autopar.stage_costs import Choices, Known, StageCosts, worthwhile
 from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
 _NEAR = 1.1  # times the best: may be because of the strategies
-_ROOMY = 0.25  # of a device's memory
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
 
 
@@ -181,12 +176,22 @@ class _Attempts:
     def __init__(
         self, model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, progress
     ):
-        self._try = partial(_try, model, cluster, options)
+        self._search = partial(_try, cluster, options)
+        self._layers = partial(_layers, model, cluster, options, space)
+        self._planners: dict[int, IntraOpPlanner] = {}
         self._space = space
         self._progress = progress
         self.found: dict[int, _Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
         self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
+
+    def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> "_Tried":
+        """Search at a number of microbatches, whose planner remembers what it has done before."""
+        if num_microbatches not in self._planners:
+            self._planners[num_microbatches] = IntraOpPlanner(self._layers(num_microbatches))
+        return self._search(
+            self._planners[num_microbatches], num_microbatches, worth_s, known, space
+        )
 
     def best(self) -> tuple[float, int]:
         """The least step time, and the number of microbatches that has it."""
@@ -280,19 +285,17 @@ class _Attempts:
 
 
 def _try(
-    model: Model, cluster: AnyCluster, options: PlanOptions, num_microbatches: int,
+    cluster: AnyCluster, options: PlanOptions, planner: IntraOpPlanner, num_microbatches: int,
     worth_s: float, known: Sequence[Known], space: Space,
 ) -> _Tried:  # fmt: skip
     """Search all schedules for what takes less than `worth_s`; where memory is scarce, with all choices."""
-    microbatch_size = options.global_batch // num_microbatches
-    layered = _layers(model, cluster, options, space, microbatch_size)
-    planner, optimizer = IntraOpPlanner(layered), OptimizerFootprint(options.optimizer)
+    layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     search_with = partial(
         _try_choices, planner, cluster, options, num_microbatches, worth_s, known, space
     )
     everything = (space.choices,) * len(cluster.kinds)
     some = tuple(
-        _worthwhile(space.choices, layered, optimizer, kind.device) for kind in cluster.kinds
+        worthwhile(space.choices, layered, optimizer, kind.device) for kind in cluster.kinds
     )
     try:
         return search_with(some)
@@ -307,6 +310,7 @@ def _try_choices(
     worth_s: float, known: Sequence[Known], space: Space, choices: Sequence[Choices],
 ) -> _Tried:  # fmt: skip
     """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
+    solved_before = planner.num_solved
     layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     ways = tuple(ways_to_cut(options, space, layered))
     costs = tuple(
@@ -314,7 +318,7 @@ def _try_choices(
             planner, cluster, space.submeshes, num_microbatches=num_microbatches,
             choices=choices[kind], optimizer=optimizer, known=known[kind], kind=kind,
             microbatch_size=options.global_batch // num_microbatches,
-            cuts={*chain.from_iterable(cuts for *_, cuts in ways)},
+            cuts={cuts for *_, cuts in ways},
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip
@@ -346,7 +350,7 @@ def _try_choices(
     if not found:
         raise failures[0]
     return _Tried(
-        num_solved=planner.num_solved,
+        num_solved=planner.num_solved - solved_before,
         candidates=tuple(candidates),
         cuts=(
             len(layered.layers if options.equal_layers else ways[0][-1][1:]),
@@ -357,28 +361,11 @@ def _try_choices(
     )
 
 
-def _worthwhile(
-    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, device: Device
-) -> Choices:
-    """Without what only saves memory, where one such device could hold the state of the whole model.
-
-    ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
-    """
-    inputs, avals = model.traced.inputs, model.traced.graph.avals
-    params = [avals[value] for value, source in inputs.items() if source.role is Role.PARAM]
-    kept = [optimizer.kept(aval) for aval in params]
-    state_bytes = sum(state.alike_bytes + state.whole_bytes for state in kept)
-    state_bytes += 2 * sum(map(aval_bytes, params))  # weights and accumulators
-    if state_bytes > _ROOMY * device.usable_bytes:
-        return choices
-    zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
-    return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])
-
-
 def _layers(
-    model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, microbatch_size: int
+    model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, num_microbatches: int
 ) -> LayeredModel:
     """The model in its natural layers, or in more where so many stages are asked for."""
+    microbatch_size = options.global_batch // num_microbatches
     layered = layered_model(model, microbatch_size)
     check_experts(options, cluster, layered)
     least = (space.num_submeshes or 0) * min(v for _, v in space.schedules)

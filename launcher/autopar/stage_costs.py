@@ -19,8 +19,10 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 
 from launcher.autopar.compute import ComputeModel
+from launcher.autopar.device import Device
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
+from launcher.autopar.layers import LayeredModel
 from launcher.autopar.memory import (
     ClassMemory,
     ParamMemory,
@@ -33,10 +35,12 @@ from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import Group, StageSettings
 from launcher.autopar.stage_table import StageOption
+from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
 from launcher.autopar.wiring_table import WiringTable
 from launcher.autopar.work import aval_bytes
 
+_ROOMY = 0.25  # of a device's memory
 _FIELDS = (
     "forward_s", "backward_s", "weight_s", "once_s",
     "fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes",
@@ -93,13 +97,13 @@ class StageCosts:
         kind: of the cluster's hosts, by its number.
         optimizer: decides how much state a parameter has, and what updating it takes.
         known: strategies to price instead of solving; those that are solved are added.
-        cuts: what ranges lie between; by default every layer's ends.
+        cuts: ways to cut the layers, each with the ends of all its ranges; by default at every layer.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
-        microbatch_size: int, known: Known | None = None, cuts: Iterable[int] | None = None,
+        microbatch_size: int, known: Known | None = None, cuts: Iterable[Sequence[int]] | None = None,
         kind: int = 0,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
@@ -115,8 +119,9 @@ class StageCosts:
         self._wiring = planner.wiring(*self._whole)
         self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
         self._counted: np.ndarray | None = None
-        ends = range(self._whole[1] + 1) if cuts is None else sorted(cuts)
-        self._row = {ends: row for row, ends in enumerate(itertools.combinations(ends, 2))}
+        ways = (range(self._whole[1] + 1),) if cuts is None else cuts
+        ranges = dict.fromkeys(ends for way in ways for ends in itertools.combinations(way, 2))
+        self._row = {ends: row for row, ends in enumerate(ranges)}
         self._wirings = [planner.wiring(*ends) for ends in self._row]
         self._table = WiringTable.of(self._wirings)
         self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
@@ -202,8 +207,9 @@ class StageCosts:
     def _counts(self) -> np.ndarray:
         """How often each group of costs occurs in each range."""
         if self._counted is None:
-            rows = [[w.counts.get(group, 0) for group in self._groups] for w in self._wirings]
-            self._counted = np.array(rows, float)
+            rows = (wiring.counts for wiring in self._wirings)
+            counts = [[row.get(group, 0) for group in self._groups] for row in rows]
+            self._counted = np.array(counts, float)
         return self._counted
 
     def _borrowed_s(self, wiring: StageWiring) -> float:
@@ -275,3 +281,21 @@ def _undominated(costs: np.ndarray) -> np.ndarray:
     equal = no_worse & no_worse.T
     before = np.arange(len(costs))[:, None] < np.arange(len(costs))[None]
     return np.flatnonzero(~(no_worse & (~equal | before)).any(axis=0))
+
+
+def worthwhile(
+    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, device: Device
+) -> Choices:
+    """Without what only saves memory, where one such device could hold the state of the whole model.
+
+    ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
+    """
+    inputs, avals = model.traced.inputs, model.traced.graph.avals
+    params = [avals[value] for value, source in inputs.items() if source.role is Role.PARAM]
+    kept = [optimizer.kept(aval) for aval in params]
+    state_bytes = sum(state.alike_bytes + state.whole_bytes for state in kept)
+    state_bytes += 2 * sum(map(aval_bytes, params))  # weights and accumulators
+    if state_bytes > _ROOMY * device.usable_bytes:
+        return choices
+    zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
+    return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])
