@@ -20,10 +20,10 @@ from launcher.autopar.wording import (
     either,
     large,
     percent,
-    ranges,
     seconds,
     shortened,
     size,
+    some_ranges,
 )
 
 WIDTH = 100
@@ -143,8 +143,8 @@ def stage_cells(stage: Stage, cluster: AnyCluster) -> dict[str, str]:
     return {
         "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}" if stage.layers else "open",
         **({"kind": shortened(kind, _WIDEST)} if len(cluster.kinds) > 1 else {}),
-        "hosts": shortened(ranges(stage.hosts), 9),
-        "devices": shortened(ranges(stage.devices), 9),
+        "hosts": some_ranges(stage.hosts, 9),
+        "devices": some_ranges(stage.devices, 9),
         "mesh": " x ".join(str(length) for _, length in stage.mesh) or "open",
         "recompute": stage.recompute,
         "zero": str(stage.zero),
@@ -220,7 +220,7 @@ def _tensor_rows(group: TensorGroup) -> Iterator[dict[str, str]]:
         yield {
             "tensor": name,
             "shape": kind,
-            "stages": shortened(ranges(placement.stages), 9),
+            "stages": some_ranges(placement.stages, 9),
             "weights": shortened(placement.weights.text, _WIDEST),
             "optimizer state": shortened(state.text if state else "", _WIDEST),
         }
@@ -230,7 +230,7 @@ def _tensor_rows(group: TensorGroup) -> Iterator[dict[str, str]]:
         yield {
             "tensor": "",
             "shape": "",
-            "stages": shortened(ranges({i for other in others for i in other.stages}), 9),
+            "stages": some_ranges({i for other in others for i in other.stages}, 9),
             "weights": "in other ways",
             "optimizer state": "",
         }

@@ -69,6 +69,17 @@ def ranges(indices: Iterable[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
+def some_ranges(indices: Iterable[int], width: int) -> str:
+    """Write as many runs as there is room for: `0,4-7,..`."""
+    text = ranges(indices)
+    while len(text) > width and "," in text:
+        kept = text.removesuffix(",..").rsplit(",", 1)[0]
+        text = f"{kept},.."
+        if "," not in kept:
+            break
+    return text
+
+
 def shortened(text: str, width: int) -> str:
     """Cut a text to a width in its middle, since the ends of paths tell most."""
     if len(text) <= width:

@@ -49,3 +49,14 @@ def test_the_rest():
     assert wording.percent(0.1584) == "15.8 %"
     assert wording.shortened("blocks/*/mlp/up", 15) == "blocks/*/mlp/up"
     assert wording.shortened("blocks/*/mlp/up/kernel", 15) == "blocks.._kernel".replace("_", "/")
+
+
+@pytest.mark.parametrize(
+    ("indices", "text"),
+    [
+        ({0, 1, 2, 7}, "0-2,7"), ({0, 15, *range(31, 48)}, "0,15,.."), (range(100, 4000), "100-3999"),
+        ({0, *range(1000, 2000, 2)}, "0,1000,.."), ({100_000_000, 200_000_000}, "100000000,.."),
+    ],
+)  # fmt: skip
+def test_some_ranges(indices, text):
+    assert wording.some_ranges(indices, 9) == text
