@@ -27,6 +27,7 @@ from launcher.autopar.wording import (
 )
 
 WIDTH = 100
+_STAGES_WIDE = 13
 _MOST_STAGES, _MOST_TENSORS, _MOST_PLACEMENTS = 24, 8, 3
 _LEAST_FRACTION = 0.005  # of the model's bytes; smaller groups of tensors are not shown
 _WIDEST = 22  # columns of a tensor's shape or spec
@@ -220,7 +221,7 @@ def _tensor_rows(group: TensorGroup) -> Iterator[dict[str, str]]:
         yield {
             "tensor": name,
             "shape": kind,
-            "stages": some_ranges(placement.stages, 9),
+            "stages": some_ranges(placement.stages, _STAGES_WIDE),
             "weights": shortened(placement.weights.text, _WIDEST),
             "optimizer state": shortened(state.text if state else "", _WIDEST),
         }
@@ -230,7 +231,7 @@ def _tensor_rows(group: TensorGroup) -> Iterator[dict[str, str]]:
         yield {
             "tensor": "",
             "shape": "",
-            "stages": some_ranges({i for other in others for i in other.stages}, 9),
+            "stages": some_ranges({i for other in others for i in other.stages}, _STAGES_WIDE),
             "weights": "in other ways",
             "optimizer state": "",
         }
