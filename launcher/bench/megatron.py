@@ -28,6 +28,7 @@ from launcher.autopar.stage_problem import StageSettings
 from launcher.autopar.trace import Role
 from launcher.bench.measured import Measurement
 from launcher.models.gpt import Gpt
+from launcher.models.kernels import Kernels
 from launcher.models.layers import Precision
 from launcher.models.model import Model, make_model
 from launcher.models.sizes import TransformerSize
@@ -44,7 +45,7 @@ def megatron_model(hidden: int, layers: int, heads: int, length: int) -> Model:
         hidden=hidden, layers=layers, heads=heads, seq_len=length, vocab_size=_VOCABULARY
     )
     return make_model(
-        partial(Gpt, size, _HALF),
+        partial(Gpt, size, Kernels(), _HALF),
         precision=_HALF,
         name="gpt",
         size="megatron",

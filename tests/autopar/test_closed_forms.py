@@ -131,6 +131,7 @@ def test_stash_peaks_are_those_of_the_formulas(num_stages, num_microbatches, bal
     )
 
 
+_SOON_S = 4.0  # twice what it takes on a busy machine
 LARGE = {
     GPipe(): (16, (1024 + 15) * 3),
     OneForwardOneBackward(): (16, (1024 + 15) * 3),
@@ -151,7 +152,7 @@ def test_a_large_program_is_built_and_simulated_in_time(schedule, balanced):
         program = add_communication(schedule.build(num_stages, 1024), wiring)
         timeline = simulate(program, durations)
         took_s = min(took_s, time.process_time() - start_s)
-        if took_s < 2.0:
+        if took_s < _SOON_S:
             break
-    assert took_s < 2.0
+    assert took_s < _SOON_S
     assert timeline.step_s == step_s
