@@ -3,9 +3,9 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that gets better, with the strategies that were found at the first; those of the best plans are then solved
-for their own number. A forced choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single
-modes are searches in which everything but the strategies is forced (`space`).
+as that gets better, with the strategies that were found before; those of the best plans, and of a number at
+which the walk would end, are solved for their own. A forced choice (parallel.tp=4) leaves a set of one; the
+manual, data, ZeRO and single modes are searches in which everything but the strategies is forced (`space`).
 
 A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
 what the optimality gap is stated against: of the numbers of microbatches that were tried.
@@ -225,10 +225,8 @@ class _Attempts:
                 return
 
     def _solve_anew(self, num_microbatches: int) -> None:
-        """Try a count with strategies of its own, if it had a plan with those of others."""
-        before = self.found.get(num_microbatches)
-        if before is None:
-            return
+        """Try a count that had a plan with the strategies of others with its own."""
+        before = self.found[num_microbatches]
         self._progress(f"{num_microbatches} microbatches")
         known: tuple[Known, ...] = tuple({} for _ in self._known)
         try:

@@ -34,7 +34,7 @@ from launcher.autopar.mesh import LogicalMesh, logical_mesh
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.restrictions import Experts, Restrictions
 from launcher.autopar.stage_problem import Group, StageSettings
-from launcher.autopar.stage_table import StageOption
+from launcher.autopar.stage_table import StageOption, unbeaten
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import StageWiring
 from launcher.autopar.wiring_table import WiringTable
@@ -277,10 +277,7 @@ def _undominated(costs: np.ndarray) -> np.ndarray:
     seconds, weight_s = field["forward_s"] + field["backward_s"], field["weight_s"]
     # A half of a backward pass may be waited for, or fill a gap: more of it is not simply worse.
     costs = np.column_stack([costs, seconds, seconds - weight_s, seconds - 2 * weight_s])
-    no_worse = (costs[:, None] <= costs[None]).all(axis=2)  # (one, than another)
-    equal = no_worse & no_worse.T
-    before = np.arange(len(costs))[:, None] < np.arange(len(costs))[None]
-    return np.flatnonzero(~(no_worse & (~equal | before)).any(axis=0))
+    return unbeaten(costs)
 
 
 def worthwhile(

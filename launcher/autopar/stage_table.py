@@ -221,6 +221,14 @@ def needed_bytes(rows: np.ndarray, held: np.ndarray, split: np.ndarray | float =
     return rows["fixed_bytes"][:, None] + np.maximum(running, rows["gradient_bytes"][:, None])
 
 
+def unbeaten(costs: np.ndarray) -> np.ndarray:
+    """The numbers of the rows that no other one beats, or equals and comes before, in every column."""
+    no_worse = (costs[:, None] <= costs[None]).all(axis=2)  # (one, than another)
+    equal = no_worse & no_worse.T
+    before = np.arange(len(costs))[:, None] < np.arange(len(costs))[None]
+    return np.flatnonzero(~(no_worse & (~equal | before)).any(axis=0))
+
+
 def shared_bytes(
     options: Sequence[StageOption], held: Sequence[int], split: Sequence[int]
 ) -> float:

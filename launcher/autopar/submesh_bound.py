@@ -11,7 +11,6 @@ Tight where layers are much alike. Left out: where the layers lie, and that one 
 another's (each counts with a v-th).
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from launcher.autopar.stage_table import (
     StageOption,
     in_flight_bytes,
     microbatch_time_s,
-    shared_bytes,
+    unbeaten,
 )
 
 
@@ -76,23 +75,13 @@ def busiest_submesh_s(
     shortest_s = float(microbatch_time_s(rows).min())
     num_layers = pieces.cuts[-1]
     least_s = np.full((submeshes, num_layers + 1), np.inf)  # f_j(n), and what is before
-    known: dict[tuple, _Ways] = {}
     for j in range(submeshes):
         held = tuple(
             schedule.stash_peak(i, number, num_microbatches) for i in range(j, number, submeshes)
         )
-        if (held, j > 0, j < submeshes - 1) not in known:
-            known[held, j > 0, j < submeshes - 1] = _together(
-                rows,
-                np.array(pieces.cuts),
-                number,
-                j,
-                held,
-                num_microbatches,
-                memory_bytes,
-                worth_s,
-            )
-        ways = known[held, j > 0, j < submeshes - 1]
+        ways = _together(
+            rows, np.array(pieces.cuts), number, j, held, num_microbatches, memory_bytes, worth_s
+        )
         inside = ways.layers <= num_layers
         np.minimum.at(least_s[j], ways.layers[inside], ways.work_s[inside] + j * shortest_s)
     return min(_shared_out_s(least_s, num_layers), worth_s)
@@ -106,21 +95,25 @@ def least_together(
     Args:
         held: microbatches in flight, by stage.
     """
-    ways: list[tuple[tuple[StageOption, ...], float]] = [((), 0.0)]
-    for stage in range(len(held)):
-        longer = [
-            ((*chosen, option), taken_s + option.seconds)
-            for (chosen, taken_s), option in itertools.product(ways, options[stage])
-        ]
-        needed = [
-            shared_bytes(chosen, held[: stage + 1], (0,) * len(chosen)) for chosen, _ in longer
-        ]
-        ways, least_bytes = [], memory_bytes
-        for at in sorted(range(len(longer)), key=lambda i: (longer[i][1], needed[i])):
-            if needed[at] <= least_bytes:
-                ways.append(longer[at])
-                least_bytes = math.nextafter(needed[at], 0.0)
-    return ways[0][0]
+    ways, sums = [()], np.zeros((1, 4))  # chosen options; seconds, running, ending, workspace
+    for own, flying in zip(options, held, strict=True):
+        parts = np.array([_parts(option, flying) for option in own])
+        numbers = unbeaten(parts)
+        ways = [(*way, own[number]) for way in ways for number in numbers]
+        both = sums[:, None] + parts[None, numbers]
+        both[..., 3] = np.maximum(sums[:, None, 3], parts[None, numbers, 3])  # one at a time
+        sums = both.reshape(-1, 4)
+        fits = np.maximum(sums[:, 1] + sums[:, 3], sums[:, 2]) <= memory_bytes
+        kept = np.flatnonzero(fits)[unbeaten(sums[fits])]
+        ways, sums = [ways[number] for number in kept], sums[kept]
+    return ways[int(sums[:, 0].argmin())]
+
+
+def _parts(option: StageOption, flying: int) -> tuple[float, float, float, float]:
+    """Seconds, and bytes: while microbatches are in flight, at the end of a step, and the workspace."""
+    running_bytes = option.fixed_bytes + flying * option.stash_bytes
+    ending_bytes = option.fixed_bytes + option.gradient_bytes
+    return option.seconds, running_bytes, ending_bytes, option.workspace_bytes
 
 
 def _together(

@@ -179,7 +179,7 @@ def shared_case(rng, p):
     return bounds_s, times_s
 
 
-@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("p", [1, 2, 3])
 def test_no_plan_beats_the_bounds_of_memory_that_stages_share(p):
     rng, ratios = random.Random(p), []
     for _ in range(60):
@@ -213,12 +213,12 @@ def test_options_that_share_memory_take_the_least_that_fits():
         fitting = [
             chosen
             for chosen in itertools.product(*options)
-            if shared_bytes(chosen, held, (0,) * 3) <= 4
+            if shared_bytes(chosen, held, (0,) * 3) <= 5
         ]
         if fitting:
             best_s = min(sum(option.seconds for option in chosen) for chosen in fitting)
-            found = least_together(options, held, 4)
-            assert shared_bytes(found, held, (0,) * 3) <= 4
+            found = least_together(options, held, 5)
+            assert shared_bytes(found, held, (0,) * 3) <= 5
             assert sum(option.seconds for option in found) == pytest.approx(best_s)
 
 
