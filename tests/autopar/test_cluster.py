@@ -2,11 +2,10 @@
 
 import copy
 import dataclasses
-import pathlib
 import re
 
 import pytest
-import yaml
+from cluster_files import changed_at, write_cluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,24 +40,9 @@ MINE = {
 }
 
 
-def write(folder: pathlib.Path, tree: object) -> pathlib.Path:
-    path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
 def changed(path: str, value: object) -> dict:
     """MINE with one value replaced, or without it if the value is `...`."""
-    tree = copy.deepcopy(MINE)
-    *parents, last = path.split(".")
-    node = tree
-    for key in parents:
-        node = node[key]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return tree
+    return changed_at(MINE, path.split("."), value)
 
 
 def test_what_is_packaged():
@@ -130,7 +114,7 @@ def test_the_dtype_follows_the_device(name, dtype):
 
 
 def test_units_become_si(tmp_path):
-    cluster = load_cluster(write(tmp_path, MINE))
+    cluster = load_cluster(write_cluster(tmp_path, MINE))
     assert cluster.device.memory_bytes == cluster.device.usable_bytes == 16 * 2**30
     assert cluster.device.peak_flops_per_s == {"fp32": 10e12, "bf16": 100e12}
     assert cluster.intra_host == Link(bytes_per_s=100e9, latency_s=pytest.approx(10e-6))
@@ -141,13 +125,13 @@ def test_units_become_si(tmp_path):
 
 
 def test_a_reserve_is_no_memory_to_fill(tmp_path):
-    device = load_cluster(write(tmp_path, changed("device.reserved_gib", 1.5))).device
+    device = load_cluster(write_cluster(tmp_path, changed("device.reserved_gib", 1.5))).device
     assert (device.memory_bytes, device.usable_bytes) == (16 * 2**30, 14.5 * 2**30)
 
 
 def test_a_link_for_each_device_adds_up_to_the_hosts(tmp_path):
     own = changed("inter_host", {"gbit_per_s": 80, "latency_us": 0, "shared_by_host": False})
-    assert load_cluster(write(tmp_path, own)).inter_host.bytes_per_s == 40e9
+    assert load_cluster(write_cluster(tmp_path, own)).inter_host.bytes_per_s == 40e9
 
 
 def test_submeshes_are_those_of_the_paper():
@@ -252,7 +236,7 @@ def test_what_was_measured_by_size_is_read_in_si_units(tmp_path):
     tree = copy.deepcopy(MINE)
     tree["device"] |= MEASURED
     tree["intra_host"]["collective_curve"] = {"all_reduce": [[0.1, 2], [10, 4]], "send": [[1, 8]]}
-    cluster = load_cluster(write(tmp_path, tree))
+    cluster = load_cluster(write_cluster(tmp_path, tree))
     device = cluster.device
     assert device.matmul_curve == {"fp32": Curve(((0.5e9, 0.1), (8e9, 0.5)))}
     assert device.convolution_curve == {"fp32": Curve(((1e9, 0.2),))}
@@ -277,7 +261,7 @@ def test_what_was_measured_can_be_set_on_the_command_line():
 
 @pytest.mark.parametrize(("path", "value", "message"), MISTAKES, ids=[m[2] for m in MISTAKES])
 def test_a_mistake_is_named_with_its_key(tmp_path, path, value, message):
-    path = write(tmp_path, changed(path, value))
+    path = write_cluster(tmp_path, changed(path, value))
     with pytest.raises(ConfigError, match=re.escape(f"{path}: {message}")):
         load_cluster(path)
 
@@ -310,7 +294,7 @@ def test_what_is_no_yaml_is_refused(tmp_path, text):
 def test_a_file_that_is_no_cluster_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("launcher.autopar.strict_yaml._LARGEST_FILE_BYTES", 10)
     with pytest.raises(ConfigError, match="more than 10 bytes"):
-        load_cluster(write(tmp_path, MINE))
+        load_cluster(write_cluster(tmp_path, MINE))
 
 
 VALUES = st.recursive(
@@ -339,7 +323,7 @@ def test_a_damaged_file_is_a_cluster_or_a_config_error(tmp_path, keys, value):
         if isinstance(node, dict):
             node[last] = value
     try:
-        found = load_cluster(write(tmp_path, tree))
+        found = load_cluster(write_cluster(tmp_path, tree))
         assert found.describe()
         assert found.memory_bytes > 0
     except ConfigError as error:

@@ -1,11 +1,11 @@
 """Clusters with several kinds of hosts: what files say of them, and what they answer."""
 
-import copy
 import dataclasses
 import re
 
 import pytest
 import yaml
+from cluster_files import changed_at, write_cluster
 
 from launcher.autopar.cluster import cluster_from_config, load_cluster
 from launcher.autopar.device import Link
@@ -35,29 +35,14 @@ MINE = {
 }
 
 
-def written(folder, tree):
-    path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
 def changed(path, value):
     """MINE with one value replaced, or without it if the value is `...`."""
-    tree = copy.deepcopy(MINE)
-    *parents, last = path
-    node = tree
-    for key in parents:
-        node = node[key]
-    if value is ...:
-        del node[last]
-    else:
-        node[last] = value
-    return tree
+    return changed_at(MINE, path, value)
 
 
 @pytest.fixture
 def mine(tmp_path) -> MixedCluster:
-    return load_cluster(written(tmp_path, MINE))
+    return load_cluster(write_cluster(tmp_path, MINE))
 
 
 def test_a_group_says_what_its_hosts_are_or_names_a_file(mine):
@@ -78,10 +63,10 @@ def test_a_group_says_what_its_hosts_are_or_names_a_file(mine):
 def test_what_a_group_says_goes_before_its_file(tmp_path):
     first = {"cluster": "1xp3", "hosts": 2, "inter_host": {"gbit_per_s": 8, "latency_us": 1}}
     tree = changed(("groups", 0), first)
-    v100 = load_cluster(written(tmp_path, tree)).kinds[0]
+    v100 = load_cluster(write_cluster(tmp_path, tree)).kinds[0]
     assert v100.device == load_cluster("1xp3").device
     assert v100.inter_host == Link(bytes_per_s=1e9, latency_s=pytest.approx(1e-6))
-    path = written(tmp_path, {"name": "x", **OWN, "inter_host": MINE["inter_host"]})
+    path = write_cluster(tmp_path, {"name": "x", **OWN, "inter_host": MINE["inter_host"]})
     named = changed(("groups", 0), {"cluster": str(path)})
     (tmp_path / "named.yaml").write_text(yaml.safe_dump(named))
     assert load_cluster(tmp_path / "named.yaml").kinds[0].device.kind == "X1"
@@ -89,15 +74,15 @@ def test_what_a_group_says_goes_before_its_file(tmp_path):
 
 def test_links_of_devices_add_up_on_the_smaller_host(tmp_path):
     own = {"gbit_per_s": 80, "latency_us": 7, "shared_by_host": False}
-    cluster = load_cluster(written(tmp_path, changed(("inter_host",), own)))
+    cluster = load_cluster(write_cluster(tmp_path, changed(("inter_host",), own)))
     assert cluster.kinds[0].inter_host.bytes_per_s == 4 * 10e9
     assert cluster.inter_host.bytes_per_s == 4 * 10e9  # 8 in the other kind
 
 
 def test_one_group_is_a_cluster_of_equal_hosts(tmp_path):
-    cluster = load_cluster(written(tmp_path, {**MINE, "groups": [OWN]}))
+    cluster = load_cluster(write_cluster(tmp_path, {**MINE, "groups": [OWN]}))
     plain = load_cluster(
-        written(tmp_path, {"name": "mine", **OWN, "inter_host": MINE["inter_host"]})
+        write_cluster(tmp_path, {"name": "mine", **OWN, "inter_host": MINE["inter_host"]})
     )
     assert isinstance(cluster, Cluster)
     assert cluster == plain
@@ -105,7 +90,7 @@ def test_one_group_is_a_cluster_of_equal_hosts(tmp_path):
 
 def test_figures_of_a_nominal_kind_are_nominal(tmp_path):
     groups = [{"cluster": "cpu8"}, {"cluster": "cpu8", "hosts": 1}]
-    cluster = load_cluster(written(tmp_path, {**MINE, "groups": groups}))
+    cluster = load_cluster(write_cluster(tmp_path, {**MINE, "groups": groups}))
     assert cluster.nominal
     assert not cluster.has_accelerators
     assert [cluster.machine_of(host) for host in range(3)] == [0, 0, 0]
@@ -195,7 +180,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("path", "value", "message"), MISTAKES, ids=[m[2] for m in MISTAKES])
 def test_a_mistake_is_named_with_its_key(tmp_path, path, value, message):
-    file = written(tmp_path, changed(path, value))
+    file = write_cluster(tmp_path, changed(path, value))
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         load_cluster(file)
     assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import draw_batch
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -111,11 +112,7 @@ def test_a_model_learns_the_same_by_it(config):
     def gradients(attention):
         model = models.build(config(size="tiny", dtype="bf16", layers=2, attention=attention))
         params, state = model.init(0)
-        rng = np.random.default_rng(0)
-        batch = {
-            name: rng.integers(0, model.vocab_size, leaf.shape).astype(leaf.dtype)
-            for name, leaf in model.example_batch(2).items()
-        }
+        batch = draw_batch(model, 2)
         run = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
         (loss, _), found = run(params, state, batch, KEY)
         return float(loss), found

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from batches import draw_batch
 
 from launcher import models
 from launcher.config import GptConfig, MoeConfig
@@ -89,11 +90,7 @@ def test_in_chunks_loss_and_gradients_are_the_same(config, tied):
             )
         )  # fmt: skip
         params, state = model.init(0)
-        rng = np.random.default_rng(0)
-        batch = {
-            name: rng.integers(0, model.vocab_size, leaf.shape).astype(leaf.dtype)
-            for name, leaf in model.example_batch(2).items()
-        }
+        batch = draw_batch(model, 2)
         run = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
         (loss, _), gradients = run(params, state, batch, KEY)
         return float(loss), gradients, float(jax.jit(model.eval_loss)(params, state, batch)[0])
