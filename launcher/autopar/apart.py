@@ -1,19 +1,53 @@
-"""Keeping XLA's CPU backend from running the layers of a backward pass into each other.
+"""Keeping XLA's CPU backend from running the layers of a program into each other.
 
 Recomputing a layer saves memory only if it waits for the layer's turn: what it reads was kept, and is there
 from the start. A barrier ties it to the incoming gradients (`ShardedValues.hold_back`), as `jax.checkpoint`
 does, and GPUs heed it. The CPU backend drops barriers before it puts ops in order, first come, first served,
 and so computes all layers again, or gathers all their weights, at once. There each layer is a call of its
 own, which begins when its operands are there, and whose buffers end with it.
+
+A program's collectives start in one order on all devices, which is what matches those of one device with
+those of another: they all have one channel in a `jax.shard_map`. But the CPU backend takes a call for started
+once it is entered, and starts what comes after beside it. So a program that has calls has all its collectives
+in them, or before them, and the calls take turns.
 """
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from launcher.autopar.shards import Ledger
 
-def call_apart(function: Callable):
-    """Run a function as a call that XLA does not inline; what it closes over are operands."""
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(function)()
+
+class Turns:
+    """The calls of one program, one after the other, after the collectives written before them.
+
+    Args:
+        ledger: where the program's collectives are taken down.
+    """
+
+    def __init__(self, ledger: Ledger):
+        ledger.take_results()  # those of another program
+        self._ledger = ledger
+        self._turn: jax.Array | None = None
+
+    def call(self, function: Callable):
+        """Run a function as a call that XLA does not inline; what it closes over are operands."""
+
+        def in_turn(turn: jax.Array):
+            return turn + 1, function()
+
+        turn = jnp.zeros((), jnp.int32) if self._turn is None else self._turn
+        for result in self._ledger.take_results():
+            turn += _any_element(result)
+        with set_xla_metadata(inlineable="false"):
+            self._turn, made = jax.jit(in_turn)(turn)
+        self._ledger.take_results()  # whoever waits for the call waits for them
+        return made
+
+
+def _any_element(array: jax.Array) -> jax.Array:
+    """A number that is there when the array is; which one does not matter."""
+    return array[(0,) * array.ndim].astype(jnp.int32)

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 import jax
 
-from launcher.autopar.apart import call_apart
+from launcher.autopar.apart import Turns
 from launcher.autopar.graph import Value, used_values
 from launcher.autopar.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.layers import LayerClass
@@ -61,18 +61,26 @@ class StageEmitter:
         # See `apart`; whoever knows the devices sets them: for backward and for forward passes.
         self.calls_layers = self.calls_forward = False
 
-    # The programs
+    # The programs. Those that are part of another one are given its `turns`.
 
-    def forward(self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays):
+    def turns(self) -> Turns:
+        """The turns of a program that begins."""
+        return Turns(self.ledger)
+
+    def forward(
+        self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays,
+        turns: Turns | None = None,
+    ):  # fmt: skip
         """One microbatch forward.
 
         Returns (exports, new state, kept values), keyed as in the layout.
         """
+        turns = turns or self.turns()
         inputs = self._inputs(params, state, batch, key_data, imports)
         values = {}
         for index in range(self.layout.first, self.layout.last):
             run = partial(self._run_forward, index, inputs, values)
-            values[index] = self._run_apart(index, run) if self.calls_forward else run()
+            values[index] = self._run_apart(index, run, turns) if self.calls_forward else run()
         exports = {v: self._output(values, v, spec) for v, spec in self.layout.exports.items()}
         new_state = {
             path: self._output(values, value, self.layout.state[path])
@@ -86,12 +94,13 @@ class StageEmitter:
 
     def backward(
         self, params: Arrays, batch: Arrays, key_data, imports: Arrays, kept: Arrays,
-        cotangents: Arrays, accumulators: Arrays,
+        cotangents: Arrays, accumulators: Arrays, turns: Turns | None = None,
     ):  # fmt: skip
         """One microbatch backward.
 
         Returns (accumulators with the microbatch's gradients added, gradients of the imports).
         """
+        turns = turns or self.turns()
         inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
         sums = self._unpacked(accumulators)
         returned: dict[Value, jax.Array] = {}
@@ -100,7 +109,7 @@ class StageEmitter:
         for index in self._backwards():
             own = values[index] if index in values else self._resumed(index, inputs, kept)
             both = partial(self._both_halves, index, own, self._totals(index, incoming), sums)
-            handed_on, out, changed = self._apart(both)
+            handed_on, out, changed = self.apart(both, turns)
             _merge(handed_on, out, incoming, returned)
             sums |= changed
         return self._packed(sums), returned
@@ -114,14 +123,14 @@ class StageEmitter:
         Returns (what the second half reads of it, keyed as in `split`; gradients of the imports).
         """
         inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
-        returned: dict[Value, jax.Array] = {}
+        turns, returned = self.turns(), {}
         weight_kept: dict[WeightKept, jax.Array] = {}
         values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
         incoming = Cotangents(cotangents)
         for index in self._backwards():
             own = values[index] if index in values else self._resumed(index, inputs, kept)
             half = partial(self._input_half, index, own, self._totals(index, incoming))
-            handed_on, out, left = self._apart(half)
+            handed_on, out, left = self.apart(half, turns)
             _merge(handed_on, out, incoming, returned)
             weight_kept |= left
         return weight_kept, returned
@@ -135,10 +144,10 @@ class StageEmitter:
         Returns the accumulators with the microbatch's gradients added.
         """
         inputs = self._inputs(params, {}, batch, key_data, imports)
-        sums = self._unpacked(accumulators)
+        turns, sums = self.turns(), self._unpacked(accumulators)
         for index in self._backwards():
             own = self._between(index, inputs, kept, weight_kept)
-            sums |= self._apart(partial(self._added, index, own, sums))
+            sums |= self.apart(partial(self._added, index, own, sums), turns)
         return self._packed(sums)
 
     # What goes in and out
@@ -210,7 +219,9 @@ class StageEmitter:
         own.run(cls.forward_ops, self.strategies[cls.name])
         return own
 
-    def _run_apart(self, index: int, run: Callable[[], ShardedValues]) -> ShardedValues:
+    def _run_apart(
+        self, index: int, run: Callable[[], ShardedValues], turns: Turns
+    ) -> ShardedValues:
         """The same as a call; what is read of it later is its result."""
         read = read_later(self.model, self.layout, index, self.slot_spec)
         found = self._values(self.model.layers[index].cls, FORWARD_COPY)
@@ -219,7 +230,7 @@ class StageEmitter:
             own = run()
             return {name: own.get(*name) for name in read}
 
-        for name, shard in call_apart(shards).items():
+        for name, shard in turns.call(shards).items():
             found.put_later(*name, partial(jax.numpy.asarray, shard))
         return found
 
@@ -272,9 +283,9 @@ class StageEmitter:
 
     # The halves of the backward pass
 
-    def _apart(self, function: Callable):
+    def apart(self, function: Callable, turns: Turns):
         """Run what computes one layer, as a call of its own where that is needed."""
-        return call_apart(function) if self.calls_layers else function()
+        return turns.call(function) if self.calls_layers else function()
 
     def _backwards(self) -> Iterator[int]:
         return reversed(range(self.layout.first, self.layout.last))

@@ -30,6 +30,7 @@ class Ledger:
     """
 
     collectives: list[Collective] = field(default_factory=list)
+    _results: list[jax.Array] = field(default_factory=list)
     _seen: dict[tuple[int, Step], jax.Array] = field(default_factory=dict)
     _originals: dict[int, jax.Array] = field(default_factory=dict)
     _held: list[jax.Array] = field(default_factory=list)
@@ -39,14 +40,29 @@ class Ledger:
         self._originals[id(shard)] = self._originals.get(id(original), original)
         self._held.append(shard)
 
-    def note(self, step: Step, shard: jax.Array, mesh: LogicalMesh, place: str) -> None:
-        """Take down a resharding step of a shard, if it communicates."""
+    def moved(self, step: Step, shard: jax.Array, mesh: LogicalMesh, place: str) -> jax.Array:
+        """Execute a resharding step of a shard, and take it down if it communicates."""
+        result = apply_step(step, shard, mesh)
         if step.kind.communicates:
             original = self._originals.get(id(shard), shard)
             key = (id(original), step)
             repeats = key in self._seen
             self._seen[key] = original  # held, so that no other array gets its id
             self.collectives.append(of_step(step, shard.dtype, mesh, place, repeats=repeats))
+            self._results.append(result)
+        return result
+
+    def computed(self, op: Op, strategy: Strategy, mesh: LogicalMesh, operands: Sequence) -> Sequence:
+        """Compute an op on local shards, and take down what it communicates by itself."""
+        found, results = of_op(op, strategy, mesh), run_local(op, strategy, mesh, operands)
+        self.collectives += found
+        self._results += results if found else []
+        return results
+
+    def take_results(self) -> list[jax.Array]:
+        """What the collectives made since the last time that somebody asked."""
+        taken, self._results = self._results, []
+        return taken
 
 
 def apply_step(step: Step, shard: jax.Array, mesh: LogicalMesh) -> jax.Array:
@@ -87,13 +103,11 @@ def reshard_local(
     source: Spec,
     target: Spec,
     mesh: LogicalMesh,
-    ledger: Ledger | None = None,
+    ledger: Ledger,
 ) -> jax.Array:
     """Turn a local shard of one spec into that of another; `ledger` takes down the collectives."""
     for step in reshard(aval.shape, aval.dtype.itemsize, source, target, mesh):
-        if ledger is not None:
-            ledger.note(step, shard, mesh, "input or gradient")
-        shard = apply_step(step, shard, mesh)
+        shard = ledger.moved(step, shard, mesh, "input or gradient")
     return shard
 
 
@@ -155,8 +169,7 @@ class ShardedValues:
         return list(behind[len(names) :])
 
     def _moved(self, step: Step, shard: jax.Array, place: str) -> jax.Array:
-        self._ledger.note(step, shard, self.mesh, place)
-        return apply_step(step, shard, self.mesh)
+        return self._ledger.moved(step, shard, self.mesh, place)
 
     def run(self, ops: Sequence[Op], strategies: dict[tuple[Value, ...], Strategy]) -> None:
         """Compute ops on local shards; `strategies` by the results of an op."""
@@ -173,8 +186,7 @@ class ShardedValues:
                 self.put(value, strategy.result_spec(i), shard)
 
     def _computed(self, op: Op, strategy: Strategy, operands: Sequence) -> Sequence[jax.Array]:
-        self._ledger.collectives += of_op(op, strategy, self.mesh)
-        return run_local(op, strategy, self.mesh, operands)
+        return self._ledger.computed(op, strategy, self.mesh, operands)
 
     def zeros(self, value: Value, spec: Spec) -> jax.Array:
         """A local shard of zeros for a value."""

@@ -106,7 +106,7 @@ class _Lane:
 
     def __init__(self, where: jax.sharding.Sharding):
         self.where = where
-        self.token = jax.device_put(jnp.zeros(()), where)
+        self.token = jax.device_put(jnp.zeros((), jnp.int32), where)
 
 
 class _Waiting:
@@ -127,8 +127,8 @@ class _Waiting:
         del arguments
         if self._wait_s:
             # What XLA takes for cheap it runs at once, in the thread that dispatches; this is not.
-            busy = jnp.zeros((100, 100)) @ jnp.full((100, 100), token)
-            token = wait_on_device(token + busy[0, 0], self._wait_s)
+            busy = jnp.zeros((100, 100)) @ jnp.full((100, 100), token, jnp.float32)
+            token = wait_on_device(token + busy[0, 0].astype(token.dtype), self._wait_s)
         return token, [jnp.zeros(like.shape, like.dtype) for like in self._like]
 
 

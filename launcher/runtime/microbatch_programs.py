@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import jax
 from jax import lax
 
+from launcher.autopar.apart import Turns
 from launcher.autopar.split_layout import SplitLayout
 from launcher.autopar.stage_layout import Kept
 from launcher.runtime.stage_signature import StageSignature
@@ -135,16 +136,17 @@ class MicrobatchPrograms:
 
     def forward_backward(
         self, params: Arrays, state: Arrays, batch: Arrays, key, imports: Arrays, cotangents: Arrays,
-        accumulators: Arrays,
+        accumulators: Arrays, turns: Turns | None = None,
     ):  # fmt: skip
         """Both passes of a microbatch, on one device's shards, inside `jax.shard_map`."""
-        exports, new_state, kept = self.emitter.forward(params, state, batch, key, imports)
+        turns = turns or self.emitter.turns()
+        exports, new_state, kept = self.emitter.forward(params, state, batch, key, imports, turns)
         if self._recomputes:
             # Or XLA finds in the forward pass what the backward pass is to compute, or gather, again.
             again = (params, batch, key, imports, kept)
             params, batch, key, imports, kept = lax.optimization_barrier(again)
         accumulators, returns = self.emitter.backward(
-            params, batch, key, imports, kept, cotangents, accumulators
+            params, batch, key, imports, kept, cotangents, accumulators, turns
         )
         return exports, new_state, accumulators, returns
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from launcher.autopar.apart import Turns
 from launcher.autopar.instructions import Op
 from launcher.autopar.program import Program
 from launcher.autopar.realize import RealizedPlan
@@ -123,23 +124,27 @@ class WholeStep:
         self, params: Arrays, state: Arrays, optimizer_state, loss_scale, batch: Arrays, keys
     ):
         """On one device's shards."""
-        carry = self._programs.local_zeros(), state
+        emitter, carry = self._programs.emitter, (self._programs.local_zeros(), state)
+        turns = emitter.turns()
         if self._num_microbatches == 1:
-            only = {name: leaf[0] for name, leaf in batch.items()}
-            (sums, after), reported = self._microbatch(params, loss_scale, carry, (only, keys[0]))
+            only = {name: leaf[0] for name, leaf in batch.items()}, keys[0]
+            (sums, after), reported = self._microbatch(params, loss_scale, carry, only, turns)
         else:
             repeated = partial(self._loop_body, params, loss_scale)
             (sums, after), reported = lax.scan(repeated, carry, (batch, keys))
             reported = {name: leaf.mean(axis=0) for name, leaf in reported.items()}
-        made = self._update(params, optimizer_state, loss_scale, sums, state, after)
+            turns = emitter.turns()
+        update = partial(self._update, params, optimizer_state, loss_scale, sums, state, after)
+        made = emitter.apart(update, turns)
         return made._replace(params=params | made.params, state=after | made.state), reported
 
     def _loop_body(self, params: Arrays, loss_scale, carry, inputs):
         # Or XLA gathers all parameters before the loop, and holds them throughout.
         params, carry = lax.optimization_barrier((params, carry))
-        return self._microbatch(params, loss_scale, carry, inputs)
+        turns = self._programs.emitter.turns()
+        return self._microbatch(params, loss_scale, carry, inputs, turns)
 
-    def _microbatch(self, params: Arrays, loss_scale, carry, inputs):
+    def _microbatch(self, params: Arrays, loss_scale, carry, inputs, turns: Turns):
         """Forward and backward."""
         (sums, state), (batch, key) = carry, inputs
         programs = self._programs
@@ -147,7 +152,7 @@ class WholeStep:
         scaling = programs.optimizer.loss_scaling
         share = loss_cotangent(scaling, loss_scale, self._num_microbatches, dtype)
         exports, new_state, sums, _ = programs.microbatch.forward_backward(
-            params, state, batch, key, {}, {self._loss: share}, sums
+            params, state, batch, key, {}, {self._loss: share}, sums, turns
         )
         reported = {name: exports[value] for name, value in self._reported.items()}
         return (sums, {**state, **new_state}), reported

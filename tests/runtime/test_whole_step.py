@@ -1,5 +1,7 @@
 """A step as one program computes what its instructions compute, and what is to be recomputed is."""
 
+import re
+
 import jax
 import numpy as np
 import optax
@@ -76,3 +78,21 @@ def test_the_recomputation_is_not_optimised_away():
         flops[recompute] = executor.compilation.executables["step"].cost_analysis()["flops"]
     # A third of the work is the forward pass; the embedding, the loss and the update are not repeated.
     assert flops["full"] > 1.15 * flops["none"]
+
+
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all)\(")
+
+
+@pytest.mark.parametrize(
+    "forced", [{"dp": 2, "tp": 2, "zero": 3}, {"dp": 4, "zero": 2, "recompute": "full"}]
+)
+def test_no_collective_runs_beside_the_call_of_a_layer(forced):
+    """Or emulated devices mistake one for the other, or wait for each other (`autopar/apart.py`)."""
+    with jax.enable_x64(True):
+        executor = executor_for("wrn", num_microbatches=1, **forced)
+    text = executor.compilation.executables["step"].as_text()
+    entry = text[text.index("\nENTRY") :].splitlines()
+    calls = [number for number, line in enumerate(entry) if "call(" in line]
+    assert COLLECTIVE.search(text)
+    assert len(calls) > 3
+    assert not [line for line in entry[calls[0] :] if COLLECTIVE.search(line)]
