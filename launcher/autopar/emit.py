@@ -28,7 +28,7 @@ from launcher.autopar.split_layout import (
     WeightKept,
     split_layout,
 )
-from launcher.autopar.stage_inputs import Cotangents, StageInputs
+from launcher.autopar.stage_inputs import Cotangents, StageInputs, merge
 from launcher.autopar.stage_layout import StageLayout, read_later
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
 from launcher.autopar.trace import Role
@@ -61,11 +61,11 @@ class StageEmitter:
         # See `apart`; whoever knows the devices sets them: for backward and for forward passes.
         self.calls_layers = self.calls_forward = False
 
-    # The programs. Those that are part of another one are given its `turns`.
-
     def turns(self) -> Turns:
         """The turns of a program that begins."""
         return Turns(self.ledger)
+
+    # The programs; those that are part of another one are given its turns.
 
     def forward(
         self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays,
@@ -110,7 +110,7 @@ class StageEmitter:
             own = values[index] if index in values else self._resumed(index, inputs, kept)
             both = partial(self._both_halves, index, own, self._totals(index, incoming), sums)
             handed_on, out, changed = self.apart(both, turns)
-            _merge(handed_on, out, incoming, returned)
+            merge(handed_on, out, incoming, returned)
             sums |= changed
         return self._packed(sums), returned
 
@@ -131,7 +131,7 @@ class StageEmitter:
             own = values[index] if index in values else self._resumed(index, inputs, kept)
             half = partial(self._input_half, index, own, self._totals(index, incoming))
             handed_on, out, left = self.apart(half, turns)
-            _merge(handed_on, out, incoming, returned)
+            merge(handed_on, out, incoming, returned)
             weight_kept |= left
         return weight_kept, returned
 
@@ -179,7 +179,7 @@ class StageEmitter:
     def _output(self, values: Mapping[int, ShardedValues], value: Value, spec: Spec) -> jax.Array:
         index, output = self.producer[value]
         cls = self.model.layers[index].cls
-        return _read(values[index], cls.outputs[output], spec)
+        return values[index].output(cls.outputs[output], spec)
 
     # The values of a layer
 
@@ -333,7 +333,7 @@ class StageEmitter:
                     handed_on[traced_value].append(own.get(value, spec))
             elif traced_value in self.layout.returns:
                 spec = self.layout.returns[traced_value]
-                returned[traced_value].append(_read(own, value, spec))
+                returned[traced_value].append(own.output(value, spec))
         return dict(handed_on), dict(returned)
 
     def _cotangent_spec(self, traced_value: Value) -> Spec | None:
@@ -388,24 +388,8 @@ class StageEmitter:
         for index in self._backwards():
             own = values[index] if index in values else walk._resumed(index, None, kept)
             handed_on, out = walk._first_half_of(index, own, walk._totals(index, incoming))
-            _merge(handed_on, out, incoming, {})
+            merge(handed_on, out, incoming, {})
             own.begin_second_half()
             walk._added(index, own, sums)
             found[index] = own
         return split_layout(self.model, self.layout, found)
-
-
-def _merge(handed_on: Mapping, returned: Mapping, incoming: Cotangents, outgoing: dict) -> None:
-    """Take up the gradients of a layer's inputs: for earlier layers, and for earlier stages."""
-    for value, shards in handed_on.items():
-        for shard in shards:
-            incoming.add(value, shard)
-    for value, shards in returned.items():
-        for shard in shards:
-            known = outgoing.get(value)
-            outgoing[value] = shard if known is None else known + shard
-
-
-def _read(values: ShardedValues, value, spec: Spec) -> jax.Array:
-    """A value's shard; what JAX knew at trace time is a literal."""
-    return values.get(value, spec) if isinstance(value, Value) else jax.numpy.asarray(value.val)

@@ -14,7 +14,7 @@ from jax import lax
 
 from launcher.autopar.collectives import Collective, describe, of_op, of_step
 from launcher.autopar.copies import Copies
-from launcher.autopar.graph import Op, Value
+from launcher.autopar.graph import Op, Operand, Value
 from launcher.autopar.mesh import LogicalMesh
 from launcher.autopar.reshard import Kind, Step, reshard
 from launcher.autopar.rules import Strategy, run_local
@@ -52,7 +52,9 @@ class Ledger:
             self._results.append(result)
         return result
 
-    def computed(self, op: Op, strategy: Strategy, mesh: LogicalMesh, operands: Sequence) -> Sequence:
+    def computed(
+        self, op: Op, strategy: Strategy, mesh: LogicalMesh, operands: Sequence
+    ) -> Sequence:
         """Compute an op on local shards, and take down what it communicates by itself."""
         found, results = of_op(op, strategy, mesh), run_local(op, strategy, mesh, operands)
         self.collectives += found
@@ -152,6 +154,10 @@ class ShardedValues:
             shard = self.at_hand(value, step.source)
             self._shards[value, step.target] = self._moved(step, shard, place)
         return self.at_hand(value, spec)
+
+    def output(self, output: Operand, spec: Spec) -> jax.Array:
+        """An output's shard; what JAX knew at trace time is a literal."""
+        return self.get(output, spec) if isinstance(output, Value) else jnp.asarray(output.val)
 
     def at_hand(self, value: Value, spec: Spec) -> jax.Array:
         """A shard that is there, under a spec in which the value is held."""

@@ -88,3 +88,14 @@ class Cotangents:
         if traced_value in self._external:
             parts.append(self._external[traced_value])
         return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def merge(handed_on: Mapping, returned: Mapping, incoming: Cotangents, outgoing: dict) -> None:
+    """Take up the gradients of a layer's inputs: for earlier layers, and for earlier stages."""
+    for value, shards in handed_on.items():
+        for shard in shards:
+            incoming.add(value, shard)
+    for value, shards in returned.items():
+        for shard in shards:
+            known = outgoing.get(value)
+            outgoing[value] = shard if known is None else known + shard
