@@ -15,7 +15,7 @@ from launcher.autopar.graph import Value
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.restrictions import ClassTags, tag_classes
 from launcher.autopar.rules import Strategy
-from launcher.autopar.solver import solve
+from launcher.autopar.solver import Relaxations, solve
 from launcher.autopar.spec import Spec
 from launcher.autopar.stage_problem import (
     BACKWARD_INPUT,
@@ -147,15 +147,23 @@ class StageSharding:
 class IntraOpPlanner:
     """Plans ranges of layers on meshes, remembering the parts of the problems that recur.
 
-    `num_solved` counts the problems that were solved.
+    Args:
+        relaxations: those of other planners, whose problems may be like this one's.
+
+    Attributes:
+        num_solved: counts the problems that were solved.
     """
 
-    def __init__(self, model: LayeredModel, *, time_limit_s: float = 60.0):
+    def __init__(
+        self, model: LayeredModel, *, time_limit_s: float = 60.0,
+        relaxations: Relaxations | None = None,
+    ):  # fmt: skip
         self.model = model
         self.tags: dict[str, ClassTags] = tag_classes(model)
         self.classes = {cls.name: cls for cls in model.classes}
         self.time_limit_s = time_limit_s
         self.num_solved = 0
+        self._relaxations = relaxations or Relaxations()
         self._producer = model.producer()
         self.param_owners = model.param_owners()
         self.workspaces: dict[Hashable, object] = {}  # of `layer_workspace`
@@ -185,7 +193,9 @@ class IntraOpPlanner:
         key = _identity(problem, pins)
         if key not in self._solutions:
             pairwise, keys = _pinned(problem, pins).pairwise()
-            solution = solve(pairwise, time_limit_s=self.time_limit_s)
+            solution = solve(
+                pairwise, time_limit_s=self.time_limit_s, relaxations=self._relaxations
+            )
             self.num_solved += 1
             picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
             self._solutions[key] = picks, solution.gap_fraction

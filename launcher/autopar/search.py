@@ -33,6 +33,7 @@ from launcher.autopar.layers import LayeredModel
 from launcher.autopar.optimizer_state import OptimizerFootprint
 from launcher.autopar.realize import layered_model
 from launcher.autopar.schedules import schedule_by_name
+from launcher.autopar.solver import Relaxations
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.stage_costs import Choices, Known, StageCosts, worthwhile
 from launcher.errors import InfeasiblePlanError
@@ -179,6 +180,7 @@ class _Attempts:
         self._search = partial(_try, cluster, options)
         self._layers = partial(_layers, model, cluster, options, space)
         self._planners: dict[int, IntraOpPlanner] = {}
+        self._relaxations = Relaxations()
         self._space = space
         self._progress = progress
         self.found: dict[int, _Tried] = {}
@@ -188,7 +190,9 @@ class _Attempts:
     def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> "_Tried":
         """Search at a number of microbatches, whose planner remembers what it has done before."""
         if num_microbatches not in self._planners:
-            self._planners[num_microbatches] = IntraOpPlanner(self._layers(num_microbatches))
+            self._planners[num_microbatches] = IntraOpPlanner(
+                self._layers(num_microbatches), relaxations=self._relaxations
+            )
         return self._search(
             self._planners[num_microbatches], num_microbatches, worth_s, known, space
         )

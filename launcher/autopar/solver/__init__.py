@@ -2,6 +2,7 @@
 
 from launcher.autopar.solver.live_memory import LiveUse, Memory
 from launcher.autopar.solver.problem import PairwiseProblem, ProblemSize, Solution, Stage
+from launcher.autopar.solver.relaxation import Relaxations
 from launcher.autopar.solver.solve import METHODS, simplify, solve
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Memory",
     "PairwiseProblem",
     "ProblemSize",
+    "Relaxations",
     "Solution",
     "Stage",
     "simplify",

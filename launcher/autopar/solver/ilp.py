@@ -14,6 +14,7 @@ import highspy
 import numpy as np
 import pulp
 
+from launcher.autopar.solver.highs import highs_lp, silent_model, take_banner
 from launcher.autopar.solver.problem import PairwiseProblem, Solution
 from launcher.autopar.solver.tight_form import Rows, TightForm, tight_form
 from launcher.errors import InfeasiblePlanError
@@ -69,8 +70,7 @@ def improve_by_ilp(
 ) -> tuple[int, ...]:
     """Return the best choice found in a little time; the start, which need not fit, if there is none."""
     form = tight_form(problem)
-    model = highspy.Highs()
-    model.setOptionValue("output_flag", False)
+    model = silent_model()
     model.setOptionValue("threads", 1)
     known = highspy.HighsSolution()
     known.col_value = form.start(start).tolist()
@@ -79,7 +79,7 @@ def improve_by_ilp(
         if len(points):
             rows = _stacked(rows, form.memory_rows(points))
         model.setOptionValue("time_limit", max(0.05, end - time.monotonic()))
-        model.passModel(_highs_lp(form, rows))
+        model.passModel(highs_lp(form, rows))
         model.setSolution(known)
         model.run()
         solution = model.getSolution()
@@ -171,6 +171,7 @@ def _expression(variables, columns: np.ndarray, values: np.ndarray) -> pulp.LpAf
 
 def _backend(solver: str, time_limit_s: float) -> pulp.LpSolver:
     if solver == "highs":
+        take_banner()
         return pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=_GAP_FRACTION)
     with warnings.catch_warnings():
         # PuLP 3.3 announces that 4 comes without CBC; this project stays below 4.
@@ -194,21 +195,3 @@ def _stacked(first: Rows, second: Rows) -> Rows:
         lower=np.concatenate((first.lower, second.lower)),
         upper=np.concatenate((first.upper, second.upper)),
     )
-
-
-def _highs_lp(form: TightForm, rows: Rows) -> highspy.HighsLp:
-    order = np.argsort(rows.row, kind="stable")
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = len(form.costs), len(rows.upper)
-    lp.col_cost_, lp.col_lower_, lp.col_upper_ = form.costs, np.zeros(lp.num_col_), form.upper
-    lp.row_lower_, lp.row_upper_ = rows.lower, rows.upper
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    counts = np.bincount(rows.row, minlength=len(rows.upper))
-    lp.a_matrix_.start_ = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    lp.a_matrix_.index_ = rows.column[order].astype(np.int32)
-    lp.a_matrix_.value_ = rows.value[order]
-    kinds = highspy.HighsVarType
-    lp.integrality_ = [kinds.kInteger] * form.num_binaries + [kinds.kContinuous] * (
-        lp.num_col_ - form.num_binaries
-    )
-    return lp

@@ -1,16 +1,17 @@
 """The solvers of a pairwise problem, the exact and cheap ones first.
 
     1. eliminate.py                 dynamic programming, where that is a matter of moments
-    2. followers.py, reduce.py      exact reductions, with the memory limit
-    3. eliminate.py                 of what they leave, where the graph is thin
-    4. ilp.py                       the ILP in its tight form, where it is small
-    5. messages.py, eliminate.py    a lower bound, and elimination of what it does not rule out
-    6. ilp.py                       the ILP again, where it is not too large
-    7. messages.py, prices.py       a lower bound, and a first choice
-    8. ilp.py                       on the strategies that the bound leaves possible
-    9. neighbourhoods.py            large-neighbourhood search, in turns with 8, until time is up
+    2. relaxation.py                the relaxation of the ILP, where that is small and its optimum whole
+    3. followers.py, reduce.py      exact reductions, with the memory limit
+    4. eliminate.py                 of what they leave, where the graph is thin
+    5. ilp.py                       the ILP in its tight form, where it is small
+    6. messages.py, eliminate.py    a lower bound, and elimination of what it does not rule out
+    7. ilp.py                       the ILP again, where it is not too large
+    8. messages.py, prices.py       a lower bound, and a first choice
+    9. ilp.py                       on the strategies that the bound leaves possible
+   10. neighbourhoods.py            large-neighbourhood search, in turns with 9, until time is up
 
-Problems with a memory limit take 2, 7, 8 and 9. Whatever ends it, there is a choice and a bound on how much
+Problems with a memory limit take 3, 8, 9 and 10. Whatever ends it, there is a choice and a bound on how much
 better another could be.
 """
 
@@ -30,6 +31,7 @@ from launcher.autopar.solver.neighbourhoods import Search
 from launcher.autopar.solver.prices import ascend
 from launcher.autopar.solver.problem import PairwiseProblem, Solution, Stage
 from launcher.autopar.solver.reduce import reduce
+from launcher.autopar.solver.relaxation import Relaxations
 from launcher.autopar.solver.restarts import Restarts
 from launcher.errors import InfeasiblePlanError
 
@@ -45,6 +47,7 @@ _BOUND_ROUNDS, _SWEEPS = 20, 15  # of the bound that goes before an elimination
 _THIN_ENTRIES = 60_000  # edge entries left by the bound, for an elimination
 _WORTH_ANOTHER_LOOK = 0.7  # of the entries at the last look
 _SMALL_ILP_ENTRIES = 25_000  # edge variables that the ILP settles sooner than the bound
+_RELAXED_ENTRIES = 80_000  # edge variables that the relaxation settles in some tenths of a second
 _BOUND_FRACTIONS = (0.3, 0.45)  # of the time left: for the bound, and for first choices as well
 _REDUCED_ONCE = 500_000  # edge entries: from here on a second round takes longer than it is worth
 _ILP_FRACTION = 0.5  # of the time left, for an ILP between searches
@@ -62,9 +65,13 @@ class Simplified:
 
 
 def solve(
-    problem: PairwiseProblem, *, time_limit_s: float = 60.0, method: str = "auto"
-) -> Solution:
+    problem: PairwiseProblem, *, time_limit_s: float = 60.0, method: str = "auto",
+    relaxations: Relaxations | None = None,
+) -> Solution:  # fmt: skip
     """Return a choice of least cost, with a bound; proven optimal unless time ran out.
+
+    Args:
+        relaxations: those of problems like this one.
 
     Raises InfeasiblePlanError where no choice is allowed.
     """
@@ -73,6 +80,10 @@ def solve(
         order = plan_order(problem, most_entries=_QUICK_ENTRIES)
         if order is not None:
             return _allowed(replace(solve_by_elimination(problem, order), method="elimination"))
+        if problem.size().edge_entries <= _RELAXED_ENTRIES:
+            solution = (relaxations or Relaxations()).solve(problem)
+            if solution is not None:
+                return solution
     simple = simplify(problem)
     solution = _allowed(_solve_rest(simple.problem, end_s, method))
     choice = simple.expand(solution.choice)

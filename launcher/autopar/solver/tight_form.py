@@ -12,8 +12,8 @@ inequalities) has the same optimum with a weaker relaxation. A memory limit adds
 Few points bind, so the solvers start with some and add those that an answer exceeds.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -128,7 +128,6 @@ def tight_form(problem: PairwiseProblem) -> TightForm:
     """Write a problem as an ILP, without its memory rows."""
     sizes = np.array([len(costs) for costs in problem.node_costs], np.int64)
     offsets = np.concatenate(([0], np.cumsum(sizes)))
-    costs = [np.asarray(c, np.float64) for c in problem.node_costs]
     rows = [np.repeat(np.arange(len(sizes)), sizes)]
     columns, values = [np.arange(offsets[-1])], [np.ones(offsets[-1])]
     sums = [np.ones(len(sizes))]
@@ -141,13 +140,29 @@ def tight_form(problem: PairwiseProblem) -> TightForm:
         columns += [edge, edge, offsets[i] + np.arange(n), offsets[j] + np.arange(m)]
         values += [np.ones(2 * n * m), -np.ones(n + m)]
         sums.append(np.zeros(n + m))
-        costs.append(np.asarray(matrix, np.float64).ravel())
         num_rows, num_columns = num_rows + n + m, num_columns + n * m
+    level = np.concatenate(sums)
+    parts = Rows(*map(np.concatenate, (rows, columns, values)), level, level)
+    return TightForm(problem, offsets, rows=parts, **_costs_of(problem))
+
+
+def like(form: TightForm, problem: PairwiseProblem) -> TightForm:
+    """The form of another problem of the same shape."""
+    return replace(form, problem=problem, **_costs_of(problem))
+
+
+def shape(problem: PairwiseProblem) -> Hashable:
+    """Equal for problems of the same nodes, strategies and edges, whatever they cost."""
+    return tuple(len(costs) for costs in problem.node_costs), tuple(problem.edge_costs)
+
+
+def _costs_of(problem: PairwiseProblem) -> dict[str, np.ndarray | float]:
+    """The scaled costs, 0 where they forbid; the upper bounds, which forbid in their place; the scale."""
+    costs = [np.asarray(c, np.float64) for c in problem.node_costs]
+    costs += [np.asarray(matrix, np.float64).ravel() for matrix in problem.edge_costs.values()]
     total = np.concatenate(costs) if costs else np.zeros(0)
     allowed = np.isfinite(total)
     total = np.where(allowed, total, 0.0)
     largest = float(np.abs(total).max(initial=0.0))
     scale = 1e4 / largest if largest > 0 else 1.0
-    level = np.concatenate(sums)
-    parts = Rows(*map(np.concatenate, (rows, columns, values)), level, level)
-    return TightForm(problem, offsets, total * scale, allowed.astype(float), parts, scale)
+    return {"costs": total * scale, "upper": allowed.astype(float), "scale": scale}
