@@ -77,7 +77,7 @@ def _seconds(step: Callable[[], None]) -> float:
 def _waiting(steps: int):
     for schedule, virtual_stages in waiting.SCHEDULES:
         pipeline = waiting.WaitingPipeline(schedule, virtual_stages)
-        taken_s = statistics.median(pipeline.step_s() for _ in range(max(3, steps // 3)))
+        taken_s = statistics.median(pipeline.step_s() for _ in range(steps))
         name = (
             f"{schedule}, 4 submeshes, 8 microbatches / its timeline ({pipeline.timeline_s:.2f} s)"
         )
