@@ -357,22 +357,20 @@ def _check_feasible(problem: StageProblem, settings: StageSettings) -> None:
 def _priced(problem: StageProblem, picks: Picks, gap_fraction: float) -> StageSharding:
     """Add up the cost of picks, by group and by when it falls due."""
     at = {key: choices.index(picks[key]) for key, choices in problem.choices.items()}
-    groups: dict[Group, Seconds] = {}
+    totals: dict[Group, list[float]] = {}  # in the order of the fields of `Seconds`
 
     def book(group: Group, part: Part, cost: float, *, is_update: bool) -> None:
-        seconds = Seconds(
-            forward=cost * part.forward,
-            backward_input=cost * part.backward_input,
-            backward_weight=cost * part.backward_weight,
-            synchronize=cost * part.once * (not is_update),
-            update=cost * part.once * is_update,
-        )
-        groups[group] = groups.get(group, Seconds()) + seconds
+        row = totals.setdefault(group, [0.0] * 5)
+        row[0] += cost * part.forward
+        row[1] += cost * part.backward_input
+        row[2] += cost * part.backward_weight
+        row[4 if is_update else 3] += cost * part.once
 
     for node in problem.nodes:
         book(node.group, node.part, float(node.costs[at[node.key]]), is_update=True)
     for edge in problem.edges:
         cost = float(edge.costs[at[edge.source], at[edge.target]])
         book(edge.group, edge.part, cost, is_update=False)
+    groups = {group: Seconds(*row) for group, row in totals.items()}
     sharding = StageSharding(problem.settings, dict(picks), groups, Seconds(), gap_fraction)
     return sharding.for_counts(problem.counts, problem.settings)

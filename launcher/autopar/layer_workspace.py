@@ -115,14 +115,14 @@ class _Writer:
     def both(self) -> float:
         tape, residuals, exports = self._forward()
         grown = temporary_bytes(tape, made=exports, lasting=residuals)
-        tape, given, handed_on = self._backward(again=False)
+        tape, given, handed_on = self._going_back
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
         return max(
             grown, crossing + temporary_bytes(tape, handed_on, there=residuals, is_call=True)
         )
 
     def backward(self, *, again: bool) -> float:
-        tape, given, handed_on = self._backward(again=again)
+        tape, given, handed_on = self._backward(again=True) if again else self._going_back
         crossing = sum(map(tape.bytes, {*given, *handed_on}))
         turn = self._turn(tape) if again else 0.0
         return crossing + max(temporary_bytes(tape, handed_on, is_call=True), turn)
@@ -167,6 +167,10 @@ class _Writer:
             if spec is not None and isinstance(value, Value):
                 exports.append(tape.get(value, spec))
         return tape, residuals, exports
+
+    @cached_property
+    def _going_back(self) -> tuple[Tape, list[Buffer], list[Buffer]]:
+        return self._backward(again=False)
 
     def _backward(
         self, *, again: bool, ops: Iterable[Op] | None = None, slots: Iterable[int] | None = None,

@@ -8,7 +8,8 @@ options of a range those are kept that no other one beats in time and memory ali
 A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
 where they are priced anew and not solved, until the best number is known.
 
-Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation. ZeRO-1 is not
+Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation; a price on memory
+under ZeRO-3, which leaves little of it to save. ZeRO-1 is not
 tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
@@ -165,6 +166,8 @@ class StageCosts:
             for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
                 if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
                     continue  # nothing to shard over
+                if zero == 3 and weight and 0.0 in self.choices.memory_weights:
+                    continue  # what the weights leave of memory to save
                 solved = self._solved(mesh, zero, weight)
                 for recompute in self.choices.recompute:
                     picks.append(StagePick(mesh, weight, zero, recompute, solved.sharding))

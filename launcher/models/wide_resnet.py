@@ -62,7 +62,8 @@ class BatchNorm(nnx.Module):
     def _remember(self, mean: Array, variance: Array) -> None:
         for running, batch in ((self.mean, mean), (self.variance, variance)):
             kept = self.momentum * running[...]
-            running[...] = kept + (1.0 - self.momentum) * lax.stop_gradient(batch)
+            # Not `running[...] =`, which asks traced values for their sharding, at some cost.
+            running.set_value(kept + (1.0 - self.momentum) * lax.stop_gradient(batch))
 
 
 class Convolution(nnx.Module):

@@ -2,8 +2,8 @@
 
     1. eliminate.py                 dynamic programming, where that is a matter of moments
     2. relaxation.py                the relaxation of the ILP, where that is small and its optimum whole
-    3. followers.py, reduce.py      exact reductions, with the memory limit
-    4. eliminate.py                 of what they leave, where the graph is thin
+    3. reduce.py, followers.py      exact reductions, with the memory limit
+    4. eliminate.py                 of what they leave, as soon as the graph is thin
     5. ilp.py                       the ILP in its tight form, where it is small
     6. messages.py, eliminate.py    a lower bound, and elimination of what it does not rule out
     7. ilp.py                       the ILP again, where it is not too large
@@ -63,6 +63,14 @@ class Simplified:
     expand: Callable[[Sequence[int]], tuple[int, ...]]
     stages: tuple[Stage, ...]
 
+    def then(self, more: "Simplified") -> "Simplified":
+        """This one, simplified further."""
+
+        def expand(choice: Sequence[int]) -> tuple[int, ...]:
+            return self.expand(more.expand(choice))
+
+        return Simplified(more.problem, expand, self.stages + more.stages[1:])
+
 
 def solve(
     problem: PairwiseProblem, *, time_limit_s: float = 60.0, method: str = "auto",
@@ -84,7 +92,11 @@ def solve(
             solution = (relaxations or Relaxations()).solve(problem)
             if solution is not None:
                 return solution
-    simple = simplify(problem)
+        simple = _reduce_once(problem)
+        if plan_order(simple.problem, most_entries=_ENTRIES) is None:
+            simple = simple.then(simplify(simple.problem))
+    else:
+        simple = simplify(problem)
     solution = _allowed(_solve_rest(simple.problem, end_s, method))
     choice = simple.expand(solution.choice)
     cost = problem.cost(choice)
@@ -123,6 +135,13 @@ def simplify(problem: PairwiseProblem) -> Simplified:
         return tuple(choice)
 
     return Simplified(problem, expand, tuple(stages))
+
+
+def _reduce_once(problem: PairwiseProblem) -> Simplified:
+    reduced = reduce(problem)
+    rest, _ = reduced.rest()
+    stages = Stage("as given", problem.size()), Stage("reduced", rest.size())
+    return Simplified(rest, _expansion(reduced, len(problem.node_costs)), stages)
 
 
 def _is_worth_another(problem: PairwiseProblem) -> bool:
