@@ -24,13 +24,12 @@ from launcher.autopar.shards import Ledger
 class Turns:
     """The calls of one program, one after the other, after the collectives written before them.
 
-    Args:
-        ledger: where the program's collectives are taken down.
+    Attributes:
+        ledger: of this program alone, where its collectives are taken down.
     """
 
     def __init__(self, ledger: Ledger):
-        ledger.take_results()  # those of another program
-        self._ledger = ledger
+        self.ledger = ledger
         self._turn: jax.Array | None = None
 
     def call(self, function: Callable):
@@ -40,11 +39,11 @@ class Turns:
             return turn + 1, function()
 
         turn = jnp.zeros((), jnp.int32) if self._turn is None else self._turn
-        for result in self._ledger.take_results():
+        for result in self.ledger.take_results():
             turn += _any_element(result)
         with set_xla_metadata(inlineable="false"):
             self._turn, made = jax.jit(in_turn)(turn)
-        self._ledger.take_results()  # whoever waits for the call waits for them
+        self.ledger.take_results()  # whoever waits for the call waits for them
         return made
 
 

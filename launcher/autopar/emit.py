@@ -10,6 +10,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
+from types import SimpleNamespace
 
 import jax
 
@@ -63,7 +64,7 @@ class StageEmitter:
 
     def turns(self) -> Turns:
         """The turns of a program that begins."""
-        return Turns(self.ledger)
+        return Turns(self.ledger.of_program())
 
     # The programs; those that are part of another one are given its turns.
 
@@ -76,7 +77,7 @@ class StageEmitter:
         Returns (exports, new state, kept values), keyed as in the layout.
         """
         turns = turns or self.turns()
-        inputs = self._inputs(params, state, batch, key_data, imports)
+        inputs = self._inputs(params, state, batch, key_data, imports, turns)
         values = {}
         for index in range(self.layout.first, self.layout.last):
             run = partial(self._run_forward, index, inputs, values)
@@ -101,7 +102,7 @@ class StageEmitter:
         Returns (accumulators with the microbatch's gradients added, gradients of the imports).
         """
         turns = turns or self.turns()
-        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
+        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports, turns)
         sums = self._unpacked(accumulators)
         returned: dict[Value, jax.Array] = {}
         values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
@@ -122,8 +123,8 @@ class StageEmitter:
 
         Returns (what the second half reads of it, keyed as in `split`; gradients of the imports).
         """
-        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports)
         turns, returned = self.turns(), {}
+        inputs = self._inputs(params, self._kept_state(kept), batch, key_data, imports, turns)
         weight_kept: dict[WeightKept, jax.Array] = {}
         values = self._recomputed(inputs) if self.layout.recompute == "full" else {}
         incoming = Cotangents(cotangents)
@@ -143,8 +144,8 @@ class StageEmitter:
 
         Returns the accumulators with the microbatch's gradients added.
         """
-        inputs = self._inputs(params, {}, batch, key_data, imports)
         turns, sums = self.turns(), self._unpacked(accumulators)
+        inputs = self._inputs(params, {}, batch, key_data, imports, turns)
         for index in self._backwards():
             own = self._between(index, inputs, kept, weight_kept)
             sums |= self.apart(partial(self._added, index, own, sums), turns)
@@ -153,10 +154,10 @@ class StageEmitter:
     # What goes in and out
 
     def _inputs(
-        self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays
+        self, params: Arrays, state: Arrays, batch: Arrays, key_data, imports: Arrays, turns: Turns
     ) -> StageInputs:
         return StageInputs(
-            self.model, self.layout, self.mesh, self.ledger,
+            self.model, self.layout, self.mesh, turns.ledger,
             params=params, state=state, batch=batch, key_data=key_data, imports=imports,
         )  # fmt: skip
 
@@ -183,9 +184,9 @@ class StageEmitter:
 
     # The values of a layer
 
-    def _values(self, cls: LayerClass, copies: str) -> ShardedValues:
+    def _values(self, cls: LayerClass, copies: str, ledger: Ledger) -> ShardedValues:
         """A layer's values before any: its closed-over arrays."""
-        own = self._new_values(cls.joint.avals, self.mesh, self.ledger)
+        own = self._new_values(cls.joint.avals, self.mesh, ledger)
         own.via = self._copies(cls, copies)
         own.put_constants(cls.joint.constants)
         return own
@@ -205,7 +206,7 @@ class StageEmitter:
     def _start(self, index: int, inputs: StageInputs, values) -> ShardedValues:
         """The values of a layer before its first op: constants and inputs."""
         layer = self.model.layers[index]
-        own = self._values(layer.cls, FORWARD_COPY)
+        own = self._values(layer.cls, FORWARD_COPY, inputs.ledger)
         for slot, traced_value in enumerate(layer.inputs):
             spec, value = self.slot_spec(layer.cls, slot), layer.cls.joint.inputs[slot]
             if traced_value in self.producer:
@@ -224,7 +225,7 @@ class StageEmitter:
     ) -> ShardedValues:
         """The same as a call; what is read of it later is its result."""
         read = read_later(self.model, self.layout, index, self.slot_spec)
-        found = self._values(self.model.layers[index].cls, FORWARD_COPY)
+        found = self._values(self.model.layers[index].cls, FORWARD_COPY, turns.ledger)
 
         def shards():
             own = run()
@@ -243,7 +244,7 @@ class StageEmitter:
     def _resumed(self, index: int, inputs: StageInputs, kept: Arrays) -> ShardedValues:
         """The values of a layer before its backward ops, from what was kept."""
         layer = self.model.layers[index]
-        own = self._values(layer.cls, FORWARD_COPY)
+        own = self._values(layer.cls, FORWARD_COPY, inputs.ledger)
         for slot, traced_value in enumerate(layer.inputs):
             value, is_state = layer.cls.joint.inputs[slot], layer.cls.slots[slot].role is Role.STATE
             if traced_value not in self.producer and not is_state:
@@ -355,7 +356,7 @@ class StageEmitter:
     def _between(self, index: int, inputs: StageInputs, kept: Arrays, weight_kept: Arrays):
         """The values of a layer between the halves, as the first one left them."""
         cls = self.model.layers[index].cls
-        own = self._new_values(cls.joint.avals, self.mesh, self.ledger)
+        own = self._new_values(cls.joint.avals, self.mesh, inputs.ledger)
         copied = self.split.copied[index]
         own.via = {v: s for v, s in self._copies(cls, BACKWARD_COPY).items() if v not in copied}
         for start in self.split.starts[index]:
@@ -382,11 +383,12 @@ class StageEmitter:
         kept = dict.fromkeys(self.layout.kept, ANY_SHARD)
         cotangents = dict.fromkeys(self.layout.cotangents, ANY_SHARD)
         sums = dict.fromkeys(self.layout.accumulators, ANY_SHARD)
-        values = walk._recomputed(None) if self.layout.recompute == "full" else {}
+        inputs = SimpleNamespace(ledger=Ledger())  # of which no shard is asked for
+        values = walk._recomputed(inputs) if self.layout.recompute == "full" else {}
         incoming = Cotangents(cotangents)
         found: dict[int, SpecsOnly] = {}
         for index in self._backwards():
-            own = values[index] if index in values else walk._resumed(index, None, kept)
+            own = values[index] if index in values else walk._resumed(index, inputs, kept)
             handed_on, out = walk._first_half_of(index, own, walk._totals(index, incoming))
             merge(handed_on, out, incoming, {})
             own.begin_second_half()

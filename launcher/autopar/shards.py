@@ -61,6 +61,10 @@ class Ledger:
         self._results += results if found else []
         return results
 
+    def of_program(self) -> "Ledger":
+        """A ledger for one more program, which are traced side by side: all write to the same list."""
+        return Ledger(self.collectives)
+
     def take_results(self) -> list[jax.Array]:
         """What the collectives made since the last time that somebody asked."""
         taken, self._results = self._results, []

@@ -197,7 +197,7 @@ class StagePrograms(StageSignature):
 
     def _reduced(self, path: str, packed: jax.Array, source: Spec, target: Spec) -> jax.Array:
         shard = unpack(packed, source)
-        aval, ledger = self.avals.params[path], self.emitter.ledger
+        aval, ledger = self.avals.params[path], self.emitter.ledger.of_program()
         return reshard_local(shard, aval, source, target, self.logical, ledger)
 
     def _compile_reduce_tied(self) -> jax.stages.Compiled:

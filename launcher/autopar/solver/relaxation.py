@@ -38,7 +38,7 @@ class Relaxations:
         choice = form.choice(np.array(model.getSolution().col_value))
         cost = problem.cost(choice)
         bound = min(cost, model.getInfo().objective_function_value / form.scale)
-        if not cost - bound <= _GAP_FRACTION * abs(cost):  # nor if it is infinite
+        if not np.isfinite(cost) or cost - bound > _GAP_FRACTION * abs(cost):
             return None
         return Solution(choice, cost, bound, "relaxation")
 
