@@ -40,7 +40,7 @@ class Turns:
 
         turn = jnp.zeros((), jnp.int32) if self._turn is None else self._turn
         for result in self.ledger.take_results():
-            turn += _any_element(result)
+            turn += _any_element(result) if result.size else 0
         with set_xla_metadata(inlineable="false"):
             self._turn, made = jax.jit(in_turn)(turn)
         self.ledger.take_results()  # whoever waits for the call waits for them

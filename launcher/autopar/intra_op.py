@@ -193,9 +193,9 @@ class IntraOpPlanner:
         key = _identity(problem, pins)
         if key not in self._solutions:
             pairwise, keys = _pinned(problem, pins).pairwise()
-            solution = solve(
-                pairwise, time_limit_s=self.time_limit_s, relaxations=self._relaxations
-            )
+            # What pins forbid costs so much that a relaxation's tolerance would swallow the rest.
+            relaxations = None if pins else self._relaxations
+            solution = solve(pairwise, time_limit_s=self.time_limit_s, relaxations=relaxations)
             self.num_solved += 1
             picks = {k: problem.choices[k][p] for k, p in zip(keys, solution.choice, strict=True)}
             self._solutions[key] = picks, solution.gap_fraction

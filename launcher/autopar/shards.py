@@ -109,9 +109,10 @@ def reshard_local(
     source: Spec,
     target: Spec,
     mesh: LogicalMesh,
-    ledger: Ledger,
+    ledger: Ledger | None = None,
 ) -> jax.Array:
     """Turn a local shard of one spec into that of another; `ledger` takes down the collectives."""
+    ledger = ledger or Ledger()
     for step in reshard(aval.shape, aval.dtype.itemsize, source, target, mesh):
         shard = ledger.moved(step, shard, mesh, "input or gradient")
     return shard

@@ -9,8 +9,8 @@ A search over numbers of microbatches passes the strategies that it found at one
 where they are priced anew and not solved, until the best number is known.
 
 Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation; a price on memory
-under ZeRO-3, which leaves little of it to save. ZeRO-1 is not tried unless it is asked for: it sends more than
-ZeRO-2, and keeps more.
+under ZeRO-3, which leaves little of it to save. ZeRO-1 is not tried unless it is asked for: it sends more
+than ZeRO-2, and keeps more.
 """
 
 import itertools

@@ -1,7 +1,7 @@
 """The solvers of a pairwise problem, the exact and cheap ones first.
 
     1. eliminate.py                 dynamic programming, where that is a matter of moments
-    2. relaxation.py                the relaxation of the ILP, where that is small and its optimum whole
+    2. relaxation.py                for a planner, the relaxation of the ILP, if small and its optimum whole
     3. reduce.py, followers.py      exact reductions, with the memory limit
     4. eliminate.py                 of what they leave, as soon as the graph is thin
     5. ilp.py                       the ILP in its tight form, where it is small
@@ -79,7 +79,8 @@ def solve(
     """Return a choice of least cost, with a bound; proven optimal unless time ran out.
 
     Args:
-        relaxations: those of problems like this one.
+        relaxations: those of problems like this one; without any, its own is not tried. For costs of one
+            scale: HiGHS has absolute tolerances.
 
     Raises InfeasiblePlanError where no choice is allowed.
     """
@@ -88,8 +89,8 @@ def solve(
         order = plan_order(problem, most_entries=_QUICK_ENTRIES)
         if order is not None:
             return _allowed(replace(solve_by_elimination(problem, order), method="elimination"))
-        if problem.size().edge_entries <= _RELAXED_ENTRIES:
-            solution = (relaxations or Relaxations()).solve(problem)
+        if relaxations is not None and problem.size().edge_entries <= _RELAXED_ENTRIES:
+            solution = relaxations.solve(problem)
             if solution is not None:
                 return solution
         simple = _reduce_once(problem)

@@ -135,7 +135,7 @@ def test_a_dense_graph_goes_to_the_ilp_and_still_meets_the_elimination(random_pr
     problem = random_problem(3, nodes=9, strategies=9, density=1.0)
     expected = solve(problem).cost
     solve_module = importlib.import_module("launcher.autopar.solver.solve")
-    for name, entries in {"_QUICK_ENTRIES": 10, "_ENTRIES": 10, "_RELAXED_ENTRIES": 0}.items():
+    for name, entries in {"_QUICK_ENTRIES": 10, "_ENTRIES": 10}.items():
         monkeypatch.setattr(solve_module, name, entries)
     solution = solve(problem)
     assert solution.cost == pytest.approx(expected, abs=1e-6)
@@ -153,8 +153,7 @@ def test_tables_are_counted_before_they_are_made():
 
 def test_bound_and_elimination_finds_the_optimum(random_problem, monkeypatch):
     solve_module = importlib.import_module("launcher.autopar.solver.solve")
-    limits = {"_QUICK_ENTRIES": 30, "_ENTRIES": 10, "_SMALL_ILP_ENTRIES": 0, "_RELAXED_ENTRIES": 0}
-    for name, entries in limits.items():
+    for name, entries in {"_QUICK_ENTRIES": 30, "_ENTRIES": 10, "_SMALL_ILP_ENTRIES": 0}.items():
         monkeypatch.setattr(solve_module, name, entries)
     methods = []
     for seed in range(60):
