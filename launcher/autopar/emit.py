@@ -285,7 +285,7 @@ class StageEmitter:
     # The halves of the backward pass
 
     def apart(self, function: Callable, turns: Turns):
-        """Run what computes one layer, as a call of its own where that is needed."""
+        """Run a layer's part of a program, or what ends one, as a call of its own where that is needed."""
         return turns.call(function) if self.calls_layers else function()
 
     def _backwards(self) -> Iterator[int]:

@@ -167,7 +167,7 @@ class StageCosts:
                 if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
                     continue  # nothing to shard over
                 if zero == 3 and weight and 0.0 in self.choices.memory_weights:
-                    continue  # see above
+                    continue  # its shards leave little to save
                 solved = self._solved(mesh, zero, weight)
                 for recompute in self.choices.recompute:
                     picks.append(StagePick(mesh, weight, zero, recompute, solved.sharding))

@@ -128,11 +128,12 @@ class _Waiting:
     def _wait(self, token: jax.Array, arguments: list[jax.Array]):
         del arguments
         if self._wait_s:
-            token = _wait(token, self._wait_s)
+            token = _after(self._wait_s, token)
         return token, [jnp.zeros(like.shape, like.dtype) for like in self._like]
 
 
-def _wait(token: jax.Array, wait_s: float) -> jax.Array:
+def _after(wait_s: float, token: jax.Array) -> jax.Array:
+    """The token, after a wait on the device's own thread."""
     # What XLA takes for cheap it runs at once, in the thread that dispatches; this is not.
     busy = jnp.zeros((100, 100)) @ jnp.full((100, 100), token, jnp.float32)
     return wait_on_device(token + busy[0, 0].astype(token.dtype), wait_s)
@@ -141,13 +142,13 @@ def _wait(token: jax.Array, wait_s: float) -> jax.Array:
 @functools.cache
 def _late_s() -> float:
     """By how much a wait ends late on this machine, for whatever reason, with nothing beside it."""
-    wait_s, program = _FORWARD_S, jax.jit(lambda token: _wait(token, _FORWARD_S))
+    program = jax.jit(functools.partial(_after, _FORWARD_S))
     token, taken_s = program(jnp.zeros((), jnp.int32)), []
     for _ in range(20):
         start_s = time.perf_counter()
         token = program(token).block_until_ready()
         taken_s.append(time.perf_counter() - start_s)
-    return max(0.0, statistics.median(taken_s) - wait_s)
+    return max(0.0, statistics.median(taken_s) - _FORWARD_S)
 
 
 class _RememberingChannel:

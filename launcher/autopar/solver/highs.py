@@ -21,7 +21,11 @@ def silent_model() -> highspy.Highs:
 @functools.cache
 def take_banner() -> None:
     """Make the process's first model, whose banner no option can suppress, with nobody listening."""
-    flush_all, stdout = ctypes.CDLL(None).fflush, os.dup(1)
+    try:
+        stdout = os.dup(1)
+    except OSError:  # it is closed: nobody listens
+        return
+    flush_all = ctypes.CDLL(None).fflush
     nowhere = os.open(os.devnull, os.O_WRONLY)
     flush_all(None)
     os.dup2(nowhere, 1)

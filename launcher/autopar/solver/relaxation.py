@@ -1,7 +1,7 @@
 """The relaxation of the tight form, whose optimum is whole for most stages' problems, and theirs then.
 
 A plan is searched through problems of few shapes: the same nodes, strategies and edges at other costs, for
-every number of microbatches and way to recompute. Each begins at the last optimum of its shape, from which
+every number of microbatches and price on memory. Each begins at the last optimum of its shape, from which
 the dual simplex method finds the next one in a tenth of its steps. Leaves out a limit on memory.
 """
 
@@ -17,9 +17,7 @@ from launcher.autopar.solver.tight_form import TightForm, like, shape, tight_for
 
 _GAP_FRACTION = 1e-6
 _MOST_KEPT = 16  # models, of some 10 MB
-_MOST_STEPS = (
-    200_000  # seconds; a problem that the simplex method takes so long for is left to others
-)
+_MOST_STEPS = 200_000  # of the simplex method: a problem that takes more is left to others
 
 
 class Relaxations:
