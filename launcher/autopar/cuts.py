@@ -3,7 +3,8 @@
 Before every layer, every few equal ones, or so that all stages have equally many.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.space import PlanOptions, Space, divisors
@@ -31,6 +32,13 @@ def ways_to_cut(
             equal = equal_cuts(model, number * v)
             if options.equal_layers or not set(equal) <= set(everywhere[v]):
                 yield name, v, number, equal
+
+
+def stage_ranges(cuts: Sequence[int], num_stages: int | None) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of layers that a stage may have, if there are so many of them, or any number."""
+    if num_stages == len(cuts) - 1:
+        return itertools.pairwise(cuts)
+    return itertools.combinations(cuts, 2)
 
 
 def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from launcher.autopar.advice import (
     memory_cures,
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
-from launcher.autopar.cuts import crossing_bytes, ways_to_cut
+from launcher.autopar.cuts import crossing_bytes, stage_ranges, ways_to_cut
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
@@ -315,12 +315,15 @@ def _try_choices(
     solved_before = planner.num_solved
     layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     ways = tuple(ways_to_cut(options, space, layered))
+    ranges = dict.fromkeys(
+        ends for _, v, number, cuts in ways for ends in stage_ranges(cuts, number and number * v)
+    )
     costs = tuple(
         StageCosts(
             planner, cluster, space.submeshes, num_microbatches=num_microbatches,
             choices=choices[kind], optimizer=optimizer, known=known[kind], kind=kind,
             microbatch_size=options.global_batch // num_microbatches,
-            cuts={cuts for *_, cuts in ways},
+            ranges=ranges,
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip

@@ -98,14 +98,14 @@ class StageCosts:
         kind: of the cluster's hosts, by its number.
         optimizer: decides how much state a parameter has, and what updating it takes.
         known: strategies to price instead of solving; those that are solved are added.
-        cuts: ways to cut the layers, each with the ends of all its ranges; by default at every layer.
+        ranges: of layers, that will be asked for; by default all.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
-        microbatch_size: int, known: Known | None = None, cuts: Iterable[Sequence[int]] | None = None,
-        kind: int = 0,
+        microbatch_size: int, known: Known | None = None,
+        ranges: Iterable[tuple[int, int]] | None = None, kind: int = 0,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
@@ -120,9 +120,9 @@ class StageCosts:
         self._wiring = planner.wiring(*self._whole)
         self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
         self._counted: np.ndarray | None = None
-        ways = (range(self._whole[1] + 1),) if cuts is None else cuts
-        ranges = dict.fromkeys(ends for way in ways for ends in itertools.combinations(way, 2))
-        self._row = {ends: row for row, ends in enumerate(ranges)}
+        if ranges is None:
+            ranges = itertools.combinations(range(self._whole[1] + 1), 2)
+        self._row = {ends: row for row, ends in enumerate(dict.fromkeys(ranges))}
         self._wirings = [planner.wiring(*ends) for ends in self._row]
         self._table = WiringTable.of(self._wirings)
         self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
@@ -144,7 +144,7 @@ class StageCosts:
     def options(self, first: int, last: int, submesh: int) -> tuple[StageOption, ...]:
         """The ways to run layers [first, last) on a submesh shape that are not worse than others."""
         if (first, last) not in self._row:
-            raise ValueError(f"layers [{first}, {last}) do not lie between two of the given cuts")
+            raise ValueError(f"layers [{first}, {last}) are not among the given ranges")
         if submesh not in self._options:
             self._options[submesh] = self._price(submesh)
         return self._options[submesh][self._row[first, last]]

@@ -206,7 +206,9 @@ def make_rows(
     stages, behind = np.arange(1, pieces.max_stages + 1), pieces.num_pieces - rows["end"][:, None]
     rows["fits"] = ((behind == 0) == (stages == 1)) & (stages - 1 <= behind)
     if pieces.num_stages is not None:
-        rows["fits"] &= (rows["start"] == 0)[:, None] == (stages == pieces.num_stages)
+        before = pieces.num_stages - stages
+        rows["fits"] &= (rows["start"] == 0)[:, None] == (before == 0)
+        rows["fits"] &= before <= rows["start"][:, None]
     return rows
 
 
@@ -327,9 +329,10 @@ def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarr
         live = np.flatnonzero(fits[:, stages - 1])
         if not len(live):
             continue
+        ends = slice(end[live].min(), end[live].max() + 1)  # all others would be copied for nothing
         for index in range(len(behind)):
             room, rest = pieces.axis.moves(index)
-            behind[index, :, room] = table[stages - 1, :, rest]
+            behind[index, ends, room] = table[stages - 1, ends, rest]
         ways = step(live, stages, behind[submesh[live], end[live]])  # (rows, devices)
         groups = np.flatnonzero(np.diff(start[live], prepend=-1))
         table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)
