@@ -26,6 +26,7 @@ LAYERS = (
     ("main",),
     ("cli",),
     ("bench",),
+    ("doctor",),
     ("__main__",),
 )
 

@@ -1,0 +1,75 @@
+"""Run the checks one after the other; a check that raises or hangs is itself a failed line.
+
+Each check runs in a thread: a call that never comes back (a network filesystem whose server is
+gone) is left behind there, and the next check is begun.
+"""
+
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from launcher.doctor.findings import Finding, Status, failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A function that looks at one thing, and the group of lines that it belongs to."""
+
+    group: str
+    run: Callable[[], Iterable[Finding]]
+    limit_s: float = 20.0
+    progress: str = ""  # of slow checks: what is said while they are at work
+    exit_status: int  # of the doctor, if this is the first check that fails
+
+
+def run_checks(
+    checks: Iterable[Check], announce: Callable[[str], None]
+) -> Iterator[tuple[Check, Finding]]:
+    """Yield what each check finds, as soon as it has ended.
+
+    Args:
+        announce: told what a slow check is about to do, and "" when it has ended.
+    """
+    for check in checks:
+        if check.progress:
+            announce(f"{check.progress} (at most {check.limit_s:.0f} s)")
+        found = _findings(check)
+        if check.progress:
+            announce("")
+        yield from ((check, finding) for finding in found)
+
+
+def _findings(check: Check) -> tuple[Finding, ...]:
+    results: queue.SimpleQueue[tuple[Finding, ...]] = queue.SimpleQueue()
+    thread = threading.Thread(target=lambda: results.put(_run(check)), daemon=True)
+    thread.start()
+    try:
+        return results.get(timeout=check.limit_s)
+    except queue.Empty:
+        return (
+            failed(
+                f"the check of {check.group} did not end within {check.limit_s:.0f} s",
+                "something that it asked never answered, as a mounted folder whose server is gone",
+                "see whether `df` and `nvidia-smi` answer here, and what `dmesg` says last",
+            ),
+        )
+
+
+def _run(check: Check) -> tuple[Finding, ...]:
+    try:
+        return tuple(check.run())
+    except Exception as error:
+        text = " ".join(str(error).split())
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        return (
+            Finding(
+                status=Status.FAILED,
+                what=f"the check of {check.group} broke: {type(error).__name__}: {text}",
+                meaning=f"this part was not looked at ({at.filename}:{at.lineno}); "
+                "the other lines hold",
+                cure="report this line as a bug of ours, with what is special about the machine",
+                is_crash=True,
+            ),
+        )

@@ -1,0 +1,61 @@
+"""Ray: can a session be started here, or the cluster of RAY_ADDRESS be reached?"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+
+from launcher.doctor.commands import Outcome, Runner
+from launcher.doctor.findings import Finding, failed, ok
+
+LIMIT_S = 60.0
+PROBE = (sys.executable, "-m", "launcher.doctor.probe_ray")
+# No figures about its use leave the machine, and no hint about GPUs is mixed into the output.
+QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+def check_ray(run: Runner, environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Run one task on Ray; a session that is started for it ends with the check."""
+    address = environment.get("RAY_ADDRESS")
+    # Short, because Ray's sockets lie in it, and their paths may have 107 characters.
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:
+        start = time.perf_counter()
+        outcome = run((*PROBE, folder), LIMIT_S, QUIETLY)
+        wall_s = time.perf_counter() - start
+    if outcome is None or outcome.status != 0:
+        yield _cluster_fails(outcome, address) if address else _session_fails(outcome)
+        return
+    found = json.loads(outcome.stdout.strip().splitlines()[-1])
+    if address:
+        nodes, gpus = found["nodes"], found["gpus"]
+        yield ok(f"the Ray cluster of RAY_ADDRESS={address} answers: {nodes} nodes, {gpus} GPUs")
+    else:
+        yield ok(f"a local Ray session starts, runs a task and ends ({wall_s:.1f} s)")
+
+
+def _reason(outcome: Outcome | None) -> str:
+    if outcome is None or outcome.status is None:
+        return f"no answer within {LIMIT_S:.0f} s"
+    return outcome.last_words
+
+
+def _session_fails(outcome: Outcome | None) -> Finding:
+    return failed(
+        f"no local Ray session: {_reason(outcome)}",
+        "runs over several hosts (runtime=ray) will not start; runs in one process do not need Ray",
+        'if a module is missing: pip install "ray>=2.50"; else see that /tmp and /dev/shm have '
+        "space, that no firewall is between ports of 127.0.0.1, and that http_proxy leaves it out "
+        "(no_proxy=127.0.0.1,localhost)",
+    )
+
+
+def _cluster_fails(outcome: Outcome | None, address: str) -> Finding:
+    return failed(
+        f"no Ray cluster at RAY_ADDRESS={address}: {_reason(outcome)}",
+        "runs that are to use that cluster will not start",
+        "see `ray status` on its head node: it must be up, of the same versions of Ray and Python, "
+        "and reachable from here; unset RAY_ADDRESS to start sessions of your own",
+    )
