@@ -74,9 +74,12 @@ def parse(arguments: Iterable[str]) -> Settings:
 
 
 def _folder(given: str | None) -> Path:
-    if given is None:
-        return existing(RUNS)
-    folder = Path(given).expanduser().absolute()
+    try:
+        folder = existing(RUNS) if given is None else Path(given).expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # the working folder was removed; ~ is nobody's
+        raise ConfigError(
+            f"dir={given or RUNS} cannot be found ({error}): give dir=<folder>"
+        ) from error
     if not folder.is_dir():
         raise ConfigError(f"dir={given} is no folder: make it, or give one that exists")
     return folder

@@ -60,6 +60,8 @@ def _findings(check: Check) -> tuple[Finding, ...]:
 def _run(check: Check) -> tuple[Finding, ...]:
     try:
         return tuple(check.run())
+    except OSError as error:
+        return (_refused(check, error),)
     except Exception as error:
         text = " ".join(str(error).split())
         at = traceback.extract_tb(error.__traceback__)[-1]
@@ -73,3 +75,13 @@ def _run(check: Check) -> tuple[Finding, ...]:
                 is_crash=True,
             ),
         )
+
+
+def _refused(check: Check, error: OSError) -> Finding:
+    """Most checks make a temporary folder or start a process; a full machine grants neither."""
+    return failed(
+        f"the check of {check.group} could not begin: {error}",
+        "the system refuses a temporary file or another process, and will refuse them to runs too",
+        "see that the folder for temporary files has space (`df -h /tmp`, `df -i /tmp`; TMPDIR names "
+        "another), and how many processes there may be (`ulimit -u`)",
+    )

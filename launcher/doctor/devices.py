@@ -12,7 +12,8 @@ LIMIT_S = 60.0
 NUM_EMULATED = 8
 PROBE = (sys.executable, "-m", "launcher.doctor.probe_devices")
 # JAX would otherwise take most of a GPU's memory, beside a run that is using it.
-QUIETLY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+# And its note on shortened tracebacks would stand where the reason is looked for.
+QUIETLY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_TRACEBACK_FILTERING": "off"}
 
 Found = Mapping[str, object]
 

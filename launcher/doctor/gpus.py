@@ -33,7 +33,7 @@ def find_gpus(run: Runner) -> tuple[Gpu, ...]:
     return _parse(run(QUERY, LIMIT_S, {}))
 
 
-def check_gpus(run: Runner) -> Iterator[Finding]:
+def check_gpus(run: Runner, *, on_login_node: bool) -> Iterator[Finding]:
     """Look at the driver, its GPUs, and who uses their memory."""
     outcome = run(QUERY, LIMIT_S, {})
     if outcome is None:
@@ -41,7 +41,7 @@ def check_gpus(run: Runner) -> Iterator[Finding]:
         return
     gpus = _parse(outcome)
     if not gpus:
-        yield _no_answer(outcome)
+        yield _no_answer(outcome, on_login_node)
         return
     yield _driver(gpus[0].driver, len(gpus), gpus[0])
     for number, gpu in enumerate(gpus):
@@ -63,18 +63,21 @@ def _mib(text: str) -> int | None:
     return int(text) * MIB_BYTES if text.isdecimal() else None
 
 
-def _no_answer(outcome: Outcome) -> Finding:
+def _no_answer(outcome: Outcome, on_login_node: bool) -> Finding:
     if outcome.status is None:
         return failed(
             f"nvidia-smi did not answer within {LIMIT_S:.0f} s",
             "the driver hangs, and so will every run on these GPUs",
             "look for NVRM and Xid lines in `dmesg`; a host in this state has to be restarted",
         )
+    what = f"nvidia-smi finds no GPU (status {outcome.status}): {outcome.last_words}"
+    if on_login_node:
+        return absent(f"{what}; this is a login node: srun --gpus=1 python -m launcher.doctor")
     return failed(
-        f"nvidia-smi finds no GPU (status {outcome.status}): {outcome.last_words}",
+        what,
         "the driver's tools are here, but no driver at work, or no GPU was given to this job",
-        "on a login node that is as it should be: run the doctor inside a job (srun --gpus=1); "
-        "elsewhere load or install the driver again",
+        "in a job ask for GPUs (--gpus of sbatch), in a container give it some (--gpus of docker); "
+        "else load or install the driver again",
     )
 
 

@@ -30,7 +30,7 @@ def check_plan(run: Runner) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as folder:
         command = (sys.executable, "-m", "launcher", *CHOICES, f"hydra.run.dir='{folder}/run'")
         start = time.perf_counter()
-        outcome = run(command, LIMIT_S, {"HYDRA_FULL_ERROR": "0"})
+        outcome = run(command, LIMIT_S, {"HYDRA_FULL_ERROR": "0", "JAX_TRACEBACK_FILTERING": "off"})
         wall_s = time.perf_counter() - start
         is_written = Path(folder, "run", "plan.json").is_file()
     if outcome is not None and outcome.status == 0 and is_written:

@@ -46,7 +46,7 @@ def _session_fails(outcome: Outcome | None) -> Finding:
     return failed(
         f"no local Ray session: {_reason(outcome)}",
         "runs over several hosts (runtime=ray) will not start; runs in one process do not need Ray",
-        'if a module is missing: pip install "ray>=2.50"; else see that /tmp and /dev/shm have '
+        "if a module is missing: pip install ray; else see that /tmp and /dev/shm have "
         "space, that no firewall is between ports of 127.0.0.1, and that http_proxy leaves it out "
         "(no_proxy=127.0.0.1,localhost)",
     )

@@ -12,7 +12,7 @@ from launcher.doctor.versions import Requirement
 LIMIT_S = 10.0
 COMMANDS = ("sinfo", "sbatch", "squeue")
 QUERY = ("sinfo", "--noheader", "--format=%P|%a|%D|%t|%G")
-USABLE = ("idle", "mix", "mixed", "alloc", "allocated", "comp", "completing", "resv", "plnd")
+USABLE = ("idle", "mix", "alloc", "comp", "resv", "plnd")  # now, or when it is their turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,8 @@ def _partition(name: str, groups: list[NodeGroup]) -> Iterator[Finding]:
     resources = {group.resources for group in groups} - {"(null)", ""}
     each = f", with {' or '.join(sorted(resources))}" if resources else ""
     total = sum(count.values())
-    line = f"Slurm partition {name}: {total} nodes ({states}){each}"
+    closed = "" if all(group.is_up for group in groups) else " (closed)"
+    line = f"Slurm partition {name}{closed}: {total} nodes ({states}){each}"
     num_lost = sum(group.num_nodes for group in groups if not group.is_usable)
     if num_lost:
         yield warning(

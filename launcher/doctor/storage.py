@@ -188,8 +188,4 @@ def check_cache(folder: Path) -> Iterator[Finding]:
 
 
 def _gib(count_bytes: int) -> str:
-    return (
-        f"{count_bytes / GIB_BYTES:.3g}"
-        if count_bytes < 100 * GIB_BYTES
-        else (f"{count_bytes / GIB_BYTES:.0f}")
-    )
+    return f"{count_bytes / GIB_BYTES:,.1f}"

@@ -5,6 +5,7 @@ sink's promise, so nothing here is a failure.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from urllib.parse import urlsplit
 
 from launcher.doctor.findings import Finding, absent, ok, warning
 
@@ -29,7 +30,7 @@ def check_wandb(
         yield warning(
             "wandb is not installed",
             "runs go on without W&B; metrics.jsonl has every row",
-            'pip install "wandb>=0.20", or logger=jsonl for no W&B',
+            "pip install wandb, or logger=jsonl for no W&B",
         )
         return
     mode = environment.get("WANDB_MODE")
@@ -65,12 +66,13 @@ def _login(
 
 def _server(server: str, goes_online: bool, reach: Callable[[str, float], str | None]) -> Finding:
     obstacle = reach(server, LIMIT_S)
+    host = urlsplit(server).hostname or "WANDB_BASE_URL"  # a URL may hold a password
     if obstacle is None:
-        return ok(f"{server} answers")
+        return ok(f"{host} answers")
     if not goes_online:
-        return absent(f"{server} cannot be reached ({obstacle}); runs are logged offline anyway")
+        return absent(f"{host} cannot be reached ({obstacle}); runs are logged offline anyway")
     return warning(
-        f"{server} cannot be reached within {LIMIT_S:.0f} s: {obstacle}",
+        f"{host} cannot be reached within {LIMIT_S:.0f} s: {obstacle}",
         "a run tries to log in for half a minute, and is then logged offline",
         "WANDB_MODE=offline saves the half minute; behind a proxy set HTTPS_PROXY; a server of your "
         "own is WANDB_BASE_URL",

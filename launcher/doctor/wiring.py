@@ -75,7 +75,7 @@ def _devices(around: Surroundings) -> Iterable[Check]:
     status = ClusterError.exit_status
     yield Check(
         group="devices",
-        run=lambda: gpus.check_gpus(around.run),
+        run=lambda: gpus.check_gpus(around.run, on_login_node=_is_login_node(around)),
         limit_s=gpus.LIMIT_S + _SPARE_S,
         exit_status=status,
     )
@@ -133,7 +133,6 @@ def _storage(around: Surroundings) -> Iterable[Check]:
 
 def _services(around: Surroundings) -> Iterable[Check]:
     status = ClusterError.exit_status
-    path = around.environment.get("PATH")
     yield Check(
         group="ray",
         run=lambda: ray_session.check_ray(around.run, around.environment),
@@ -145,7 +144,7 @@ def _services(around: Surroundings) -> Iterable[Check]:
         group="slurm",
         run=lambda: slurm.check_slurm(
             around.run,
-            lambda name: shutil.which(name, path=path),
+            lambda name: _which(around, name),
             around.environment,
             (_submitit(), installation.version_of("submitit")),
         ),
@@ -162,6 +161,14 @@ def _services(around: Surroundings) -> Iterable[Check]:
         ),
         exit_status=status,
     )
+
+
+def _which(around: Surroundings, name: str) -> str | None:
+    return shutil.which(name, path=around.environment.get("PATH"))
+
+
+def _is_login_node(around: Surroundings) -> bool:
+    return "SLURM_JOB_ID" not in around.environment and _which(around, "sbatch") is not None
 
 
 def _submitit() -> Requirement:
