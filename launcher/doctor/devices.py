@@ -23,7 +23,7 @@ def check_devices(run: Runner, environment: Mapping[str, str]) -> Iterator[Findi
     outcome = run(PROBE, LIMIT_S, QUIETLY)
     found = read_probe(outcome)
     if found is None:
-        yield _no_devices(outcome)
+        yield _no_devices(outcome, visible(environment))
         return
     yield _computed(found, _described(found))
     yield from _missing_gpus(found, len(find_gpus(run)), environment, outcome)
@@ -76,7 +76,7 @@ def _computed(found: Found, name: str) -> Finding:
     return ok(f"{name}; each computes, and they add up ({found['compute_s']:.1f} s)")
 
 
-def _no_devices(outcome: Outcome | None) -> Finding:
+def _no_devices(outcome: Outcome | None, limited: str | None) -> Finding:
     if outcome is not None and outcome.status is None:
         return failed(
             f"JAX did not compute anything within {LIMIT_S:.0f} s",
@@ -84,8 +84,9 @@ def _no_devices(outcome: Outcome | None) -> Finding:
             "look for Xid lines in `dmesg`; JAX_PLATFORMS=cpu tells whether it is the driver, "
             "NCCL_P2P_DISABLE=1 whether it is the links between GPUs",
         )
+    setting = f" ({limited} is set)" if limited else ""
     return failed(
-        f"JAX does not start: {_reason(outcome)}",
+        f"JAX does not start: {_reason(outcome)}{setting}",
         "nothing that computes can run here; mode=plan needs JAX too",
         'if a package is missing or too old: pip install --upgrade "jax-launcher"; if it is the GPU: '
         "JAX_PLATFORMS=cpu leaves it out",

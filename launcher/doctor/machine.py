@@ -2,6 +2,7 @@
 
 import os
 import resource
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -49,6 +50,15 @@ def reach(server: str, limit_s: float) -> str | None:
     thread.start()
     thread.join(limit_s)
     return obstacles[-1] or None
+
+
+def connect(host: str, port: int, limit_s: float) -> str | None:
+    """Open a connection and close it again; return what is in the way, or None."""
+    try:
+        with socket.create_connection((host, port), timeout=limit_s):
+            return None
+    except OSError as error:
+        return str(error)
 
 
 def _ask(server: str, limit_s: float, obstacles: list[str]) -> None:

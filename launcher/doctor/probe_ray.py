@@ -10,13 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from launcher.doctor.ray_session import cluster_address
+
 
 def main(arguments: Sequence[str]) -> int:
     """Print what was found; whatever goes wrong ends in a traceback, which the doctor reads."""
     import ray
 
     (folder,) = arguments
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address(os.environ)
     if address:
         ray.init(address=address, log_to_driver=False)
     else:

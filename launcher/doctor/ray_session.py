@@ -4,20 +4,37 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from urllib.parse import urlsplit
 
 from launcher.doctor.commands import Outcome, Runner
 from launcher.doctor.findings import Finding, failed, ok
 
 LIMIT_S = 60.0
+CONNECT_LIMIT_S = 3.0
 PROBE = (sys.executable, "-m", "launcher.doctor.probe_ray")
 # No figures about its use leave the machine, and no hint about GPUs is mixed into the output.
 QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
-def check_ray(run: Runner, environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Run one task on Ray; a session that is started for it ends with the check."""
-    address = environment.get("RAY_ADDRESS")
+def check_ray(
+    run: Runner,
+    environment: Mapping[str, str],
+    connect: Callable[[str, int, float], str | None],
+) -> Iterator[Finding]:
+    """Run one task on Ray; a session that is started for it ends with the check.
+
+    Args:
+        connect: opens a connection to a host and port within some seconds; returns what is in the
+            way, or None. Ray itself tries for minutes.
+    """
+    address = cluster_address(environment)
+    server = urlsplit(address if "//" in address else f"//{address}")
+    if server.hostname and server.port:
+        obstacle = connect(server.hostname, server.port, CONNECT_LIMIT_S)
+        if obstacle is not None:
+            yield _cluster_fails(obstacle, address)
+            return
     # Short, because Ray's sockets lie in it, and their paths may have 107 characters.
     with tempfile.TemporaryDirectory(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
@@ -26,7 +43,8 @@ def check_ray(run: Runner, environment: Mapping[str, str]) -> Iterator[Finding]:
         outcome = run((*PROBE, folder), LIMIT_S, QUIETLY)
         wall_s = time.perf_counter() - start
     if outcome is None or outcome.status != 0:
-        yield _cluster_fails(outcome, address) if address else _session_fails(outcome)
+        reason = _reason(outcome)
+        yield _cluster_fails(reason, address) if address else _session_fails(reason)
         return
     found = json.loads(outcome.stdout.strip().splitlines()[-1])
     if address:
@@ -36,15 +54,21 @@ def check_ray(run: Runner, environment: Mapping[str, str]) -> Iterator[Finding]:
         yield ok(f"a local Ray session starts, runs a task and ends ({wall_s:.1f} s)")
 
 
+def cluster_address(environment: Mapping[str, str]) -> str:
+    """Return the address of a cluster that is to be used; "" where runs start their own session."""
+    address = environment.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 def _reason(outcome: Outcome | None) -> str:
     if outcome is None or outcome.status is None:
         return f"no answer within {LIMIT_S:.0f} s"
     return outcome.last_words
 
 
-def _session_fails(outcome: Outcome | None) -> Finding:
+def _session_fails(reason: str) -> Finding:
     return failed(
-        f"no local Ray session: {_reason(outcome)}",
+        f"no local Ray session: {reason}",
         "runs over several hosts (runtime=ray) will not start; runs in one process do not need Ray",
         "if a module is missing: pip install ray; else see that /tmp and /dev/shm have "
         "space, that no firewall is between ports of 127.0.0.1, and that http_proxy leaves it out "
@@ -52,9 +76,9 @@ def _session_fails(outcome: Outcome | None) -> Finding:
     )
 
 
-def _cluster_fails(outcome: Outcome | None, address: str) -> Finding:
+def _cluster_fails(reason: str, address: str) -> Finding:
     return failed(
-        f"no Ray cluster at RAY_ADDRESS={address}: {_reason(outcome)}",
+        f"no Ray cluster at RAY_ADDRESS={address}: {reason}",
         "runs that are to use that cluster will not start",
         "see `ray status` on its head node: it must be up, of the same versions of Ray and Python, "
         "and reachable from here; unset RAY_ADDRESS to start sessions of your own",

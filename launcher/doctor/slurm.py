@@ -9,7 +9,8 @@ from launcher.doctor.findings import Finding, absent, failed, ok, warning
 from launcher.doctor.installation import compare
 from launcher.doctor.versions import Requirement
 
-LIMIT_S = 10.0
+LIMIT_S = 15.0  # Slurm itself tries for nine seconds
+_UNCONFIGURED = "configuration source"  # sinfo: Could not establish a configuration source
 COMMANDS = ("sinfo", "sbatch", "squeue")
 QUERY = ("sinfo", "--noheader", "--format=%P|%a|%D|%t|%G")
 USABLE = ("idle", "mix", "alloc", "comp", "resv", "plnd")  # now, or when it is their turn
@@ -56,7 +57,11 @@ def check_slurm(
             "add Slurm's bin folder to PATH (module load slurm), or submit from a login node",
         )
     if "sinfo" not in missing:
-        yield from _cluster(run(QUERY, LIMIT_S, {}))
+        outcome = run(QUERY, LIMIT_S, {})
+        if outcome is not None and _UNCONFIGURED in outcome.stderr:
+            yield absent("Slurm's commands are installed, and no cluster is configured for them")
+            return
+        yield from _cluster(outcome)
     if job:
         yield ok(_job(job, environment))
     yield _submitit(*submitit)

@@ -135,7 +135,7 @@ def _services(around: Surroundings) -> Iterable[Check]:
     status = ClusterError.exit_status
     yield Check(
         group="ray",
-        run=lambda: ray_session.check_ray(around.run, around.environment),
+        run=lambda: ray_session.check_ray(around.run, around.environment, machine.connect),
         limit_s=ray_session.LIMIT_S + _SPARE_S,
         progress="running a task on Ray",
         exit_status=status,
