@@ -1,6 +1,7 @@
 """Ray: can a session be started here, or the cluster of RAY_ADDRESS be reached?"""
 
 import json
+import secrets
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ def check_ray(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:
         start = time.perf_counter()
-        outcome = run((*PROBE, folder), LIMIT_S, QUIETLY)
+        outcome = run((*PROBE, folder), LIMIT_S, QUIETLY if address else QUIETLY | _own_token())
         wall_s = time.perf_counter() - start
     if outcome is None or outcome.status != 0:
         reason = _reason(outcome)
@@ -58,6 +59,11 @@ def cluster_address(environment: Mapping[str, str]) -> str:
     """Return the address of a cluster that is to be used; "" where runs start their own session."""
     address = environment.get("RAY_ADDRESS", "")
     return "" if address == "local" else address
+
+
+def _own_token() -> Mapping[str, str]:
+    """A token for one session; without one Ray makes a lasting one in the home folder."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _reason(outcome: Outcome | None) -> str:
@@ -81,5 +87,6 @@ def _cluster_fails(reason: str, address: str) -> Finding:
         f"no Ray cluster at RAY_ADDRESS={address}: {reason}",
         "runs that are to use that cluster will not start",
         "see `ray status` on its head node: it must be up, of the same versions of Ray and Python, "
-        "and reachable from here; unset RAY_ADDRESS to start sessions of your own",
+        "and reachable from here; if it asks for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH; "
+        "unset RAY_ADDRESS to start sessions of your own",
     )
