@@ -69,6 +69,8 @@ class Processes:
             end(process)
             return Outcome(status=None)
         finally:
+            process.stdout.close()
+            process.stderr.close()
             with self._lock:
                 self._running.discard(process)
 

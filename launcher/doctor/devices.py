@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from launcher.doctor.commands import Outcome, Runner
-from launcher.doctor.findings import Finding, failed, ok, warning
+from launcher.doctor.findings import Finding, counted, failed, ok, warning
 from launcher.doctor.gpus import find_gpus, visible
 
 LIMIT_S = 60.0
@@ -23,7 +23,7 @@ def check_devices(run: Runner, environment: Mapping[str, str]) -> Iterator[Findi
     outcome = run(PROBE, LIMIT_S, QUIETLY)
     found = read_probe(outcome)
     if found is None:
-        yield _no_devices(outcome, visible(environment))
+        yield _no_devices(outcome, environment.get("JAX_PLATFORMS"))
         return
     yield _computed(found, _described(found))
     yield from _missing_gpus(found, len(find_gpus(run)), environment, outcome)
@@ -76,7 +76,7 @@ def _computed(found: Found, name: str) -> Finding:
     return ok(f"{name}; each computes, and they add up ({found['compute_s']:.1f} s)")
 
 
-def _no_devices(outcome: Outcome | None, limited: str | None) -> Finding:
+def _no_devices(outcome: Outcome | None, platforms: str | None) -> Finding:
     if outcome is not None and outcome.status is None:
         return failed(
             f"JAX did not compute anything within {LIMIT_S:.0f} s",
@@ -84,7 +84,7 @@ def _no_devices(outcome: Outcome | None, limited: str | None) -> Finding:
             "look for Xid lines in `dmesg`; JAX_PLATFORMS=cpu tells whether it is the driver, "
             "NCCL_P2P_DISABLE=1 whether it is the links between GPUs",
         )
-    setting = f" ({limited} is set)" if limited else ""
+    setting = f" (JAX_PLATFORMS={platforms} is set)" if platforms else ""
     return failed(
         f"JAX does not start: {_reason(outcome)}{setting}",
         "nothing that computes can run here; mode=plan needs JAX too",
@@ -108,19 +108,19 @@ def _missing_gpus(
     limited = visible(environment)
     if limited is not None:
         yield warning(
-            f"the machine has {num_gpus} GPUs and JAX uses {num_seen}: {limited} is set",
+            f"the machine has {counted(num_gpus, 'GPU')} and JAX uses {num_seen}: {limited} is set",
             "runs leave the other GPUs idle",
             f"unset {limited.partition('=')[0]} if that is not what you want",
         )
     elif num_seen == 0:
         yield failed(
-            f"the machine has {num_gpus} GPUs, and JAX computes on the CPU ({_why_cpu(outcome)})",
+            f"the machine has {counted(num_gpus, 'GPU')}, and JAX computes on the CPU ({_why_cpu(outcome)})",
             "JAX's part for CUDA is not installed, or does not start; runs would be slow",
             'pip install "jax-launcher[cuda]"',
         )
     else:
         yield warning(
-            f"the machine has {num_gpus} GPUs, and JAX uses {num_seen}",
+            f"the machine has {counted(num_gpus, 'GPU')}, and JAX uses {num_seen}",
             "some GPUs do not start, or this job was not given them",
             "compare with `nvidia-smi -L`, and with what the job asked for",
         )

@@ -106,7 +106,8 @@ def _in_use(number: int, gpu: Gpu) -> Iterator[Finding]:
 
 def visible(environment: Mapping[str, str]) -> str | None:
     """Return what limits the GPUs that a process sees, as it would be written in a shell."""
-    for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"):
-        if name in environment:
-            return f"{name}={environment[name]}"
-    return None
+    platforms = environment.get("JAX_PLATFORMS", "")  # set to nothing, it leaves the choice to JAX
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return f"JAX_PLATFORMS={platforms}"
+    name = "CUDA_VISIBLE_DEVICES"  # set to nothing, it hides all
+    return f"{name}={environment[name]}" if name in environment else None

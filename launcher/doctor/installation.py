@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from launcher.doctor.findings import Finding, failed, ok, warning
+from launcher.doctor.findings import Finding, counted, failed, ok, warning
 from launcher.doctor.versions import Requirement, fits, parse_requirement, release
 
 PACKAGE = "jax-launcher"
@@ -71,7 +71,7 @@ def check_packages(installed: Installed) -> Iterator[Finding]:
     yield from wrong
     if needed and not wrong:
         versions = ", ".join(f"{need.name} {installed.versions[need.name]}" for need in needed)
-        yield ok(f"{len(needed)} packages as asked for: {versions}")
+        yield ok(f"{counted(len(needed), 'package')} as asked for: {versions}")
 
 
 def compare(need: Requirement, version: str | None) -> Finding | None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.doctor.findings import Finding, failed, ok, warning
+from launcher.doctor.findings import Finding, counted, failed, ok, warning
 
 GIB_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = GIB_BYTES
@@ -63,12 +63,12 @@ def check_cpus(limits: Limits) -> Iterator[Finding]:
     within = f" (this job or container may use {quota:g})" if quota is not None else ""
     if usable < 2:
         yield warning(
-            f"{limits.num_cpus} CPUs{within}",
+            f"{counted(limits.num_cpus, 'CPU')}{within}",
             "making batches, planning and dispatching take turns, and GPUs may wait for them",
             "ask for more (--cpus-per-task of sbatch, --cpus of docker)",
         )
     else:
-        yield ok(f"{limits.num_cpus} CPUs{within}")
+        yield ok(f"{counted(limits.num_cpus, 'CPU')}{within}")
 
 
 def check_files(limits: Limits) -> Iterator[Finding]:

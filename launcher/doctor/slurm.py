@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.doctor.commands import Outcome, Runner
-from launcher.doctor.findings import Finding, absent, failed, ok, warning
+from launcher.doctor.findings import Finding, absent, counted, failed, ok, warning
 from launcher.doctor.installation import compare
 from launcher.doctor.versions import Requirement
 
@@ -101,7 +101,7 @@ def _cluster(outcome: Outcome | None) -> Iterator[Finding]:
         yield from _partition(name, [group for group in groups if group.partition == name])
     if not any(group.is_usable for group in groups):
         yield failed(
-            f"Slurm has {len(partitions)} partitions and no node that takes jobs",
+            f"Slurm has {counted(len(partitions), 'partition')} and no node that takes jobs",
             "whatever is submitted waits until nodes come back",
             "see `sinfo -R` for why nodes are down or drained",
         )
@@ -116,7 +116,7 @@ def _partition(name: str, groups: list[NodeGroup]) -> Iterator[Finding]:
     each = f", with {' or '.join(sorted(resources))}" if resources else ""
     total = sum(count.values())
     closed = "" if all(group.is_up for group in groups) else " (closed)"
-    line = f"Slurm partition {name}{closed}: {total} nodes ({states}){each}"
+    line = f"Slurm partition {name}{closed}: {counted(total, 'node')} ({states}){each}"
     num_lost = sum(group.num_nodes for group in groups if not group.is_usable)
     if num_lost:
         yield warning(

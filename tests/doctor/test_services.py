@@ -96,7 +96,7 @@ def test_slurm_nodes_that_are_lost():
     closed = slurm(says("a|down|2|idle|(null)\n"))
     assert statuses(closed) == ["warning", "failed", "ok"]
     assert "Slurm partition a (closed)" in closed[0].what
-    assert "1 partitions and no node that takes jobs" in closed[1].what
+    assert "1 partition and no node that takes jobs" in closed[1].what
 
 
 def test_a_state_of_saved_power_is_usable():

@@ -204,7 +204,7 @@ def test_limits_that_are_wide():
             "2.0 GiB of memory are left; the limit of this job or container is 8.0 GiB",
         ),
         ({"cgroup_cpus": 0.5}, 1, "warning", "16 CPUs (this job or container may use 0.5)"),
-        ({"num_cpus": 1}, 1, "warning", "1 CPUs"),
+        ({"num_cpus": 1}, 1, "warning", "1 CPU"),
         (
             {"open_files": 1024},
             2,

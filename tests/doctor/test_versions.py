@@ -36,7 +36,7 @@ BOUNDS = (
 )
 
 
-@pytest.mark.parametrize(("version", "bounds"), itertools.product(VERSIONS, BOUNDS))
+@pytest.mark.parametrize(("version", "bounds"), list(itertools.product(VERSIONS, BOUNDS)))
 def test_agrees_with_packaging(version, bounds):
     assert fits(version, bounds) == SpecifierSet(bounds).contains(version, prereleases=True)
 
