@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.doctor.checkup import run_checks
+from launcher.doctor.checkup import Checkup
 from launcher.doctor.commands import Processes
 from launcher.doctor.report import Progress, Report
 from launcher.doctor.storage import existing
@@ -22,6 +22,7 @@ from launcher.errors import ConfigError, LauncherError
 
 RUNS = Path("outputs")  # where runs go unless they are told otherwise
 INTERRUPTED_STATUS = 130
+_CLEANING_S = 5.0  # for a check that was interrupted
 _KEYS = {"dir": "dir=<folder>", "only": f"only={','.join(GROUPS)} (or some of them)"}
 
 
@@ -41,9 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"launcher.doctor: {error}\n")
         return error.exit_status
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    processes = Processes(os.environ)
+    processes, checkup = Processes(os.environ), Checkup()
     try:
-        return _examine(settings, processes)
+        return _examine(settings, processes, checkup)
     except KeyboardInterrupt:
         sys.stderr.write("\nlauncher.doctor: stopped by Ctrl-C\n")
         return INTERRUPTED_STATUS
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     finally:
         processes.close()
+        checkup.settle(_CLEANING_S)
 
 
 def parse(arguments: Iterable[str]) -> Settings:
@@ -85,11 +87,11 @@ def _folder(given: str | None) -> Path:
     return folder
 
 
-def _examine(settings: Settings, processes: Processes) -> int:
+def _examine(settings: Settings, processes: Processes, checkup: Checkup) -> int:
     around = Surroundings(environment=os.environ, run=processes.run, folder=settings.folder)
     chosen = [check for check in checks(around) if check.group in settings.groups]
     report, start = Report(sys.stdout), time.perf_counter()
-    report.print_all(run_checks(chosen, Progress()))
+    report.print_all(checkup.run(chosen, Progress()))
     report.print_sum(time.perf_counter() - start)
     return report.exit_status()
 

@@ -24,37 +24,49 @@ class Check:
     exit_status: int  # of the doctor, if this is the first check that fails
 
 
-def run_checks(
-    checks: Iterable[Check], announce: Callable[[str], None]
-) -> Iterator[tuple[Check, Finding]]:
-    """Yield what each check finds, as soon as it has ended.
+class Checkup:
+    """Runs checks, and knows which one is at work."""
 
-    Args:
-        announce: told what a slow check is about to do, and "" when it has ended.
-    """
-    for check in checks:
-        if check.progress:
-            announce(f"{check.progress} (at most {check.limit_s:.0f} s)")
-        found = _findings(check)
-        if check.progress:
-            announce("")
-        yield from ((check, finding) for finding in found)
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def run(
+        self, checks: Iterable[Check], announce: Callable[[str], None]
+    ) -> Iterator[tuple[Check, Finding]]:
+        """Yield what each check finds, as soon as it has ended.
+
+        Args:
+            announce: told what a slow check is about to do, and "" when it has ended.
+        """
+        for check in checks:
+            if check.progress:
+                announce(f"{check.progress} (at most {check.limit_s:.0f} s)")
+            found = self._findings(check)
+            if check.progress:
+                announce("")
+            yield from ((check, finding) for finding in found)
+
+    def settle(self, limit_s: float) -> None:
+        """Wait for a check that was interrupted to remove what it has made."""
+        if self._thread is not None:
+            self._thread.join(limit_s)
+
+    def _findings(self, check: Check) -> tuple[Finding, ...]:
+        results: queue.SimpleQueue[tuple[Finding, ...]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=lambda: results.put(_run(check)), daemon=True)
+        self._thread.start()
+        try:
+            return results.get(timeout=check.limit_s)
+        except queue.Empty:
+            return (_endless(check),)
 
 
-def _findings(check: Check) -> tuple[Finding, ...]:
-    results: queue.SimpleQueue[tuple[Finding, ...]] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: results.put(_run(check)), daemon=True)
-    thread.start()
-    try:
-        return results.get(timeout=check.limit_s)
-    except queue.Empty:
-        return (
-            failed(
-                f"the check of {check.group} did not end within {check.limit_s:.0f} s",
-                "something that it asked never answered, as a mounted folder whose server is gone",
-                "see whether `df` and `nvidia-smi` answer here, and what `dmesg` says last",
-            ),
-        )
+def _endless(check: Check) -> Finding:
+    return failed(
+        f"the check of {check.group} did not end within {check.limit_s:.0f} s",
+        "something that it asked never answered, as a mounted folder whose server is gone",
+        "see whether `df` and `nvidia-smi` answer here, and what `dmesg` says last",
+    )
 
 
 def _run(check: Check) -> tuple[Finding, ...]:

@@ -42,11 +42,14 @@ class Processes:
         self._environment = dict(environment)
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def run(
         self, command: Sequence[str], limit_s: float, environment: Mapping[str, str]
     ) -> Outcome | None:
         """Run a command to its end or its limit; a `Runner`."""
+        if self._is_closed:
+            return None
         try:
             process = subprocess.Popen(
                 command,
@@ -75,8 +78,9 @@ class Processes:
                 self._running.discard(process)
 
     def close(self) -> None:
-        """End what is still running."""
+        """End what is still running, and start nothing more."""
         with self._lock:
+            self._is_closed = True
             running = tuple(self._running)
         for process in running:
             end(process)

@@ -15,7 +15,7 @@ import pytest
 
 from launcher.doctor import machine
 from launcher.doctor.__main__ import main, parse
-from launcher.doctor.checkup import Check, run_checks
+from launcher.doctor.checkup import Check, Checkup
 from launcher.doctor.commands import Processes
 from launcher.doctor.findings import Status, absent, failed, ok, warning
 from launcher.doctor.report import Progress, Report, exit_status, lines
@@ -37,7 +37,7 @@ def check(run, *, group="storage", limit_s=5.0, progress="", status=6) -> Check:
 
 
 def found_by(*given: Check):
-    return list(run_checks(given, lambda text: None))
+    return list(Checkup().run(given, lambda text: None))
 
 
 def is_running(pid: int) -> bool:
@@ -89,7 +89,7 @@ def test_a_check_that_hangs_is_a_line():
 
 def test_slow_checks_say_what_they_do():
     said = []
-    list(run_checks([check(lambda: [ok("x")], progress="trying")], said.append))
+    list(Checkup().run([check(lambda: [ok("x")], progress="trying")], said.append))
     assert said == ["trying (at most 5 s)", ""]
     stream = io.StringIO()
     Progress(stream)("trying")
@@ -174,6 +174,26 @@ def test_a_command_that_hangs_ends_with_what_it_started(tmp_path):
     while is_running(child) and time.monotonic() < limit:
         time.sleep(0.05)  # a busy system takes a moment to end what was killed
     assert not is_running(child)
+
+
+def test_after_the_end_nothing_is_started():
+    processes = Processes(os.environ)
+    processes.close()
+    assert processes.run(("true",), 20, {}) is None
+
+
+def test_an_interrupted_check_cleans_up():
+    cleaned = threading.Event()
+
+    def slow():
+        time.sleep(0.3)
+        cleaned.set()
+        return ()
+
+    checkup = Checkup()
+    list(checkup.run([check(slow, limit_s=0.01)], lambda text: None))
+    checkup.settle(20)
+    assert cleaned.is_set()
 
 
 def test_commands(tmp_path):
