@@ -90,6 +90,7 @@ def _folder(given: str | None) -> Path:
 def _examine(settings: Settings, processes: Processes, checkup: Checkup) -> int:
     around = Surroundings(environment=os.environ, run=processes.run, folder=settings.folder)
     chosen = [check for check in checks(around) if check.group in settings.groups]
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders may be any bytes
     report, start = Report(sys.stdout), time.perf_counter()
     report.print_all(checkup.run(chosen, Progress()))
     report.print_sum(time.perf_counter() - start)

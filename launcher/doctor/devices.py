@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from launcher.doctor.commands import Outcome, Runner
-from launcher.doctor.findings import Finding, counted, failed, ok, warning
+from launcher.doctor.findings import Finding, failed, ok, warning
 from launcher.doctor.gpus import find_gpus, visible
+from launcher.doctor.wording import counted, size
 
 LIMIT_S = 60.0
 NUM_EMULATED = 8
@@ -54,8 +55,8 @@ def read_probe(outcome: Outcome | None) -> Found | None:
 
 def _described(found: Found) -> str:
     memory = found["memory_bytes"]
-    size = f", {memory / (1 << 30):.1f} GiB each for JAX" if memory else ""
-    return f"JAX has {found['count']} x {found['kind']} ({found['platform']}{size})"
+    each = f", {size(memory)} each for JAX" if memory else ""
+    return f"JAX has {found['count']} x {found['kind']} ({found['platform']}{each})"
 
 
 def _computed(found: Found, name: str) -> Finding:
@@ -89,7 +90,7 @@ def _no_devices(outcome: Outcome | None, platforms: str | None) -> Finding:
         f"JAX does not start: {_reason(outcome)}{setting}",
         "nothing that computes can run here; mode=plan needs JAX too",
         'if a package is missing or too old: pip install --upgrade "jax-launcher"; if it is the GPU: '
-        "JAX_PLATFORMS=cpu leaves it out",
+        "JAX_PLATFORMS=cpu leaves it out; if its memory is full: `nvidia-smi` says whose work is there",
     )
 
 

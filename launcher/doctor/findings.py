@@ -42,8 +42,3 @@ def warning(what: str, meaning: str, cure: str) -> Finding:
 def failed(what: str, meaning: str, cure: str) -> Finding:
     """Runs that need this will not work."""
     return Finding(status=Status.FAILED, what=what, meaning=meaning, cure=cure)
-
-
-def counted(number: int, noun: str) -> str:
-    """Write `1 node` and `2 nodes`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from launcher.doctor.commands import Outcome, Runner
 from launcher.doctor.findings import Finding, absent, failed, ok, warning
+from launcher.doctor.wording import MIB_BYTES, size
 
-MIB_BYTES = 1 << 20
 LIMIT_S = 15.0
 # What CUDA 12's programs need (NVIDIA's table of minor-version compatibility).
 LEAST_DRIVER = 525
@@ -82,8 +82,8 @@ def _no_answer(outcome: Outcome, on_login_node: bool) -> Finding:
 
 
 def _driver(driver: str, count: int, gpu: Gpu) -> Finding:
-    size = f", {gpu.memory_bytes / (1 << 30):.0f} GiB each" if gpu.memory_bytes else ""
-    what = f"NVIDIA driver {driver}, {count} x {gpu.name}{size}"
+    each = f", {size(gpu.memory_bytes)} each" if gpu.memory_bytes else ""
+    what = f"NVIDIA driver {driver}, {count} x {gpu.name}{each}"
     major = driver.partition(".")[0]
     if major.isdecimal() and int(major) < LEAST_DRIVER:
         return failed(
@@ -97,8 +97,7 @@ def _driver(driver: str, count: int, gpu: Gpu) -> Finding:
 def _in_use(number: int, gpu: Gpu) -> Iterator[Finding]:
     if gpu.memory_bytes and gpu.used_bytes and gpu.used_bytes > _USED_FRACTION * gpu.memory_bytes:
         yield warning(
-            f"GPU {number} has {gpu.used_bytes / (1 << 30):.1f} of "
-            f"{gpu.memory_bytes / (1 << 30):.1f} GiB in use",
+            f"GPU {number} has {size(gpu.used_bytes)} of {size(gpu.memory_bytes)} in use",
             "someone else computes there; a run that plans with all of its memory runs out of it",
             "see `nvidia-smi` for whose it is; CUDA_VISIBLE_DEVICES chooses other GPUs",
         )

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from launcher.doctor.findings import Finding, counted, failed, ok, warning
+from launcher.doctor.findings import Finding, failed, ok, warning
 from launcher.doctor.versions import Requirement, fits, parse_requirement, release
+from launcher.doctor.wording import counted
 
 PACKAGE = "jax-launcher"
 _PLUGIN_PARTS = ("-plugin", "-pjrt")

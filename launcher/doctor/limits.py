@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.doctor.findings import Finding, counted, failed, ok, warning
+from launcher.doctor.findings import Finding, failed, ok, warning
+from launcher.doctor.wording import GIB_BYTES, counted, size
 
-GIB_BYTES = 1 << 30
 LEAST_MEMORY_BYTES = GIB_BYTES
 LOW_MEMORY_BYTES = 4 * GIB_BYTES
 LOW_FILES = 4096
@@ -34,15 +34,15 @@ def check_memory(limits: Limits) -> Iterator[Finding]:
     within = ""
     if limit is not None:
         left.append(limit - (used or 0))
-        within = f"; the limit of this job or container is {_gib(limit)} GiB"
+        within = f"; the limit of this job or container is {size(limit)}"
     if not left:
         yield ok("memory: this system does not tell what is left")
         return
     left_bytes = min(left)
-    what = f"{_gib(left_bytes)} GiB of memory are left{within}"
+    what = f"{size(left_bytes)} of memory are left{within}"
     if left_bytes < LEAST_MEMORY_BYTES:
         yield failed(
-            f"{what}; {_gib(LEAST_MEMORY_BYTES)} GiB is the least",
+            f"{what}; {size(LEAST_MEMORY_BYTES)} is the least",
             "the system ends runs in the middle, with no message but 'Killed'",
             "end what else runs here (`top`), or ask for more (--mem of sbatch, -m of docker)",
         )
@@ -95,12 +95,12 @@ def check_shm(limits: Limits) -> Iterator[Finding]:
         )
     elif limits.shm_bytes < LOW_SHM_BYTES:
         yield warning(
-            f"/dev/shm has {_gib(limits.shm_bytes)} GiB free",
+            f"/dev/shm has {size(limits.shm_bytes)} free",
             "Ray keeps its objects on disk instead, and NCCL may end with 'unhandled system error'",
             "docker run --shm-size=8g (or --ipc=host); elsewhere remove what is left in /dev/shm",
         )
     else:
-        yield ok(f"/dev/shm has {_gib(limits.shm_bytes)} GiB free")
+        yield ok(f"/dev/shm has {size(limits.shm_bytes)} free")
 
 
 def cgroup_memory(root: Path, own: str) -> tuple[int | None, int | None]:
@@ -173,7 +173,3 @@ def available_memory(meminfo: str) -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def _gib(count_bytes: int) -> str:
-    return f"{count_bytes / GIB_BYTES:.1f}"

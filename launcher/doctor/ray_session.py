@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import urlsplit
 
 from launcher.doctor.commands import Outcome, Runner
-from launcher.doctor.findings import Finding, counted, failed, ok
+from launcher.doctor.findings import Finding, failed, ok
+from launcher.doctor.wording import counted
 
 LIMIT_S = 60.0
 CONNECT_LIMIT_S = 3.0
@@ -49,8 +50,8 @@ def check_ray(
         return
     found = json.loads(outcome.stdout.strip().splitlines()[-1])
     if address:
-        size = f"{counted(found['nodes'], 'node')}, {counted(found['gpus'], 'GPU')}"
-        yield ok(f"the Ray cluster of RAY_ADDRESS={address} answers: {size}")
+        extent = f"{counted(found['nodes'], 'node')}, {counted(found['gpus'], 'GPU')}"
+        yield ok(f"the Ray cluster of RAY_ADDRESS={address} answers: {extent}")
     else:
         yield ok(f"a local Ray session starts, runs a task and ends ({wall_s:.1f} s)")
 

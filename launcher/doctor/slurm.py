@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.doctor.commands import Outcome, Runner
-from launcher.doctor.findings import Finding, absent, counted, failed, ok, warning
+from launcher.doctor.findings import Finding, absent, failed, ok, warning
 from launcher.doctor.installation import compare
 from launcher.doctor.versions import Requirement
+from launcher.doctor.wording import counted
 
 LIMIT_S = 15.0  # Slurm itself tries for nine seconds
 _UNCONFIGURED = "configuration source"  # sinfo: Could not establish a configuration source

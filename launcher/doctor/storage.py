@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launcher.doctor.filesystems import Kind, filesystem_of, kind_of
 from launcher.doctor.findings import Finding, failed, ok, warning
+from launcher.doctor.wording import GIB_BYTES, size
 
-GIB_BYTES = 1 << 30
 FILE_BYTES = 64_000_000
 CHUNK_BYTES = 4_000_000
 WRITE_LIMIT_S = 10.0  # what is written by then is enough for a speed
@@ -65,17 +65,17 @@ def check_space(
 
 
 def _space(folder: Path, free_bytes: int, total_bytes: int) -> Finding:
-    what = f"{folder} has {_gib(free_bytes)} of {_gib(total_bytes)} GiB free"
+    what = f"{folder} has {size(free_bytes)} of {size(total_bytes)} free"
     if free_bytes < LEAST_FREE_BYTES:
         return failed(
-            f"{what}; {_gib(LEAST_FREE_BYTES)} GiB is the least",
+            f"{what}; {size(LEAST_FREE_BYTES)} is the least",
             "logs, metrics and W&B's files fill it, and the run ends with status 6",
             f"remove what is no longer needed there, or {_ANOTHER}",
         )
     if free_bytes < CHECKPOINT_BYTES:
         return warning(
             what,
-            f"one checkpoint of a model of 1.3 billion parameters takes {_gib(CHECKPOINT_BYTES)} GiB",
+            f"one checkpoint of a model of 1.3 billion parameters takes {size(CHECKPOINT_BYTES)}",
             f"enough for small models; for larger ones {_ANOTHER}",
         )
     return ok(what)
@@ -118,7 +118,7 @@ def check_speed(folder: Path, measure: Callable[[Path], Speed]) -> Iterator[Find
     if bytes_per_s < SLOW_BYTES_PER_S or speed.sync_s > SLOW_SYNC_S:
         yield warning(
             what,
-            f"a checkpoint of {_gib(CHECKPOINT_BYTES)} GiB (1.3 billion parameters) would take "
+            f"a checkpoint of {size(CHECKPOINT_BYTES)} (1.3 billion parameters) would take "
             f"{CHECKPOINT_BYTES / bytes_per_s / 60:.0f} minutes",
             f"see who else writes there (`iotop`, `nfsiostat`), or {_ANOTHER}",
         )
@@ -185,7 +185,3 @@ def check_cache(folder: Path) -> Iterator[Finding]:
         )
         return
     yield ok(f"compiled programs are kept in {folder}")
-
-
-def _gib(count_bytes: int) -> str:
-    return f"{count_bytes / GIB_BYTES:,.1f}"

@@ -29,7 +29,7 @@ def test_no_driver_is_no_failure():
 def test_gpus_that_are_free():
     finding = only(gpus(TWO_GPUS))
     assert finding.status is Status.OK
-    assert finding.what == "NVIDIA driver 550.54.15, 2 x NVIDIA H100 80GB HBM3, 80 GiB each"
+    assert finding.what == "NVIDIA driver 550.54.15, 2 x NVIDIA H100 80GB HBM3, 79.6 GiB each"
 
 
 def test_a_driver_that_is_too_old():
@@ -42,7 +42,7 @@ def test_a_gpu_that_someone_else_uses():
     driver, finding = gpus(says(GPU.format(driver="550.1", used=40000)))
     assert driver.status is Status.OK
     assert finding.status is Status.WARNING
-    assert finding.what == "GPU 0 has 39.1 of 79.6 GiB in use"
+    assert finding.what == "GPU 0 has 39.1 GiB of 79.6 GiB in use"
 
 
 def test_a_driver_that_hangs():

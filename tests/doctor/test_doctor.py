@@ -252,7 +252,7 @@ def test_gpus_that_jax_does_not_see(tmp_path):
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAX_PLATFORMS": ""}
     ended = command("only=devices", **environment)
     assert ended.returncode == 3
-    assert "NVIDIA driver 535.1, 1 x NVIDIA A100-SXM4-40GB, 40 GiB each" in ended.stdout
+    assert "NVIDIA driver 535.1, 1 x NVIDIA A100-SXM4-40GB, 40.0 GiB each" in ended.stdout
     assert "failed    the machine has 1 GPU, and JAX computes on the CPU" in ended.stdout
     assert 'to do: pip install "jax-launcher[cuda]"' in ended.stdout
 
@@ -279,6 +279,14 @@ def test_storage_through_the_command(tmp_path):
     assert f"{tmp_path} takes " in ended.stdout
     assert "writing 64 MB" in ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    ended = command("only=storage", f"dir={os.fsdecode(folder)}")
+    assert ended.returncode == 0, ended.stderr
+    assert "\\udcff takes " in ended.stdout
 
 
 @pytest.mark.parametrize(

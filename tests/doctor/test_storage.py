@@ -62,7 +62,7 @@ def raises(number: int):
 
 def test_a_roomy_folder():
     assert statuses(space("/data")) == ["ok", "ok"]
-    assert "500.0 of" in space("/data")[0].what
+    assert "500.0 GiB of" in space("/data")[0].what
 
 
 def test_a_folder_with_little_space():
@@ -195,7 +195,7 @@ def test_limits_that_are_wide():
 @pytest.mark.parametrize(
     ("changes", "index", "status", "text"),
     [
-        ({"available_bytes": GIB // 2}, 0, "failed", "0.5 GiB of memory are left"),
+        ({"available_bytes": GIB // 2}, 0, "failed", "512 MiB of memory are left"),
         ({"available_bytes": 2 * GIB}, 0, "warning", "2.0 GiB of memory are left"),
         (
             {"cgroup_memory_bytes": 8 * GIB, "cgroup_used_bytes": 6 * GIB},
@@ -211,7 +211,7 @@ def test_limits_that_are_wide():
             "warning",
             "may have 1024 files open (it may raise that to 1048576)",
         ),
-        ({"shm_bytes": 64 << 20}, 3, "warning", "/dev/shm has 0.1 GiB free"),
+        ({"shm_bytes": 64 << 20}, 3, "warning", "/dev/shm has 64 MiB free"),
         ({"shm_bytes": None}, 3, "warning", "there is no /dev/shm"),
     ],
 )
