@@ -111,7 +111,7 @@ def cgroup_memory(root: Path, own: str) -> tuple[int | None, int | None]:
         own: the text of /proc/self/cgroup.
     """
     found = [
-        (limit, _number(place / used_file))
+        (limit, _used(place, used_file))
         for place, limit_file, used_file in _memory_places(root, own)
         if (limit := _number(place / limit_file)) is not None and limit < 1 << 60
     ]
@@ -153,6 +153,16 @@ def _ancestors(root: Path, path: str) -> list[Path]:
     """The cgroup and those around it; a container often sees its own as the root."""
     place = root / path.lstrip("/")
     return [folder for folder in (place, *place.parents) if folder.is_relative_to(root)]
+
+
+def _used(place: Path, used_file: str) -> int | None:
+    """Memory in use without the files that are kept in it and would be dropped for a run."""
+    used = _number(place / used_file)
+    if used is None:
+        return None
+    rows = (line.split() for line in _text(place / "memory.stat").splitlines())
+    dropped = {row[0]: int(row[1]) for row in rows if len(row) == 2}
+    return used - dropped.get("total_inactive_file", dropped.get("inactive_file", 0))
 
 
 def _number(path: Path) -> int | None:

@@ -232,7 +232,8 @@ def test_cgroups_of_version_2(tmp_path):
     (job / "memory.max").write_text("max\n")
     (job / "memory.current").write_text("5\n")
     (job.parent / "memory.max").write_text("4096\n")
-    (job.parent / "memory.current").write_text("100\n")
+    (job.parent / "memory.current").write_text("1100\n")
+    (job.parent / "memory.stat").write_text("anon 100\ninactive_file 1000\n")
     (job / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "cpu.max").write_text("max 100000\n")
     own = "0::/slurm/job_1\n"
