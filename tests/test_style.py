@@ -26,6 +26,7 @@ LAYERS = (
     ("main",),
     ("cli",),
     ("bench",),
+    ("doctor",),
     ("__main__",),
 )
 
@@ -173,7 +174,9 @@ def test_imports_inside_functions_are_of_heavy_packages():
 
 @pytest.mark.parametrize("package", IN_ONE_MODULE)
 def test_services_are_imported_in_one_module(package):
-    assert len({path for path, name in imports() if name.partition(".")[0] == package}) <= 1
+    # The doctor tries a service by itself, in a process that may hang or crash.
+    knows = {path for path, name in imports() if name.partition(".")[0] == package}
+    assert len({path for path in knows if room(path) != "doctor"}) <= 1
 
 
 def test_no_grab_bags():

@@ -1,19 +1,17 @@
 """Compiled programs outlive the process: jax's persistent compilation cache, on by default.
 
 On GPUs the key of a program leaves its devices out (jax's own rule), so stages that are alike compile once
-even within a run. On CPUs programs are compiled for the features of the machine at hand; each kind of
-machine has a folder of its own, since a home folder may be shared.
+even within a run. Where they are kept by default is `cache_folder.py`.
 """
 
-import hashlib
 import os
 import pathlib
-import platform
 
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from launcher.errors import ConfigError
+from launcher.runtime.cache_folder import default_folder
 
 _LEAST_S = 0.1  # what compiles faster is not worth a file
 
@@ -38,7 +36,7 @@ def use_cache(setting: str) -> pathlib.Path | None:
     elif given:
         folder = pathlib.Path(given)
     else:
-        folder = _default_folder()
+        folder = default_folder(os.environ)
     reset_cache()  # or jax keeps to what it found at its first compilation
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_S)
@@ -56,21 +54,3 @@ def _check_writable(folder: pathlib.Path, setting: str) -> None:
             f"{str(folder)!r} is no folder that can be written "
             f"(runtime.compilation_cache={setting}): give another, auto, or off"
         )
-
-
-def _default_folder() -> pathlib.Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(caches) / "launcher" / "xla" / _machine()
-
-
-def _machine() -> str:
-    """Equal for machines whose CPUs have the same features."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    features = sorted(
-        {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    )
-    digest = hashlib.sha256("\n".join(features).encode()).hexdigest()[:12]
-    return f"{platform.machine()}-{digest}"

@@ -8,21 +8,17 @@ made.
 """
 
 import logging
-import netrc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from launcher.runtime.metrics import PlanMetrics, Row, TrainSummary
 from launcher.runtime.sinks import Sink
+from launcher.runtime.wandb_login import is_logged_in
 
 log = logging.getLogger(__name__)
 
-# Where W&B keeps its login when it is not in the environment; a server of one's own is
-# WANDB_BASE_URL.
-WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 INIT_TIMEOUT_S = 30
 # Uploading what is left must not hold a reservation; `wandb sync` can do it later.
 FINISH_TIMEOUT_S = 120
@@ -120,20 +116,7 @@ def _modes(environment: Mapping[str, str]) -> tuple[str | None, ...]:
     """
     if environment.get("WANDB_MODE"):
         return (None,)
-    return ("online", "offline") if _is_logged_in(environment) else ("offline",)
-
-
-def _is_logged_in(environment: Mapping[str, str]) -> bool:
-    """Say whether a key is at hand, without W&B's own look-up, which may prompt or go online."""
-    if environment.get("WANDB_API_KEY"):
-        return True
-    server = urlsplit(environment.get("WANDB_BASE_URL", "")).hostname
-    hosts = (server,) if server else WANDB_HOSTS
-    try:
-        logins = netrc.netrc(environment.get("NETRC") or Path.home() / ".netrc")
-    except (OSError, netrc.NetrcParseError, RuntimeError):  # RuntimeError: there is no home
-        return False
-    return any(logins.authenticators(host) for host in hosts)
+    return ("online", "offline") if is_logged_in(environment) else ("offline",)
 
 
 def _warn(what: str, error: Exception, consequence: str) -> None:

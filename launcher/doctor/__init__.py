@@ -1,0 +1,1 @@
+"""The doctor: `python -m launcher.doctor` looks at everything a run stands on, and says what is wrong."""
