@@ -4,7 +4,8 @@ Before every layer, every few equal ones, or so that all stages have equally man
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from launcher.autopar.layers import LayeredModel
 from launcher.autopar.space import PlanOptions, Space, divisors
@@ -14,31 +15,49 @@ _MOST_CUTS = 24
 _LIGHT = 0.5  # of a mean piece: less work is no stage's
 
 
-def ways_to_cut(
-    options: PlanOptions, space: Space, model: LayeredModel
-) -> Iterator[tuple[str, int, int | None, tuple[int, ...]]]:
-    """Yield (schedule, stages on a submesh, number of submeshes, where stages may begin).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A schedule, and where its stages may begin.
+
+    Attributes:
+        virtual_stages: on a submesh.
+        num_submeshes: None for any number of them.
+        cuts: ascending, with 0 and the number of layers.
+    """
+
+    schedule: str
+    virtual_stages: int
+    num_submeshes: int | None
+    cuts: tuple[int, ...]
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of layers that a stage may have."""
+        num_stages = self.num_submeshes and self.num_submeshes * self.virtual_stages
+        if num_stages == len(self.cuts) - 1:
+            return itertools.pairwise(self.cuts)
+        return itertools.combinations(self.cuts, 2)
+
+
+def ways_to_cut(options: PlanOptions, space: Space, model: LayeredModel) -> Iterator[Way]:
+    """Yield what there is to search, one schedule after the other.
 
     Where stages may not begin before every layer, equally many layers may still need other cuts.
     """
     forced = space.num_submeshes
     everywhere = {v: stage_cuts(model, (forced or 0) * v) for _, v in space.schedules}
+
+    def way(name: str, v: int, number: int | None, cuts: tuple[int, ...]) -> Way:
+        return Way(schedule=name, virtual_stages=v, num_submeshes=number, cuts=cuts)
+
     if not options.equal_layers:
-        yield from ((name, v, forced, everywhere[v]) for name, v in space.schedules)
+        yield from (way(name, v, forced, everywhere[v]) for name, v in space.schedules)
     for name, v in space.schedules:
         for number in divisors(space.num_devices) if forced is None else (forced,):
             if number * v > len(model.layers):
                 continue
             equal = equal_cuts(model, number * v)
             if options.equal_layers or not set(equal) <= set(everywhere[v]):
-                yield name, v, number, equal
-
-
-def stage_ranges(cuts: Sequence[int], num_stages: int | None) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of layers that a stage may have, if there are so many of them, or any number."""
-    if num_stages == len(cuts) - 1:
-        return itertools.pairwise(cuts)
-    return itertools.combinations(cuts, 2)
+                yield way(name, v, number, equal)
 
 
 def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from launcher.autopar.advice import (
     memory_cures,
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
-from launcher.autopar.cuts import crossing_bytes, stage_ranges, ways_to_cut
+from launcher.autopar.cuts import crossing_bytes, ways_to_cut
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.intra_op import IntraOpPlanner
 from launcher.autopar.layers import LayeredModel
@@ -313,32 +313,31 @@ def _try_choices(
 ) -> _Tried:  # fmt: skip
     """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
     solved_before = planner.num_solved
-    layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
+    layered = planner.model
     ways = tuple(ways_to_cut(options, space, layered))
-    ranges = dict.fromkeys(
-        ends for _, v, number, cuts in ways for ends in stage_ranges(cuts, number and number * v)
-    )
+    ranges = dict.fromkeys(ends for way in ways for ends in way.ranges())
     costs = tuple(
         StageCosts(
             planner, cluster, space.submeshes, num_microbatches=num_microbatches,
-            choices=choices[kind], optimizer=optimizer, known=known[kind], kind=kind,
+            choices=choices[kind], optimizer=OptimizerFootprint(options.optimizer),
+            known=known[kind], kind=kind, ranges=ranges,
             microbatch_size=options.global_batch // num_microbatches,
-            ranges=ranges,
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip
-    bytes_at, link = crossing_bytes(planner.model), cluster.stage_link
+    bytes_at, link = crossing_bytes(layered), cluster.stage_link
     found: list[Arranged] = []
     candidates: list[Candidate] = []
     failures: list[InfeasiblePlanError] = []
-    for name, v, number, cuts in ways:
+    for way in ways:
+        name, v = way.schedule, way.virtual_stages
         arranger = Arranger(
             cluster=cluster,
-            space=replace(space, num_submeshes=number),
+            space=replace(space, num_submeshes=way.num_submeshes),
             schedule=schedule_by_name(name, v),
             num_microbatches=num_microbatches,
             options=lambda *of: costs[space.kinds[of[-1]]].options(*of),
-            cuts=cuts,
+            cuts=way.cuts,
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
             cures=memory_cures(options, cluster),
             worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),
@@ -354,13 +353,11 @@ def _try_choices(
             candidates.append(Candidate(num_microbatches, name, v, planner, best, gap))
     if not found:
         raise failures[0]
+    pieces = layered.layers if options.equal_layers else ways[0].cuts[1:]
     return _Tried(
         num_solved=planner.num_solved - solved_before,
         candidates=tuple(candidates),
-        cuts=(
-            len(layered.layers if options.equal_layers else ways[0][-1][1:]),
-            len(layered.layers),
-        ),
+        cuts=(len(pieces), len(layered.layers)),
         bound_s=min(arranged.bound_s for arranged in found),
         num_candidates=sum(arranged.num_candidates for arranged in found),
     )

@@ -1,10 +1,11 @@
 """Stages of equally many layers: where they begin, and that a search keeps to them."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
-from launcher.autopar.cuts import equal_cuts, ways_to_cut
+from launcher.autopar.cuts import Way, equal_cuts, ways_to_cut
 from launcher.autopar.realize import layered_model
 from launcher.autopar.search import search
 from launcher.autopar.space import PlanOptions, make_space
@@ -75,9 +76,13 @@ def test_equally_many_layers_can_be_had_where_stages_may_not_begin_before_every_
     equal = replace(free, equal_layers=True)
     space = make_space(free, cpu8)
     ways = list(ways_to_cut(free, space, model))
-    grouped = {v: cuts for _, v, number, cuts in ways if number == forced.get("pp")}
+    whole = [way for way in ways if way.num_submeshes == forced.get("pp")]
+    grouped = {way.virtual_stages: way.cuts for way in whole}
     assert len(grouped[1]) < len(model.layers)
-    for name, v, number, cuts in ways_to_cut(equal, space, model):
-        assert set(cuts) <= set(grouped[v]) or (name, v, number, cuts) in ways
-    assert ("1f1b", 1, 4, equal_cuts(model, 4)) in ways
+    for way in ways_to_cut(equal, space, model):
+        assert set(way.cuts) <= set(grouped[way.virtual_stages]) or way in ways
+    nines = Way(schedule="1f1b", virtual_stages=1, num_submeshes=4, cuts=equal_cuts(model, 4))
+    assert nines in ways
+    assert list(nines.ranges()) == list(itertools.pairwise(nines.cuts))
+    assert len(list(replace(nines, num_submeshes=3).ranges())) == 10
     assert blocks_of(model, equal_cuts(model, 4)) == [9, 9, 9, 9]
