@@ -52,3 +52,12 @@ class StorageError(LauncherError):
 
 class ScheduleError(LauncherError):
     """A program that would deadlock, leak, or receive what nobody sends: a bug of ours."""
+
+
+class StoppedBySignal(BaseException):
+    """A scheduler's signal asked the run to stop; the text says which, and how far the run came.
+
+    Not an `Exception`, so that nothing on its way takes it for a failure that it can handle.
+    """
+
+    exit_status = 75  # EX_TEMPFAIL: run me again

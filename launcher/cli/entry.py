@@ -9,7 +9,9 @@ import contextlib
 import logging
 import os
 import pathlib
+import shlex
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,11 +28,12 @@ from launcher.cli.run_folder import (
     CONFIG_FILE,
     LOG_FILE,
     missing_folders,
+    run_dir_override,
     storage_errors,
     take_back,
 )
 from launcher.config import conf_dir, register_schemas
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import ConfigError, LauncherError, StoppedBySignal
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +44,24 @@ def main() -> int:
     os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines of its own and exits with 1
     debug = inherited == "1" or "debug=true" in (argument.lower() for argument in sys.argv)
     try:
-        return exit_status_of(lambda: _answer(debug), debug=debug)
+        status = exit_status_of(lambda: _answer(debug), debug=debug)
+        if status == StoppedBySignal.exit_status:
+            _leave_at_once(status)
+        return status
     finally:
         os.environ.pop(FULL_ERROR)
         if inherited is not None:
             os.environ[FULL_ERROR] = inherited
+
+
+def _leave_at_once(status: int) -> None:
+    """End the process now if threads still compile: who sent the signal will not wait for them."""
+    is_busy = any(thread.name.startswith("compile") for thread in threading.enumerate())
+    if is_busy:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _answer(debug: bool) -> int:
@@ -114,6 +130,12 @@ class _Task:
         """Return the exit status of the run, or of the first point of the sweep that failed."""
         return next((status for status in self.statuses if status), 0)
 
+    def _command(self, run_dir: pathlib.Path) -> str:
+        """The command line that goes on in this run's folder."""
+        given = [text for text in self.line.overrides if not text.startswith("hydra.run.dir=")]
+        command = (*self.line.config_flags(), *given, run_dir_override(run_dir))
+        return shlex.join(("python", "-m", "launcher", *command))
+
     def _run_point(self, settings: DictConfig, run_dir: pathlib.Path) -> None:
         given = OmegaConf.to_container(settings.overrides)  # interpolations are for the point
         command = sweep.command(
@@ -137,6 +159,7 @@ class _Task:
             lambda: _run_logged(composed, run_dir),
             debug=self.debug or composed.debug,
             log_file=str(run_dir / LOG_FILE),
+            again=self._command(run_dir),
         )
         if status == ConfigError.exit_status:
             take_back(run_dir, self.missing)

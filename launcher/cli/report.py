@@ -1,7 +1,7 @@
 """How a run ends: the exit status, and the one line that says why.
 
 The statuses are those of `launcher.errors`; 1 is a bug of ours, with its traceback; 130 is
-Ctrl-C.
+Ctrl-C, and 75 a scheduler's signal.
 """
 
 import errno
@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from launcher.errors import LauncherError, StorageError
+from launcher.errors import LauncherError, StoppedBySignal, StorageError
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises, instead of printing and exiting with 1
 BUG_STATUS = 1
@@ -17,8 +17,14 @@ INTERRUPTED_STATUS = 130
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
-def exit_status_of(action: Callable[[], int], *, debug: bool, log_file: str | None = None) -> int:
-    """Run `action`; turn what it raises into one line on stderr and an exit status."""
+def exit_status_of(
+    action: Callable[[], int], *, debug: bool, log_file: str | None = None, again: str | None = None
+) -> int:
+    """Run `action`; turn what it raises into one line on stderr and an exit status.
+
+    Args:
+        again: the command with which a run that a signal stopped goes on.
+    """
     try:
         return action()
     except LauncherError as error:
@@ -29,6 +35,10 @@ def exit_status_of(action: Callable[[], int], *, debug: bool, log_file: str | No
         return _fail(
             StorageError(f"{error}: free some space, or take another hydra.run.dir"), debug=debug
         )
+    except StoppedBySignal as stop:
+        cure = f"; to go on: {again}" if again else ""
+        sys.stderr.write(f"launcher: stopped by {stop}{cure}\n")
+        return stop.exit_status
     except KeyboardInterrupt:
         sys.stderr.write("launcher: stopped by Ctrl-C\n")
         return INTERRUPTED_STATUS

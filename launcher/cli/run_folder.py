@@ -46,3 +46,9 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
             folder.rmdir()
         except OSError:  # not empty, or not there: it is not ours alone
             continue
+
+
+def run_dir_override(run_dir: pathlib.Path) -> str:
+    """The override that makes this the run's folder, in Hydra's quoting."""
+    quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.run.dir='{quoted}'"

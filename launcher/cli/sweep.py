@@ -15,19 +15,23 @@ from collections.abc import Sequence
 from types import FrameType
 
 from launcher.cli.report import FULL_ERROR
+from launcher.cli.run_folder import run_dir_override
+from launcher.errors import StoppedBySignal
 
-PREEMPTED_STATUS = 75  # stopped by a signal after a checkpoint
-STOPPED_STATUSES = (PREEMPTED_STATUS, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED_STATUSES = (
+    StoppedBySignal.exit_status,
+    *(128 + number for number in (signal.SIGINT, *PASSED_ON)),
+)
 
 
 def command(
     overrides: Sequence[str], *, flags: Sequence[str], run_dir: pathlib.Path, number: int
 ) -> list[str]:
     """Return the command line of one point; of two overrides of a key the later one wins."""
-    quoted_dir = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
     settings = (
         "hydra.mode=RUN",
-        f"hydra.run.dir='{quoted_dir}'",
+        run_dir_override(run_dir),
         f"hydra.job.num={number}",
         f"hydra.job.id={number}",
     )
@@ -37,8 +41,8 @@ def command(
 def run(command: Sequence[str], *, folder: str, debug: bool) -> int:
     """Run a point in a working folder to its end and return its exit status.
 
-    Ctrl-C reaches the point too, from the terminal, and SIGTERM is passed on; the point ends in its
-    own way, and one that ends well all the same is reported as stopped.
+    Ctrl-C reaches the point too, from the terminal, and a scheduler's signals are passed on; the point
+    ends in its own way, and one that ends well all the same is reported as stopped.
     """
     # Our own setting must not look like the user's wish for tracebacks.
     environment = os.environ | {FULL_ERROR: "1" if debug else "0"}
@@ -47,10 +51,11 @@ def run(command: Sequence[str], *, folder: str, debug: bool) -> int:
 
     def stop(number: int, _: FrameType | None) -> None:
         signals.append(number)
-        if number == signal.SIGTERM:
-            process.terminate()
+        if number in PASSED_ON:
+            process.send_signal(number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (signal.SIGINT, *PASSED_ON)
+    previous = {number: signal.signal(number, stop) for number in heard}
     try:
         status = process.wait()
     finally:

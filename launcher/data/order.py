@@ -12,6 +12,7 @@ Ciphers with Arbitrary Finite Domains, 2002). It shuffles well; it is no cipher.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,6 +29,19 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 _MASK = 2**64 - 1
+
+
+def batch_number(step: int, left_out: Iterable[int]) -> int:
+    """Give the batch that a step reads, counted from 0, where some batches are left out for good.
+
+    The others keep their order: none is read twice, and none but those is missed.
+    """
+    number = step
+    for other in sorted(set(left_out)):
+        if other > number:
+            break
+        number += 1
+    return number
 
 
 def sample_indices(

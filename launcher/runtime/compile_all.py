@@ -44,17 +44,16 @@ def compile_all(
         with jax.enable_x64(doubles):
             return compile_()
 
-    with ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compile") as pool:
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="compile")
+    try:
         waiting = {
             pool.submit(compile_in_thread, compile_): name for name, compile_ in programs.items()
         }
-        try:
-            for done in as_completed(waiting):
-                executables[waiting[done]] = done.result()
-                progress(f"program {len(executables)} of {len(programs)}")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for done in as_completed(waiting):
+            executables[waiting[done]] = done.result()
+            progress(f"program {len(executables)} of {len(programs)}")
+    finally:  # not waited for: who is asked to stop cannot wait for what XLA has begun
+        pool.shutdown(wait=False, cancel_futures=True)
     num_cached = min(len(programs), _CACHE_HITS.count - hits_before)
     return Compilation(executables, time.perf_counter() - start_s, num_cached)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.order import sample_indices
+from launcher.data.order import batch_number, sample_indices
 
 
 @settings(deadline=None)
@@ -71,3 +71,14 @@ def test_a_trillion_samples_need_no_table() -> None:
     indices = sample_indices(0, "train", 10**15, 1000, 10**12)
     assert len(set(indices)) == 1000
     assert 0 <= indices.min() < 10**11 < 9 * 10**11 < indices.max() < 10**12
+
+
+def test_batches_that_are_left_out_move_the_others_up() -> None:
+    assert [batch_number(step, (2, 3, 6)) for step in range(6)] == [0, 1, 4, 5, 7, 8]
+    assert [batch_number(step, ()) for step in range(3)] == [0, 1, 2]
+
+
+@given(left_out=st.sets(st.integers(0, 60)))
+def test_no_batch_is_read_twice_and_none_but_those_is_missed(left_out: set[int]) -> None:
+    read = [batch_number(step, left_out) for step in range(50)]
+    assert read == sorted(set(range(read[-1] + 1)) - left_out)
