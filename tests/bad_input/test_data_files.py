@@ -87,7 +87,7 @@ TEXTS = [
     )
 ] + [
     bad("data.path=t.txt", make=sparse, says="has 1099511627776 bytes ... and take data=tokens"),
-    bad("data.path=~nobody_here/t", says="data.path=~nobody_here/t ... correct the path"),
+    bad("data.path='~nobody_here/t'", says="data.path=~nobody_here/t ... correct the path"),
     bad("data.path='[z-'", says="data.path=[z- is no file ... correct the path"),
 ]
 
