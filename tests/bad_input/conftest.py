@@ -8,6 +8,7 @@ import pytest
 from bad_inputs import Bad, assert_refused, everything_in, launch
 
 from launcher import main
+from launcher.models.model import Model
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,23 @@ def no_new_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def keep_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra closes all handlers when it sets up logging; absl's closes pytest's stderr with it."""
     monkeypatch.setattr(logging, "_handlerList", [])
+
+
+_MODELS: dict[str, Model] = {}
+
+
+@pytest.fixture(autouse=True)
+def build_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most inputs are found bad when the model is there, and most of them want the same one."""
+    build = main.build_model
+
+    def build_once(config, cluster, given):
+        key = repr((config.model, config.runtime.name, cluster.name, given and given.model))
+        if key not in _MODELS:
+            _MODELS[key] = build(config, cluster, given)
+        return _MODELS[key]
+
+    monkeypatch.setattr(main, "build_model", build_once)
 
 
 @pytest.fixture
