@@ -13,8 +13,18 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from launcher.secrets import redacted
+
 CONSOLE_FORMAT = "[%(asctime)s] %(message)s"
 FILE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Formatter(logging.Formatter):
+    """Writes a record without the secrets of the environment, a traceback's included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record."""
+        return redacted(super().format(record))
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -22,7 +32,7 @@ class ConsoleHandler(logging.StreamHandler):
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter(CONSOLE_FORMAT, datefmt="%H:%M:%S"))
+        self.setFormatter(Formatter(CONSOLE_FORMAT, datefmt="%H:%M:%S"))
         self.addFilter(lambda record: record.levelno < logging.ERROR)
 
     @property
@@ -37,7 +47,7 @@ def logging_to(path: pathlib.Path) -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger("launcher")
     before = (root.handlers[:], root.level, ours.level)  # Hydra's: it would print every line twice
     file = logging.FileHandler(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter(FILE_FORMAT))
+    file.setFormatter(Formatter(FILE_FORMAT))
     root.handlers[:] = (ConsoleHandler(), file)
     if root.level > logging.DEBUG:
         root.setLevel(logging.WARNING)

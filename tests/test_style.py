@@ -17,7 +17,9 @@ MAX_NESTING = 3
 # A module imports from its own room and from rooms further left.
 LAYERS = (
     ("launcher", "errors"),
-    ("config", "logs"),
+    ("config", "regular_file", "secrets"),
+    ("logs",),
+    ("limits",),
     ("checks",),
     ("models",),
     ("data",),

@@ -47,7 +47,7 @@ def _open(name_or_path: str | Path, key: str) -> Node:
             f"{key}={text} is unknown, the launcher has {len(names)}: "
             f"take one of {', '.join(names)}, or give the path of a YAML file"
         )
-    return Node(value=load_yaml(path), place="", source=str(path))
+    return Node(value=load_yaml(path, key), place="", source=str(path))
 
 
 def _read(top: Node) -> AnyCluster:

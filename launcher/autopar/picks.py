@@ -21,6 +21,7 @@ from launcher.autopar.wiring import Place
 from launcher.autopar.wording import count
 from launcher.errors import PlanError
 
+_MOST_DIGITS = 10  # of a node's number
 _ENTRY = {REPLICATED: "R", PARTIAL: "P"}
 
 
@@ -66,7 +67,7 @@ def pins_of_stage(planner: IntraOpPlanner, stage: Stage, settings: StageSettings
         name, _, kind = group.rpartition("/")
         for text in texts:
             index, _, wanted = text.partition(":")
-            if not (index.isascii() and index.isdecimal()):
+            if not (index.isascii() and index.isdecimal() and len(index) < _MOST_DIGITS):
                 raise PlanError(
                     f"strategy '{text}' of {group} names no node (stages[].strategies): write it as "
                     f"number:choice, or drop the strategies, the solver completes them"
@@ -97,23 +98,26 @@ def _check_paths(planner: IntraOpPlanner, stage: Stage) -> None:
         for value in (*read, *planner.wiring(*stage.layers).unread)
         if value in sources and sources[value].role is Role.PARAM
     }
-    for path, dims in stage.params.items():
-        if path not in ranks:
-            near = difflib.get_close_matches(path, ranks, n=1)
-            hint = f"did you mean '{near[0]}'? Correct or drop it" if near else "drop it"
-            raise PlanError(
-                f"{_entry(stage, path)} is none of the {len(ranks)} parameters of those layers: {hint}"
-            )
-        if len(dims) != ranks[path]:
-            raise PlanError(
-                f"{_entry(stage, path)} has {count(len(dims), 'entry')}, and the tensor has "
-                f"{count(ranks[path], 'dim')}: write an entry per dim, null for one that is whole"
-            )
+    for table, specs in (("params", stage.params), ("optimizer_state", stage.optimizer_state)):
+        for path, dims in specs.items():
+            _check_path(_entry(stage, path, table), path, len(dims), ranks)
 
 
-def _entry(stage: Stage, path: str) -> str:
+def _check_path(entry: str, path: str, num_dims: int, ranks: Mapping[str, int]) -> None:
+    if path not in ranks:
+        near = difflib.get_close_matches(path, ranks, n=1)
+        hint = f"did you mean '{near[0]}'? Correct or drop it" if near else "drop it"
+        raise PlanError(f"{entry} is none of the {len(ranks)} parameters of those layers: {hint}")
+    if num_dims != ranks[path]:
+        raise PlanError(
+            f"{entry} has {count(num_dims, 'entry')}, and the tensor has "
+            f"{count(ranks[path], 'dim')}: write an entry per dim, null for one that is whole"
+        )
+
+
+def _entry(stage: Stage, path: str, table: str = "params") -> str:
     first, last = stage.layers
-    return f"params['{path}'] of the stage of layers [{first}, {last}]"
+    return f"{table}['{path}'] of the stage of layers [{first}, {last}]"
 
 
 def _matching(choices, wanted: str, key: Key, stage: Stage) -> list:

@@ -27,6 +27,8 @@ from launcher.autopar.plan import (
 )
 from launcher.autopar.strict_reader import Node
 from launcher.errors import PlanError
+from launcher.limits import CHOICES, RANGES
+from launcher.regular_file import open_regular
 
 LARGEST_FILE_BYTES = 64 * 2**20
 _LINE = 96  # a list or a flat object that is no longer stands on one line
@@ -38,15 +40,16 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
     """Read a plan file; `key` is the one that named it, for messages."""
     given = f"{key}={path}"
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
     except FileNotFoundError as error:
         raise PlanError(
             f"there is no plan file {path} ({given}): give the path of the plan.json that a run wrote"
         ) from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PlanError(f"cannot read the plan, {reason} ({given}): correct the path") from error
+    except OSError as error:
+        raise PlanError(
+            f"cannot read the plan, {error.strerror} ({given}): correct the path"
+        ) from error
     if len(data) > LARGEST_FILE_BYTES:
         raise PlanError(
             f"the plan has more than {LARGEST_FILE_BYTES} bytes ({given}): give the path of a "
@@ -120,8 +123,8 @@ def _plan(top: Node) -> Plan:
         version=PLAN_VERSION,
         model=_model(found["model"]),
         cluster=_cluster(found["cluster"]),
-        global_batch=found["global_batch"].integer(1),
-        num_microbatches=found["num_microbatches"].integer(1),
+        global_batch=found["global_batch"].integer(1, _most("train.global_batch")),
+        num_microbatches=found["num_microbatches"].integer(1, _most("parallel.num_microbatches")),
         schedule=found["schedule"].text(),
         virtual_stages=_optional(found["virtual_stages"], lambda node: node.integer(1), 1),
         num_layers=_optional(found["num_layers"], lambda node: node.integer(1), covered),
@@ -134,6 +137,11 @@ def _plan(top: Node) -> Plan:
     )
 
 
+def _most(key: str) -> int:
+    """The largest value that the config takes for what the plan has too."""
+    return RANGES[key][1] - 1
+
+
 def _optional(node: Node, read: Callable[[Node], T], default: T) -> T:
     return default if node.is_null else read(node)
 
@@ -144,10 +152,18 @@ def _model(node: Node) -> ModelRef:
         name=found["name"].text(),
         size=found["size"].text(),
         fingerprint=_optional(found["fingerprint"], Node.text, None),
-        dtype=_optional(found["dtype"], Node.text, None),
-        attention=_optional(found["attention"], Node.text, None),
+        dtype=_optional(found["dtype"], _dtype, None),
+        attention=_optional(found["attention"], _attention, None),
         loss_chunks=_optional(found["loss_chunks"], lambda node: node.integer(1), None),
     )
+
+
+def _dtype(node: Node) -> str:
+    return node.text([name for name in CHOICES["model.dtype"] if name != "auto"])
+
+
+def _attention(node: Node) -> str:
+    return node.text([name for name in CHOICES["model.attention"] if name != "auto"])
 
 
 def _cluster(node: Node) -> ClusterRef:

@@ -93,22 +93,27 @@ class Node:
 
     def number(self, minimum: float = 0.0, maximum: float = _MOST) -> float:
         """Return a finite number in a range."""
+        number = self._finite()
+        if not minimum <= number <= maximum:
+            self.fail(f"is not in {_range(minimum, maximum)}", "correct it")
+        return float(number)
+
+    def positive(self, maximum: float = _MOST) -> float:
+        """Return a number above 0, and not so near to it that its inverse is useless."""
+        number = self._finite()
+        if number <= 0:
+            self.fail("is not above 0", "write a positive number")
+        if not _LEAST <= number <= maximum:
+            self.fail(f"is not in {_range(_LEAST, maximum)}", "correct it")
+        return float(number)
+
+    def _finite(self) -> int | float:
+        """The number as it is: an integer may be too large for a float."""
         if isinstance(self.value, bool) or not isinstance(self.value, int | float):
             self.fail("is no number", "write one")
         if isinstance(self.value, float) and not math.isfinite(self.value):
             self.fail("is not finite", "write a finite number")
-        if not minimum <= self.value <= maximum:
-            self.fail(f"is not in {_range(minimum, maximum)}", "correct it")
-        return float(self.value)
-
-    def positive(self, maximum: float = _MOST) -> float:
-        """Return a number above 0, and not so near to it that its inverse is useless."""
-        number = self.number(minimum=-_MOST, maximum=maximum)
-        if number <= 0:
-            self.fail("is not above 0", "write a positive number")
-        if number < _LEAST:
-            self.fail(f"is not in {_range(_LEAST, maximum)}", "correct it")
-        return number
+        return self.value
 
     def boolean(self) -> bool:
         """Return true or false, and take nothing else for them."""

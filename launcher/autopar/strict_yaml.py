@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from launcher.errors import ConfigError
+from launcher.regular_file import open_regular
 
 _LARGEST_FILE_BYTES = 2**20
 
@@ -25,20 +26,20 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_yaml(path: Path) -> object:
-    """Return what a cluster file holds."""
+def load_yaml(path: Path, key: str = "cluster") -> object:
+    """Return what a cluster file holds; `key` is the one that named it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_LARGEST_FILE_BYTES + 1)
         if len(data) > _LARGEST_FILE_BYTES:
             raise ConfigError(
-                f"{path} has more than {_LARGEST_FILE_BYTES} bytes (cluster={path}): "
+                f"{path} has more than {_LARGEST_FILE_BYTES} bytes ({key}={path}): "
                 "give the path of a cluster file"
             )
         return yaml.load(data.decode(), _StrictLoader)
     except OSError as error:
         raise ConfigError(
-            f"cannot read {path}, {error.strerror} (cluster={path}): correct the path"
+            f"cannot read {path}, {error.strerror} ({key}={path}): correct the path"
         ) from error
     # Beside YAMLError: what PyYAML's constructors let through for values such as `!!int ''`.
     except (
@@ -46,4 +47,4 @@ def load_yaml(path: Path) -> object:
         RecursionError,
     ) as error:  # fmt: skip
         why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} is no YAML (cluster={path}), {why}: correct it there") from error
+        raise ConfigError(f"{path} is no YAML ({key}={path}), {why}: correct it there") from error

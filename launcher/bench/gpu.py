@@ -37,8 +37,8 @@ from launcher.autopar.wording import aligned, count, percent, seconds
 from launcher.bench import gpu_steps
 from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
-from launcher.checks import CHOICES
 from launcher.errors import ClusterError
+from launcher.limits import CHOICES
 from launcher.main import make_meter
 from launcher.models.model import Model
 from launcher.runtime import devices

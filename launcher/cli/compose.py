@@ -29,11 +29,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.checks import validate
 from launcher.cli.explain import USER_ERRORS, explain, unknown_key
+from launcher.cli.overrides import check_overrides
+from launcher.cli.yaml_files import check_files
 from launcher.config import Config, conf_dir, register_schemas
 from launcher.errors import ConfigError
+from launcher.secrets import check_no_secret
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
+# OSError: a name that no file can have.
+COMPOSING_ERRORS = (*USER_ERRORS, OSError)
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
@@ -96,12 +101,13 @@ def load(overrides: Sequence[str] = ()) -> Config:
 
 def check(line: CommandLine) -> pathlib.Path | None:
     """Check every config that a command line stands for; return its folder, None for a sweep."""
+    check_overrides(line.overrides)
     with _loader(line) as loader:
         try:
             master = _load(loader, line, line.overrides, RunMode.MULTIRUN)
             sweeps = line.multirun or master.hydra.mode == RunMode.MULTIRUN
             points = _sweep_points(loader, line, master) if sweeps else [line.overrides]
-        except USER_ERRORS as error:
+        except COMPOSING_ERRORS as error:
             raise explain(error, line.overrides) from error
         run_dirs = [_compose_point(loader, line, point)[1] for point in points]
     return None if sweeps else run_dirs[0]
@@ -110,6 +116,8 @@ def check(line: CommandLine) -> pathlib.Path | None:
 @contextlib.contextmanager
 def _loader(line: CommandLine) -> Iterator[ConfigLoader]:
     """Build the loader that Hydra's entry point would build for this command line."""
+    if line.config_path is not None:
+        check_files(pathlib.Path(line.config_path), line.config_name or CONFIG_NAME, line.overrides)
     register_schemas()
     version.setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(
@@ -121,6 +129,7 @@ def _loader(line: CommandLine) -> Iterator[ConfigLoader]:
         folder = pathlib.Path(line.config_dir).resolve()
         if not folder.is_dir():
             raise ConfigError(f"--config-dir={line.config_dir} is no folder: correct the path")
+        check_files(folder, line.config_name or CONFIG_NAME, line.overrides)
         anchor = SearchPathQuery(provider="schema")
         search_path.prepend(provider="command-line", path=f"file://{folder}", anchor=anchor)
     hydra = Hydra.create_main_hydra2(task_name="launcher", config_search_path=search_path)
@@ -165,6 +174,13 @@ def _sweep_points(
                 f"{override.input_line} is no list of values, and Hydra's basic sweeper takes "
                 f"nothing else: give one, such as {key}=1,2,3"
             )
+    for key, values in choices.items():
+        if not values:
+            given = next(text for text in reversed(line.overrides) if text.startswith(key))
+            raise ConfigError(
+                f"{given} stands for 0 values, so that the sweep has no run: give a list or a "
+                f"range of 1 or more, such as {key}=1,2,3"
+            )
     return list(itertools.product(*choices.values()))
 
 
@@ -179,7 +195,7 @@ def _compose_point(
         with open_dict(task):
             del task["hydra"]
         return to_config(task, overrides), run_dir
-    except USER_ERRORS as error:
+    except COMPOSING_ERRORS as error:
         raise explain(error, overrides) from error
 
 
@@ -189,6 +205,9 @@ def _prepare_interpolations(composed: DictConfig) -> pathlib.Path:
         composed.hydra.job.num = 0
         composed.hydra.job.id = "0"
     HydraConfig.instance().set_config(composed)
+    if not composed.hydra.run.dir:
+        raise ConfigError("hydra.run.dir='' names no folder: give one, or . for this one")
+    check_no_secret("hydra.run.dir", composed.hydra.run.dir)
     run_dir = pathlib.Path(composed.hydra.run.dir).absolute()
     with read_write(composed.hydra.runtime), open_dict(composed.hydra.runtime):
         composed.hydra.runtime.output_dir = str(run_dir)
@@ -208,6 +227,7 @@ def to_config(task: DictConfig, overrides: Sequence[str] = ()) -> Config:
         )
     _reject_unknown_keys(task, "", overrides)
     validate(config)
+    check_no_secret("", dataclasses.asdict(config))
     return config
 
 

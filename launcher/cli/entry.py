@@ -72,7 +72,8 @@ def _answer(debug: bool) -> int:
     if line.only_informs:
         return _inform(line)
     run_dir = compose.check(line)
-    missing = () if run_dir is None else missing_folders(run_dir)
+    with storage_errors():
+        missing = () if run_dir is None else missing_folders(run_dir)
     task = _Task(line=line, debug=debug, missing=missing)
     try:
         with storage_errors():  # of making the run's folder, since the task itself raises nothing

@@ -17,6 +17,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    GrammarParseError,
+    InterpolationResolutionError,
     MissingMandatoryValue,
     OmegaConfBaseException,
     ValidationError,
@@ -25,8 +27,11 @@ from omegaconf.errors import (
 from launcher.config import SCHEMAS, Config
 from launcher.errors import ConfigError
 
-# What reading and composing raises for a user's mistakes; ValueError for those in Hydra's flags.
-USER_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
+# What reading and composing raises for a user's mistakes; ValueError for those in Hydra's flags,
+# RecursionError for brackets in brackets in brackets, OverflowError for an integer that no float holds.
+USER_ERRORS = (
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OverflowError,
+)  # fmt: skip
 
 # Keys and options that the interface has and this version has not.
 LATER_KEYS = ("checkpoint", "resume", "resume_weights_only", "replan")
@@ -48,6 +53,11 @@ _SPECIAL = {
     "plan.why_not": "a list of forced choices such as '[{pp: 1}, {num_microbatches: 8}]'",
 }
 _EXAMPLES = {"model.target": "model.target=my_package.my_module:build, a function that builds it"}
+
+_LONG_OVERRIDE = 200
+
+# What OmegaConf leaves in a message where it cannot show the value.
+_PLACEHOLDERS = re.compile(r"'\$VALUE(_TYPE)?'")
 
 # What a message of Hydra's says -> how we say it.
 _FREQUENT = {
@@ -71,16 +81,19 @@ def explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
 def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     # Hydra raises its own error from OmegaConf's, and sometimes forgets to say "from".
     cause = error.__cause__ or error.__context__
-    precise = cause if isinstance(cause, OmegaConfBaseException) else error
+    own = isinstance(error, InterpolationResolutionError)  # knows its key, its cause does not
+    precise = cause if isinstance(cause, OmegaConfBaseException) and not own else error
     match precise:
         case OverrideParseException():
             return _unreadable(precise)
         case MissingConfigException(options=[_, *_]):
-            return _unknown_option(precise)
+            return _unknown_option(precise, overrides)
         case ConfigAttributeError() | ConfigKeyError() if precise.full_key:
             return unknown_key(precise.full_key, precise.object_type, overrides)
         case MissingMandatoryValue() if precise.full_key:
             return _missing(precise.full_key)
+        case InterpolationResolutionError() | GrammarParseError():
+            return _unresolved(precise, overrides)
         case ValidationError() if precise.full_key:
             return _wrong_type(precise, overrides)
     return _folded(precise, overrides)
@@ -176,9 +189,18 @@ def _unreadable(error: OverrideParseException) -> str:
     )
 
 
-def _unknown_option(error: MissingConfigException) -> str:
-    group, _, option = error.missing_cfg_file.rpartition("/")
-    given, options = f"{group}={option}", list(error.options)
+def _config_of(override: str) -> str:
+    """The file that an override chooses, as Hydra names it."""
+    return override.lstrip("+").replace("=", "/", 1)
+
+
+def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    file, options = error.missing_cfg_file, list(error.options)
+    given = next((text for text in overrides if _config_of(text) == file), None)
+    if given is None:  # named in a YAML file
+        given = "=".join(file.rsplit("/", 1))
+    given = given.lstrip("+")
+    group, _, option = given.partition("=")
     if error.missing_cfg_file in LATER_OPTIONS:
         return f"{given} is not in this version yet: take one of {', '.join(options)}"
     near = difflib.get_close_matches(option, options, n=1)
@@ -227,13 +249,38 @@ def _annotation(error: ValidationError) -> typing.Any:
     return known.get(name, typing.Any)
 
 
+def _unresolved(error: OmegaConfBaseException, overrides: Sequence[str]) -> str:
+    """Say which value refers to something that is not there, or to itself."""
+    reason = _PLACEHOLDERS.sub("its value", str(error).splitlines()[0])
+    given = _given(error.full_key, overrides) if error.full_key else None
+    if given is None:
+        given = next((text for text in overrides if "${" in text), error.full_key or "a value")
+    return (
+        f"{given} cannot be resolved ({reason}): correct the name in ${{...}}, or write the value"
+    )
+
+
 def _folded(error: Exception, overrides: Sequence[str]) -> str:
     """Fold a message into one line; Hydra's frequent ones have a sentence of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "recursion depth" in text:
+        longest = max(overrides, key=len, default="")
+        if len(longest) > _LONG_OVERRIDE:
+            return f"{longest[:60]}... has too many brackets inside one another: write fewer"
+        return (
+            f"a config includes itself, or has too many brackets inside one another (command line: "
+            f"{' '.join(overrides) or 'no overrides'}): look at its defaults list"
+        )
     named = re.search(r"'(\S+)'|full_key: (\S+)", text)
     given = _given((named[1] or named[2]).partition("=")[0], overrides) if named else None
+    mixed = re.search(r"\b(\w+)Config is not a subclass of (\w+)Config", text)
+    if mixed:
+        return (
+            f"{mixed[1].lower()} and {mixed[2].lower()} are options of one group, of which a run has "
+            f"one: choose one of them (command line: {' '.join(overrides)})"
+        )
     for sign, sentence in _FREQUENT.items():
         if given is not None and sign in text:
             bare = given.lstrip("+~")
             return sentence.format(given=given, bare=bare, key=bare.partition("=")[0])
-    return f"{text} (command line: {' '.join(overrides) or 'no overrides'})"
+    return f"{text} (command line: {' '.join(overrides) or 'no overrides'}): correct it there"

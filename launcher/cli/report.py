@@ -10,11 +10,41 @@ import traceback
 from collections.abc import Callable
 
 from launcher.errors import LauncherError, StoppedBySignal, StorageError
+from launcher.secrets import redacted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises, instead of printing and exiting with 1
 BUG_STATUS = 1
 INTERRUPTED_STATUS = 130
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+
+
+# A line is to be read: a value that goes on for longer shows its begin and its end.
+_LONGEST_WORD, _LONGEST_LINE = 240, 960
+_SHOWN_BEGIN, _SHOWN_END = 2 / 3, 1 / 6
+
+
+def one_line(text: str) -> str:
+    """Make a message one line of a readable length, whatever its values hold.
+
+    Control characters, and those that turn the direction of writing, are shown by their code.
+    """
+    words = (_shortened(word, _LONGEST_WORD) for word in map(_printable, redacted(text).split()))
+    return _shortened(" ".join(words), _LONGEST_LINE)
+
+
+def _printable(word: str) -> str:
+    if word.isprintable():
+        return word
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in word
+    )
+
+
+def _shortened(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    begin, end = text[: int(_SHOWN_BEGIN * longest)], text[-int(_SHOWN_END * longest) :]
+    return f"{begin}...({len(text) - len(begin) - len(end)} more characters)...{end}"
 
 
 def exit_status_of(
@@ -48,13 +78,13 @@ def exit_status_of(
 
 def _fail(error: LauncherError, *, debug: bool) -> int:
     if debug:
-        traceback.print_exception(error)
-    sys.stderr.write(f"launcher: {' '.join(str(error).split())}\n")
+        sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+    sys.stderr.write(f"launcher: {one_line(str(error))}\n")
     return error.exit_status
 
 
 def _fail_with_bug(log_file: str | None) -> int:
-    traceback.print_exc()
+    sys.stderr.write(redacted(traceback.format_exc()))
     attachment = f", with the lines above and {log_file}" if log_file else ", with the lines above"
     sys.stderr.write(f"launcher: this is a bug of ours: please report it{attachment}\n")
     return BUG_STATUS

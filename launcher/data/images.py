@@ -26,6 +26,7 @@ from launcher.data.dataset import (
 from launcher.data.order import sample_indices
 from launcher.errors import ConfigError
 from launcher.models.model import Model
+from launcher.regular_file import open_regular
 
 _SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _LARGEST_PIXEL = 255.0
@@ -82,6 +83,8 @@ def build_images(config: ImagesDataConfig, model: Model, seed: int) -> Dataset:
     classes = find_classes(config.path)
     check_num_classes("images", len(classes), model)
     train, valid = _split(classes, config.valid_fraction)
+    for files in classes:  # what none can read is said before planning, the rest when it is met
+        _decode(files[0], shape)
     return ImageFolder(
         name=f"{config.path}, {len(classes)} classes: {len(train):,} images to train on, "
         f"{len(valid):,} held out",
@@ -127,9 +130,10 @@ def find_classes(path: str | None) -> tuple[tuple[Path, ...], ...]:
             "data=images reads a folder, and data.path=null: give data.path=<a folder with a "
             "folder of images per class>"
         )
-    root = Path(path).expanduser()
-    folders = sorted(_visible(root)) if root.is_dir() else ()
-    folders = tuple(entry for entry in folders if entry.is_dir())
+    try:
+        folders = _folders(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a ~user who is not known
+        raise ConfigError(f"cannot look up data.path={path} ({error}): correct it") from error
     if not folders:
         raise ConfigError(
             f"data.path={path} is no folder with a folder of images per class: correct data.path"
@@ -142,6 +146,11 @@ def find_classes(path: str | None) -> tuple[tuple[Path, ...], ...]:
                 f"fill it or remove it"
             )
     return classes
+
+
+def _folders(root: Path) -> tuple[Path, ...]:
+    entries = sorted(_visible(root)) if root.is_dir() else ()
+    return tuple(entry for entry in entries if entry.is_dir())
 
 
 def _image_files(folder: Path) -> tuple[Path, ...]:
@@ -174,7 +183,7 @@ def _decode(path: Path, shape: ImageShape) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as file:
+        with open_regular(path) as bytes_of_file, Image.open(bytes_of_file) as file:
             upright = ImageOps.exif_transpose(file).convert(_MODES[shape.channels])
         image = ImageOps.fit(upright, (shape.width, shape.height), Image.Resampling.BICUBIC)
     # Pillow reports damaged files as any of these, by format.

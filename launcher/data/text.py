@@ -7,6 +7,7 @@ what a glob finds, in the order of their paths.
 
 import glob
 import logging
+import os
 from pathlib import Path
 
 from launcher.config import TextDataConfig
@@ -15,9 +16,12 @@ from launcher.data.tokenizer import NUM_BYTES, ByteTokenizer, Tokenizer, train_b
 from launcher.data.windows import TokenWindows, cut_windows, window_length
 from launcher.errors import ConfigError
 from launcher.models.model import Model
+from launcher.regular_file import open_regular
 
 # Between two texts: a blank line, as between two paragraphs.
 SEPARATOR = "\n\n"
+
+_COPIES = 4
 
 # About a minute of training and encoding on two cores: from here on we name the better way.
 _LONG_BPE_CHARACTERS = 50_000_000
@@ -60,20 +64,25 @@ def own_english() -> str:
 
 def find_files(path: str, key: str = "data.path") -> tuple[Path, ...]:
     """Find the files of a path: itself, all in the folder but hidden ones, or what it globs."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return (place,)
-    if place.is_dir():
-        found = sorted(entry for entry in place.rglob("*") if _is_visible_file(entry, place))
-    else:
-        found = sorted(map(Path, glob.glob(str(place), recursive=True)))
-        found = [entry for entry in found if entry.is_file()]
+    try:
+        found = _found(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a ~user who is not known
+        raise ConfigError(f"cannot look up {key}={path} ({error}): correct the path") from error
     if not found:
         raise ConfigError(
             f"{key}={path} is no file, no folder with files and no glob that finds any, seen from "
             f"{Path.cwd()}: correct the path"
         )
     return tuple(found)
+
+
+def _found(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        return sorted(entry for entry in place.rglob("*") if _is_visible_file(entry, place))
+    found = sorted(map(Path, glob.glob(str(place), recursive=True)))
+    return [entry for entry in found if entry.is_file()]
 
 
 def read_files(paths: tuple[Path, ...]) -> str:
@@ -84,7 +93,9 @@ def read_files(paths: tuple[Path, ...]) -> str:
 def read_file(path: Path, key: str = "data.path") -> str:
     """Read one UTF-8 file with its line ends as they are."""
     try:
-        return path.read_bytes().decode()
+        with open_regular(path) as file:
+            _check_size(path, os.fstat(file.fileno()).st_size, key)
+            return file.read().decode()
     except OSError as error:
         raise ConfigError(
             f"cannot read the text file {path}: {error.strerror}: correct {key}"
@@ -95,6 +106,17 @@ def read_file(path: Path, key: str = "data.path") -> str:
             f"0x{error.object[error.start]:02x}: convert it, or leave it out with a glob such as "
             f"{key}='folder/**/*.txt'"
         ) from error
+
+
+def _check_size(path: Path, num_bytes: int, key: str) -> None:
+    """A text is held as bytes, as characters and as ids at the same time."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory_bytes // _COPIES:
+        raise ConfigError(
+            f"the text file {path} has {num_bytes} bytes, and this machine's memory of {memory_bytes} "
+            f"takes texts of {memory_bytes // _COPIES}: cut it into files, convert them with `python -m "
+            f"launcher.data.convert`, and take data=tokens (or correct {key})"
+        )
 
 
 def _tokenizer(config: TextDataConfig, model: Model, text: str) -> Tokenizer:

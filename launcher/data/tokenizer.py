@@ -16,6 +16,7 @@ import numpy as np
 
 from launcher.data.dataset import missing_package
 from launcher.errors import ConfigError, StorageError
+from launcher.regular_file import open_regular
 
 if TYPE_CHECKING:
     import tokenizers
@@ -105,7 +106,8 @@ def load_tokenizer(path: Path) -> BpeTokenizer:
     """Read a tokenizer.json, ours or anyone's."""
     tokenizers = _package()
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            backend = tokenizers.Tokenizer.from_str(file.read().decode())
     except OSError as error:
         raise ConfigError(
             f"cannot read the tokenizer {path}: {error.strerror}: give bytes, bpe or its path"

@@ -12,10 +12,11 @@
 
 A file that is cut short, was damaged in its header, or is something else is refused when it is
 opened. The ids have no checksum (it would mean reading a terabyte before the first step); one that
-lies beyond the vocabulary is found when a batch reads it.
+lies beyond the vocabulary is found at once among the first 67 million, else when a batch reads it.
 """
 
 import contextlib
+import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -30,11 +31,14 @@ from launcher.data.tokenizer import id_dtype
 from launcher.data.windows import TokenWindows, cut_windows, window_length
 from launcher.errors import ConfigError, StorageError
 from launcher.models.model import Model
+from launcher.regular_file import open_regular
 
 MAGIC = b"LAUNCHTK"
 VERSION = 1
 HEADER_BYTES = 64
 LARGEST_VOCAB_SIZE = 2**32
+# So many are looked at when the file is opened, in less than a second.
+_CHECKED_IDS = 2**26
 
 _FIELDS = struct.Struct("<8sIIQQ28x")
 _CHECKSUM = struct.Struct("<I")
@@ -67,7 +71,7 @@ def build_tokens(config: TokensDataConfig, model: Model, seed: int) -> Dataset:
         )
     source = f"data.path={file.path}"
     train, valid = cut_windows(file.ids, length, config.valid_fraction, source)
-    return TokenWindows(
+    windows = TokenWindows(
         name=f"{file.path}, {len(file.ids):,} tokens of {file.vocab_size}: {len(train):,} windows "
         f"of {length} to train on, {len(valid):,} held out",
         source=source,
@@ -77,13 +81,15 @@ def build_tokens(config: TokensDataConfig, model: Model, seed: int) -> Dataset:
         train=train,
         valid=valid,
     )
+    windows.check_ids(file.ids[:_CHECKED_IDS])
+    return windows
 
 
 def open_tokens(path: Path) -> TokenFile:
     """Check a token file's header against the file, and map its ids."""
     try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
             header = stream.read(HEADER_BYTES)
     except OSError as error:
         raise ConfigError(
@@ -150,9 +156,15 @@ def _read_header(path: Path, header: bytes) -> tuple[int, int, int]:
             f"convert it again"
         )
     actual = zlib.crc32(header[: _FIELDS.size])
-    if checksum != actual or id_bytes not in _ID_BYTES:
+    if checksum != actual:
         raise ConfigError(
             f"the header of the token file {path} is damaged: its checksum is {actual:#010x} and "
             f"should be {checksum:#010x}: copy or convert it again"
+        )
+    if id_bytes not in _ID_BYTES or not 0 < vocab_size <= LARGEST_VOCAB_SIZE:
+        raise ConfigError(
+            f"the header of the token file {path} has {id_bytes} bytes per id and a vocabulary of "
+            f"{vocab_size}, and there are 1, 2 or 4 bytes and 1 to {LARGEST_VOCAB_SIZE} tokens: convert "
+            f"it again"
         )
     return id_bytes, num_ids, vocab_size

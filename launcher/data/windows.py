@@ -33,12 +33,15 @@ class TokenWindows(Dataset):
     def batch(self, step: int, batch_size: int, split: str = "train") -> dict[str, np.ndarray]:
         windows = {"train": self.train, "valid": self.valid}[split]
         rows = windows[sample_indices(self.seed, split, step, batch_size, len(windows))]
-        self._check_ids(rows)
+        self.check_ids(rows)
         parts = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
         return {name: parts[name].astype(dtype) for name, dtype in self.dtypes.items()}
 
-    def _check_ids(self, rows: np.ndarray) -> None:
-        # Looking up a token beyond the table is no error in JAX: it would train on rubbish.
+    def check_ids(self, rows: np.ndarray) -> None:
+        """Raise `ConfigError` if a token is beyond the vocabulary.
+
+        Looking it up is no error in JAX: it would train on rubbish.
+        """
         largest = int(rows.max())
         if largest >= self.vocab_size:
             raise ConfigError(

@@ -80,7 +80,7 @@ def _load(target: str) -> Build:
         )
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
+    except (Exception, SystemExit) as error:  # whatever the user's module does
         raise ConfigError(
             f"{module_name} cannot be imported: {_one_line(error)} (model.target={target}): "
             f"install it, or put its folder on PYTHONPATH"
@@ -213,7 +213,7 @@ def _blaming(config: CustomConfig, doing: str) -> Iterator[None]:
         yield
     except LauncherError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{doing} failed: {_one_line(error)} (model.target={config.target} "
             f"model.args={config.args}): correct it; debug=true shows where"
@@ -230,6 +230,6 @@ def _kind(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     first, *_ = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}"

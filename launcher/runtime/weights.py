@@ -29,6 +29,7 @@ from launcher.autopar.plan import Plan
 from launcher.autopar.trace import Input, Role
 from launcher.errors import ConfigError
 from launcher.models.model import Model
+from launcher.regular_file import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ METADATA = "__metadata__"
 _LENGTH = struct.Struct("<Q")
 # What the format allows; anything longer is no header.
 _LONGEST_HEADER_BYTES = 100_000_000
+_STEP_DIGITS = 16
+_MOST_DIMS, _LARGEST = 32, 2**63 - 1
 # Loaders map the file, and want aligned data.
 _ALIGNMENT = 8
 
@@ -132,7 +135,7 @@ class WeightsFile:
     def step(self) -> int:
         """After how many steps the weights were written; 0 where the file does not say."""
         step = self.metadata.get("step", "")
-        return int(step) if step.isdecimal() else 0
+        return int(step) if step.isdecimal() and len(step) < _STEP_DIGITS else 0
 
     def values(self, model: Model) -> Iterator[tuple[Input, np.ndarray]]:
         """Yield every parameter and state variable of a model that the file was checked for."""
@@ -153,8 +156,8 @@ class WeightsFile:
 def open_weights(path: Path, model: Model) -> WeightsFile:
     """Check that a file is whole and has exactly the tensors of a model."""
     try:
-        with path.open("rb") as file:
-            found = _read_header(path, file, path.stat().st_size)
+        with open_regular(path) as file:
+            found = _read_header(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise ConfigError(
             f"cannot read model.weights={path}: {error.strerror}: give a safetensors file, such as "
@@ -177,11 +180,14 @@ def _read_header(path: Path, file: BinaryIO, file_bytes: int) -> WeightsFile:
     if length > min(_LONGEST_HEADER_BYTES, file_bytes - _LENGTH.size):
         raise _no_file(path, f"its {file_bytes} bytes do not hold the header that it begins with")
     try:
-        header = json.loads(file.read(length))
-        metadata = dict(header.pop(METADATA, {}))
+        header = _object(json.loads(file.read(length)))
+        metadata = {name: str(text) for name, text in _object(header.pop(METADATA, {})).items()}
         entries = {name: _entry(fields) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _no_file(path, f"its header cannot be understood ({error})") from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        reason = (
+            f"it lacks or cannot have {error}" if isinstance(error, KeyError) else str(error)[:200]
+        )
+        raise _no_file(path, f"its header cannot be understood ({reason})") from error
     data_begin = _LENGTH.size + length
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
@@ -194,9 +200,28 @@ def _read_header(path: Path, file: BinaryIO, file_bytes: int) -> WeightsFile:
     return WeightsFile(path, entries, metadata, data_begin)
 
 
-def _entry(fields: Mapping) -> Entry:
-    begin, end = map(int, fields["data_offsets"])
-    return Entry(DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])), begin, end)
+def _object(value: object) -> dict:
+    if not isinstance(value, dict):
+        raise TypeError(f"a {type(value).__name__} stands where an object should")
+    return value
+
+
+def _entry(fields: object) -> Entry:
+    known = _object(fields)
+    begin, end = _naturals(known["data_offsets"])
+    return Entry(DTYPES[known["dtype"]], tuple(_naturals(known["shape"])), begin, end)
+
+
+def _naturals(values: object) -> list[int]:
+    """Whole numbers that can be sizes and places; a product of such is an exact integer."""
+    if not isinstance(values, list) or len(values) > _MOST_DIMS:
+        raise TypeError(
+            f"a {type(values).__name__} stands where at most {_MOST_DIMS} numbers should"
+        )
+    for value in values:
+        if type(value) is not int or not 0 <= value <= _LARGEST:
+            raise ValueError(f"{str(value)[:20]} is no size and no place in the file")
+    return values
 
 
 def _no_file(path: Path, why: str) -> ConfigError:

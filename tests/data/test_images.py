@@ -93,11 +93,14 @@ def test_any_kind_of_picture_has_the_models_channels(
 
 
 def test_a_damaged_image_is_named(folder: Path, image_model: Callable) -> None:
+    message = r"cannot read the image .*\.png: .*: repair it, or rem"
+    dataset = data.build(_config(folder), image_model((4, 4, 3)), 0)
     for file in folder.glob("*/*.png"):
         file.write_bytes(file.read_bytes()[:50])
-    dataset = data.build(_config(folder), image_model((4, 4, 3)), 0)
-    with pytest.raises(ConfigError, match=r"cannot read the image .*\.png: .*: repair it, or rem"):
+    with pytest.raises(ConfigError, match=message):
         dataset.batch(0, 2)
+    with pytest.raises(ConfigError, match=message):  # the first of each class is looked at
+        data.build(_config(folder), image_model((4, 4, 3)), 0)
 
 
 @pytest.mark.parametrize("name", ["missing", "ant"])

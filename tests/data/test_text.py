@@ -147,10 +147,10 @@ def test_a_path_that_gives_no_file_is_refused(
 
 
 def test_an_unreadable_file_is_named(english_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(text, "open_regular", refuse)
     with pytest.raises(ConfigError, match=r"cannot read .*english\.txt: Permission denied: "):
         read_file(english_file)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from launcher import data
 from launcher.config import TokensDataConfig
+from launcher.data import tokens
 from launcher.data.tokens import HEADER_BYTES, open_tokens, write_tokens
 from launcher.errors import ConfigError, StorageError
 
@@ -103,7 +104,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     [
         (_header()[:20], "ends after 20 bytes, inside its header of 64"),
         (_header(version=2), "has version 2, and this launcher reads 1"),
-        (_header(id_bytes=8), "the header of the token file .* is damaged"),
+        (_header(id_bytes=8), "has 8 bytes per id and a vocabulary of .*: convert it again"),
         (_header(count=5), "has 64 bytes, and its header promises 69"),
         (_header()[:-1] + b"!", "is damaged: its checksum is 0x.* and should be 0x21"),
     ],
@@ -158,11 +159,21 @@ def test_a_file_for_a_larger_vocabulary_is_refused(
         data.build(TokensDataConfig(path=str(path)), language_model(vocab_size=256), 0)
 
 
-def test_a_damaged_id_is_refused_when_it_is_read(tmp_path: Path, language_model: Callable) -> None:
+def test_a_damaged_id_is_refused(
+    tmp_path: Path, language_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "ids.tokens"
     write_tokens(path, (np.full(200, 999),), 300)
-    dataset = data.build(TokensDataConfig(path=str(path)), language_model(vocab_size=300), 0)
-    with pytest.raises(ConfigError, match=r"ids\.tokens holds the token 999, and its .* of 300"):
+    config, message = (
+        TokensDataConfig(path=str(path)),
+        r"ids\.tokens holds the token 999, and .* of 300",
+    )
+    with pytest.raises(ConfigError, match=message):
+        data.build(config, language_model(vocab_size=300), 0)
+    monkeypatch.setattr(tokens, "_CHECKED_IDS", 1)  # as in a file too large to look at all of it
+    path.write_bytes(path.read_bytes()[:64] + struct.pack("<200H", 5, *[999] * 199))
+    dataset = data.build(config, language_model(vocab_size=300), 0)
+    with pytest.raises(ConfigError, match=message):
         dataset.batch(0, 1)
 
 

@@ -8,6 +8,7 @@ A node is live from its interval's first point up to, not including, its last. A
 row-major over the strategies of its two nodes. Costs of 1e18 and above forbid.
 """
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -21,16 +22,25 @@ from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.solver.live_memory import Memory
 from launcher.autopar.solver.problem import PairwiseProblem
 from launcher.errors import ConfigError, StorageError
+from launcher.regular_file import open_regular
 
 FORBIDDEN = 1e18
+LARGEST_BYTES = 2**30  # unpacked: a small file may hold very much
 
 
 def read_problem(path: Path) -> PairwiseProblem:
     """Read a problem, plain or gzipped; what is not one is a `ConfigError` that names the place."""
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            data = json.loads(file.read())
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(open_regular(path))
+            if path.suffix == ".gz":
+                file = opened.enter_context(gzip.open(file, "rb"))
+            text = file.read(LARGEST_BYTES + 1)
+        if len(text) > LARGEST_BYTES:
+            raise ConfigError(
+                f"{path} holds more than {LARGEST_BYTES} bytes of JSON: give a contest problem"
+            )
+        data = json.loads(text)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path} ({error.strerror or error}): give the path of a contest problem"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from launcher.autopar.solve import main
-from launcher.autopar.solver import solve
+from launcher.autopar.solver import contest, solve
 from launcher.autopar.solver.contest import read_problem
 from launcher.autopar.solver.problem import brute_force
+from launcher.errors import ConfigError
 
 EXAMPLE = {
     "name": "example",
@@ -188,3 +189,10 @@ def test_contest_problems_are_solved_to_the_known_optimum(name, optimum):
     solution = solve(problem, time_limit_s=60)
     assert (solution.cost, solution.is_proven) == (optimum, True)
     assert problem.fits(solution.choice)
+
+
+def test_a_small_file_that_unpacks_to_very_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(contest, "LARGEST_BYTES", 1000)
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(bytes(10**6)))
+    with pytest.raises(ConfigError, match=r"x\.json\.gz holds more than 1000 bytes of JSON: give"):
+        read_problem(tmp_path / "x.json.gz")
