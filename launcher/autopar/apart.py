@@ -36,7 +36,7 @@ class Turns:
         """Run a function as a call that XLA does not inline; what it closes over are operands."""
 
         def in_turn(turn: jax.Array):
-            return turn + 1, function()
+            return turn + 1, _read_by(turn, function())
 
         turn = jnp.zeros((), jnp.int32) if self._turn is None else self._turn
         for result in self.ledger.take_results():
@@ -47,6 +47,16 @@ class Turns:
         return made
 
 
+def _read_by(turn: jax.Array, made):
+    """The same arrays, of which one cannot be had without the turn, whatever a compiler leaves out."""
+    leaves, structure = jax.tree.flatten(made)
+    sizes = {leaf.size: index for index, leaf in enumerate(leaves) if leaf.size}
+    if sizes:
+        least = sizes[min(sizes)]
+        leaves[least] = jnp.where(turn < 0, jnp.zeros_like(leaves[least]), leaves[least])
+    return jax.tree.unflatten(structure, leaves)
+
+
 def _any_element(array: jax.Array) -> jax.Array:
-    """A number that is there when the array is; which one does not matter."""
-    return array[(0,) * array.ndim].astype(jnp.int32)
+    """0 or 1, by a number that is there when the array is; which one does not matter."""
+    return jnp.clip(array[(0,) * array.ndim].astype(jnp.int32), 0, 1)
