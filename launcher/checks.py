@@ -1,4 +1,4 @@
-"""What the fields of a config may hold, and which contradict one another.
+"""Which fields of a config contradict one another; what each may hold by itself says `values`.
 
 Only what the config alone can tell: whether a size exists, or a degree divides a cluster's
 devices, is checked where those are known. Every message names the key and its value, and says
@@ -6,78 +6,11 @@ what to do.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 
 from launcher.config import SCHEMAS, Config, CustomConfig, GptConfig, MoeConfig, ParallelConfig
 from launcher.errors import ConfigError
-
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "mode": ("train", "plan", "eval", "profile"),
-    "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
-    "model.attention": ("auto", "plain", "cudnn"),
-    "model.second_expert": ("always", "random"),
-    "parallel.name": ("single", "data", "zero", "manual", "auto", "from_file"),
-    "parallel.recompute": ("none", "layer", "full"),
-    "parallel.schedule": ("gpipe", "1f1b", "interleaved", "zb_h1"),
-    "data.tokenizer": ("bytes", "bpe"),
-    "optimizer.decay": ("constant", "cosine", "linear"),
-    "logger.name": ("wandb", "jsonl"),
-    "runtime.name": ("auto", "local", "emulate"),
-}
-
-# Values that the interface has and this version has not.
-LATER: Mapping[str, tuple[str, ...]] = {
-    "mode": ("submit",),
-}
-
-# The smallest value, and the first that is too large.
-COUNTS, AMOUNTS, SHARES = (1, math.inf), (0, math.inf), (0, 1)
-RANGES: Mapping[str, tuple[float, float]] = {
-    "seed": (0, 2**63),
-    "model.hidden": COUNTS,
-    "model.layers": COUNTS,
-    "model.heads": COUNTS,
-    "model.seq_len": COUNTS,
-    "model.vocab_size": COUNTS,
-    "model.dropout": SHARES,
-    "model.loss_chunks": COUNTS,
-    "model.experts": COUNTS,
-    "model.expert_group_size": COUNTS,
-    "model.mlp_factor": COUNTS,
-    "model.aux_loss_weight": AMOUNTS,
-    "model.depth": COUNTS,
-    "model.base_channels": COUNTS,
-    "model.width_factor": COUNTS,
-    "model.image_size": COUNTS,
-    "model.num_classes": COUNTS,
-    "cluster.hosts": COUNTS,
-    "cluster.devices_per_host": COUNTS,
-    "parallel.num_microbatches": COUNTS,
-    "parallel.dp": COUNTS,
-    "parallel.tp": COUNTS,
-    "parallel.pp": COUNTS,
-    "parallel.ep": COUNTS,
-    "parallel.zero": (0, 4),
-    "parallel.virtual_stages": COUNTS,
-    "data.valid_fraction": SHARES,
-    "optimizer.learning_rate": AMOUNTS,
-    "optimizer.warmup_steps": AMOUNTS,
-    "optimizer.clip_norm": AMOUNTS,
-    "optimizer.weight_decay": AMOUNTS,
-    "optimizer.beta1": SHARES,
-    "optimizer.beta2": SHARES,
-    "optimizer.eps": AMOUNTS,
-    "optimizer.momentum": SHARES,
-    "train.steps": COUNTS,
-    "train.global_batch": COUNTS,
-    "train.tokens": COUNTS,
-    "train.eval_every": AMOUNTS,
-    "train.eval_batches": AMOUNTS,
-    "train.sample_tokens": AMOUNTS,
-    "train.sample_temperature": AMOUNTS,
-    "train.sample_top_k": AMOUNTS,
-}
+from launcher.values import check_value
 
 # What each kind of parallelism allows: key -> the values beside null that do not contradict it.
 _ONE, _NO_ZERO = (1,), (0,)
@@ -103,7 +36,7 @@ def validate(config: Config) -> None:
     """Raise `ConfigError` for the first value that cannot be, or that contradicts another."""
     _check_names(config)
     for key, value in _flat("", dataclasses.asdict(config)):
-        _check_value(key, value)
+        check_value(key, value)
     _check_parallel(config.parallel)
     for index, entry in enumerate(config.plan.why_not):
         _check_forced(f"plan.why_not[{index}]", entry, config.parallel)
@@ -112,6 +45,7 @@ def validate(config: Config) -> None:
     _check_watched(config)
     _check_end(config)
     _check_profile(config)
+    _check_resume(config)
 
 
 def _check_names(config: Config) -> None:
@@ -132,39 +66,6 @@ def _flat(prefix: str, tree: Mapping[str, object]) -> Iterator[tuple[str, object
             yield from _flat(f"{prefix}{name}.", value)
         else:
             yield f"{prefix}{name}", value
-
-
-def _check_value(key: str, value: object) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}={value} is not a finite number: give one")
-    if key in CHOICES and value is not None:
-        _check_choice(key, value)
-    if key in RANGES and isinstance(value, int | float):
-        _check_range(key, value)
-
-
-def _check_choice(key: str, value: object) -> None:
-    if value in LATER.get(key, ()):
-        raise ConfigError(
-            f"{key}={value} is not in this version yet: take {key}={' or '.join(CHOICES[key])}"
-        )
-    if value not in CHOICES[key]:
-        raise ConfigError(f"{key}={value} is unknown: take {key}={' or '.join(CHOICES[key])}")
-
-
-def _check_range(key: str, value: float) -> None:
-    smallest, too_large = RANGES[key]
-    if value < smallest:
-        raise ConfigError(f"{key}={value} is less than {smallest}: give {key}={smallest} or more")
-    if value >= too_large and isinstance(value, int):
-        raise ConfigError(
-            f"{key}={value} is more than {too_large - 1}: give {smallest} to {too_large - 1}"
-        )
-    if value >= too_large:
-        raise ConfigError(
-            f"{key}={value} is not less than {too_large}: "
-            f"give at least {smallest} and less than {too_large}"
-        )
 
 
 def _check_parallel(parallel: ParallelConfig) -> None:
@@ -273,7 +174,7 @@ def _check_forced(place: str, entry: object, parallel: ParallelConfig) -> None:
             raise ConfigError(f"{place}.{name}={value} is of the wrong type: give {expected}")
     try:
         for name, value in entry.items():
-            _check_value(f"parallel.{name}", value)
+            check_value(f"parallel.{name}", value)
         free = parallel if parallel.name == "auto" else ParallelConfig()
         _check_parallel(dataclasses.replace(free, **entry))
     except ConfigError as error:
@@ -361,6 +262,37 @@ def _check_end(config: Config) -> None:
         raise ConfigError(
             f"train.sample_tokens={config.train.sample_tokens} needs something to go on from, and "
             f"train.sample_prompt is empty: give a text, such as train.sample_prompt='The '"
+        )
+
+
+def _check_resume(config: Config) -> None:
+    """Where a run begins."""
+    given = f"resume={config.resume}"
+    if config.resume == "":
+        raise ConfigError(
+            "resume is empty: give resume=auto, resume=none, or the path of a checkpoint or a run"
+        )
+    computes = config.mode in ("train", "eval")
+    for key, is_set in (
+        (given, config.resume not in ("auto", "none")),
+        ("resume_weights_only=true", config.resume_weights_only),
+        ("replan=true", config.replan),
+    ):
+        if is_set and not computes:
+            raise ConfigError(
+                f"{key} contradicts mode={config.mode}, which resumes nothing: leave it out, or take "
+                f"mode=train"
+            )
+    if config.resume == "none" and config.resume_weights_only:
+        raise ConfigError(
+            "resume_weights_only=true contradicts resume=none: give resume=PATH, of the checkpoint or "
+            "the run whose weights to take"
+        )
+    if config.model.weights is not None and (config.resume != "auto" or config.resume_weights_only):
+        raise ConfigError(
+            f"model.weights={config.model.weights} contradicts {given}"
+            f"{' resume_weights_only=true' if config.resume_weights_only else ''}: the weights are those "
+            f"of one or the other: leave one out"
         )
 
 

@@ -37,12 +37,12 @@ from launcher.autopar.wording import aligned, count, percent, seconds
 from launcher.bench import gpu_steps
 from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
-from launcher.checks import CHOICES
 from launcher.errors import ClusterError
 from launcher.main import make_meter
 from launcher.models.model import Model
 from launcher.runtime import devices
 from launcher.runtime.metrics import Meter
+from launcher.values import CHOICES
 
 _KEYS = (
     "models", "steps", "batch", "seq_len", "peers", "attention", "loss_chunks", "recompute",
