@@ -204,7 +204,6 @@ MISTAKES = [
     (["mode=profile", "runtime=emulate"], "runtime=emulate contradicts mode=profile"),
     (["profile.name=mine"], "profile.name=mine contradicts mode=train, which measures nothing"),
     (["runtime=ray"], "runtime=ray is not in this version yet"),
-    (["checkpoint.every_steps=5"], "checkpoint.every_steps=5 is not in this version yet"),
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (

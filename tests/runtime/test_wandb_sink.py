@@ -48,6 +48,7 @@ class FakeWandb:
         self.exit_code = None
         self.offline = True
         self.url = "https://wandb.example/run"
+        self.id = "abc123"
         self.summary = SimpleNamespace(update=self._update)
 
     def init(self, **kwargs):
