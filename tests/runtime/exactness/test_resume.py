@@ -4,6 +4,8 @@ Checkpoints go through the disk. Dropout, random routing and BatchNorm are on, s
 statistic would show in the very next loss.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -91,11 +93,25 @@ def both(exact, resumed, model, before: dict, after: dict, **more) -> tuple[list
     return wanted, steps(exact, again, BEFORE, AFTER), (executor, again)
 
 
-@pytest.mark.parametrize("family", ["gpt", "moe", "wrn"])
-@pytest.mark.parametrize("plan", [EIGHT, ZERO_3], ids=["pipeline", "one loop, ZeRO-3"])
-def test_on_the_same_plan_bit_for_bit(exact, resumed, family, plan):
+FAMILIES = "gpt", "moe", "wrn"
+SAME = {"pipeline": EIGHT, "one loop, ZeRO-3": ZERO_3}
+
+
+def quick_and_slow(quick: list, *choices) -> list:
+    """All combinations; those that are not quick have the marker `slow`."""
+    return [
+        pytest.param(*which, marks=() if which in quick else pytest.mark.slow, id=", ".join(which))
+        for which in itertools.product(*choices)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("plan", "family"), quick_and_slow([("one loop, ZeRO-3", "gpt")], SAME, FAMILIES)
+)
+def test_on_the_same_plan_bit_for_bit(exact, resumed, plan, family):
+    given = SAME[plan]
     model = exact.model_of(family, "fp32")
-    wanted, found, executors = both(exact, resumed, model, plan, plan)
+    wanted, found, executors = both(exact, resumed, model, given, given)
     assert found == wanted
     for what in ("params", "state"):
         ours, theirs = (getattr(executor, what)() for executor in executors)
@@ -113,9 +129,10 @@ ACROSS = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt", "moe", "wrn"])
-@pytest.mark.parametrize("case", ACROSS)
-def test_on_another_plan_to_1e_9(exact, resumed, family, case):
+@pytest.mark.parametrize(
+    ("case", "family"), quick_and_slow([("8 to 4 devices", "gpt")], ACROSS, FAMILIES)
+)
+def test_on_another_plan_to_1e_9(exact, resumed, case, family):
     before, after = ACROSS[case]
     wanted, found, _ = both(exact, resumed, exact.model_of(family), before, after)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -133,6 +150,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_comes_back_whole(exact, resumed, name):
     """Also the factors of Adafactor, which are no tensors of a parameter's shape, and step counts."""
@@ -159,6 +177,7 @@ def test_nothing_changes_on_the_way(exact, resumed):
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.slow
 def test_the_loss_scale_goes_on(exact, resumed):
     scaling = LossScaling(scale=2.0**8, dynamic=True, growth_steps=2)
     model = exact.model_of("gpt")
