@@ -38,8 +38,8 @@ from launcher.bench import gpu_steps
 from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
 from launcher.errors import ClusterError
-from launcher.main import make_meter
 from launcher.models.model import Model
+from launcher.outputs import make_meter
 from launcher.runtime import devices
 from launcher.runtime.metrics import Meter
 from launcher.values import CHOICES

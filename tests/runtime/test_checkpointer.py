@@ -53,7 +53,12 @@ def settings(**changes) -> SaveSettings:
 def make(store, clock=None, first_step=0, value=None, **changes) -> Checkpointer:
     value = value or {"x": jnp.float32(1.0)}
     return Checkpointer(
-        store, settings(**changes), RUN, lambda: value, first_step=first_step, clock=clock or Clock()
+        store,
+        settings(**changes),
+        RUN,
+        lambda: value,
+        first_step=first_step,
+        clock=clock or Clock(),
     )
 
 
