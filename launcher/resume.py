@@ -226,10 +226,15 @@ def make_checkpoints(
     asked = config.checkpoint
     if not asked.writes:
         return NoCheckpoints()
+    model_entry = ModelEntry(
+        name=model.name,
+        size=model.size,
+        dtype=model.dtype,
+        fingerprint=model.fingerprint,
+        overrides=dict(model.overrides),
+    )
     run = RunEntry(
-        model=ModelEntry(
-            name=model.name, size=model.size, dtype=model.dtype, fingerprint=model.fingerprint
-        ),
+        model=model_entry,
         seed=config.seed,
         dataset=dataset_name,
         global_batch=plan.global_batch,

@@ -5,8 +5,8 @@ where there are no others), and its metrics.jsonl tells. For each checkpoint aft
 
     between   seconds between the two
     waited    of them, those for which a step had to wait until the arrays were on the host
-    slowed    by how much the first half of the steps, during which one thread writes and verifies, took longer
-              than the second; emulated devices share the cores with that thread
+    slowed    by how much the first half of the steps, during which one thread writes and verifies, took
+              longer than the second; emulated devices share the cores with that thread
 
 Status 1 if the median share of the last two together is above 5 %.
 

@@ -36,6 +36,7 @@ class ModelEntry:
     size: str
     dtype: str
     fingerprint: str
+    overrides: Mapping[str, Any]  # model.* key -> value, of the size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -141,7 +141,9 @@ def check_arrays(manifest: Manifest, where: str, model: Model, optimizer: Optimi
 def _mismatch(manifest: Manifest, where: str, model: Model, parts: str, names: list[str]) -> str:
     there = manifest.run.model
     is_optimizer = bool(names) and all(name.startswith(f"{OPTIMIZER}/") for name in names)
-    cure = f"give model={there.name} model.size={there.size} and its sizes as they were"
+    keys = [f"model={there.name}", f"model.size={there.size}"]
+    keys += [f"model.{key}={value}" for key, value in there.overrides.items()]
+    cure = f"give {' '.join(keys)}"
     if is_optimizer:
         name = manifest.run.config["optimizer"]["name"]
         cure = f"give optimizer={name}, or take the weights alone with resume_weights_only=true"

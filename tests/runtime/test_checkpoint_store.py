@@ -17,7 +17,7 @@ from launcher.runtime.checkpoint_manifest import Manifest, ModelEntry, Progress,
 from launcher.runtime.checkpoint_store import CheckpointStore, read_checkpoint, read_manifest
 
 RUN = RunEntry(
-    model=ModelEntry(name="gpt", size="tiny", dtype="fp32", fingerprint="f"),
+    model=ModelEntry(name="gpt", size="tiny", dtype="fp32", fingerprint="f", overrides={}),
     seed=3,
     dataset="a text",
     global_batch=8,

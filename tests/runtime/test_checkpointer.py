@@ -13,7 +13,7 @@ from launcher.runtime.checkpointer import Checkpointer, SaveSettings
 from launcher.runtime.training_state import to_host
 
 RUN = RunEntry(
-    model=ModelEntry(name="gpt", size="tiny", dtype="fp32", fingerprint="f"),
+    model=ModelEntry(name="gpt", size="tiny", dtype="fp32", fingerprint="f", overrides={}),
     seed=0, dataset="", global_batch=4, origin=None, config={}, plan="{}",
 )  # fmt: skip
 

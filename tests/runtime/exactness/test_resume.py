@@ -61,7 +61,9 @@ def resumed(exact, tmp_path):
     def resume(executor: LocalExecutor, given: dict, **more) -> LocalExecutor:
         model = executor.model
         run = RunEntry(
-            model=ModelEntry(name=model.name, size=model.size, dtype=model.dtype, fingerprint=""),
+            model=ModelEntry(
+                name=model.name, size=model.size, dtype=model.dtype, fingerprint="", overrides={}
+            ),
             seed=exact.SEED, dataset="", global_batch=exact.BATCH, origin=None, config={}, plan="",
         )  # fmt: skip
         manifest = Manifest(
