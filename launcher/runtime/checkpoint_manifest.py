@@ -29,6 +29,14 @@ class ArrayEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file as it was when its arrays had been read back from it."""
+
+    num_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """Whose arrays they are."""
 
@@ -79,7 +87,7 @@ class Manifest:
         step: how many steps are done.
         samples: how many samples they have read: where the data goes on.
         eval_loss: of the evaluation after this step; None where there was none.
-        file_bytes: the size of each file, by its path in the checkpoint's folder.
+        files: all others, by their path in the checkpoint's folder.
     """
 
     version: int = FORMAT_VERSION
@@ -89,7 +97,7 @@ class Manifest:
     progress: Progress
     run: RunEntry
     arrays: Mapping[str, ArrayEntry]
-    file_bytes: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
 
 
 def to_text(manifest: Manifest) -> str:
@@ -125,9 +133,12 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         name: ArrayEntry(**entry | {"shape": tuple(entry["shape"])})
         for name, entry in body["arrays"].items()
     }
+    files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
     run_entry = RunEntry(**run | {"model": ModelEntry(**run["model"])})
     progress = Progress(**body["progress"])
-    return Manifest(**body | {"run": run_entry, "progress": progress, "arrays": arrays})
+    return Manifest(
+        **body | {"run": run_entry, "progress": progress, "arrays": arrays, "files": files}
+    )
 
 
 def dtype_of(entry: ArrayEntry) -> np.dtype:

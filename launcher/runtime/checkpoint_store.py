@@ -13,6 +13,7 @@ checkpoint that has a name is whole. The newest `keep` stay, and the best by eva
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from launcher.errors import StorageError
 from launcher.runtime.checkpoint_arrays import checksum, read_arrays, write_arrays
 from launcher.runtime.checkpoint_manifest import (
     ArrayEntry,
+    FileEntry,
     Manifest,
     dtype_of,
     from_text,
@@ -86,9 +89,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and compare every array with its checksum; StorageError names what is damaged."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    plan = folder / PLAN_NAME
-    if plan.read_bytes().decode(errors="replace") != manifest.run.plan:
-        raise _damaged(plan, "it is not the plan that was written")
     shapes = {name: (dtype_of(entry), entry.shape) for name, entry in manifest.arrays.items()}
     place = folder / ARRAYS_NAME
     try:
@@ -105,15 +105,25 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    """That each file has its size: cheaper than its checksum, and it names the file."""
-    for name, num_bytes in manifest.file_bytes.items():
+    """That each file is as it was: the library below Orbax does not like what is damaged."""
+    for name, entry in manifest.files.items():
         path = folder / name
         try:
-            found = path.stat().st_size
+            found = _file_entry(path)
         except OSError as error:
             raise _damaged(path, error.strerror or str(error)) from error
-        if found != num_bytes:
-            raise _damaged(path, f"it has {found} bytes, and {num_bytes} were written")
+        if found.num_bytes != entry.num_bytes:
+            raise _damaged(
+                path, f"it has {found.num_bytes} bytes, and {entry.num_bytes} were written"
+            )
+        if found != entry:
+            raise _damaged(path, f"its checksum is {found.checksum}, and was {entry.checksum}")
+
+
+def _file_entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
+        return FileEntry(num_bytes=file.tell(), checksum=digest.hexdigest())
 
 
 def _damaged(path: Path, why: str) -> StorageError:
@@ -235,8 +245,8 @@ def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarra
         raise OSError(_first_line(error)) from error
     (folder / PLAN_NAME).write_text(manifest.run.plan)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    meant = to_text(dataclasses.replace(manifest, arrays=entries_of(arrays), file_bytes=sizes))
+    entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
+    meant = to_text(dataclasses.replace(manifest, arrays=entries_of(arrays), files=entries))
     (folder / MANIFEST_NAME).write_text(meant)
     for path in [*sorted(folder.rglob("*")), folder]:
         _sync(path)
