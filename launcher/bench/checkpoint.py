@@ -10,7 +10,7 @@ where there are no others), and its metrics.jsonl tells. For each checkpoint aft
 
 Status 1 if the median share of the last two together is above 5 %.
 
-    every        steps between two checkpoints; default: 100
+    every        steps between two checkpoints; default: 200
     checkpoints  how many are measured; default: 3
     overrides    more keys for the launcher, separated by spaces, such as overrides='model=moe parallel=data'
 """
@@ -46,7 +46,7 @@ class Taken:
 def run(settings: Mapping[str, str]) -> int:
     """Print a row per checkpoint and the median; status 1 if that misses its bar."""
     check_keys("checkpoint", settings, ["every", "checkpoints", "overrides"])
-    every, count = whole_number(settings, "every", 100), whole_number(settings, "checkpoints", 3)
+    every, count = whole_number(settings, "every", 200), whole_number(settings, "checkpoints", 3)
     overrides = settings.get("overrides", "").split()
     rows = _rows(every, (count + 2) * every, overrides)
     taken = [_taken(rows[every * (k + 1) : every * (k + 2)]) for k in range(1, count + 1)]
