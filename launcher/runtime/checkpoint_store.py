@@ -49,7 +49,7 @@ MANIFEST_NAME, PLAN_NAME, ARRAYS_NAME, BEST_NAME = (
     "best.json",
 )
 _NAME = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.step-\d{8,}\.\d+\.tmp")
+_LEFTOVER = re.compile(r"\.(step-\d{8,}|best\.json)\.\d+\.tmp")
 _KEY = "checkpoint.dir"
 
 
@@ -181,7 +181,7 @@ class CheckpointStore:
         for path in sorted(self.folder.iterdir()):
             if _LEFTOVER.fullmatch(path.name):
                 log.info("removing %s, which a save that was killed has left", path)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     def save(self, manifest: Manifest, arrays: Mapping[str, np.ndarray], *, keep: int) -> Path:
         """Write and verify a checkpoint, then remove those that are not to be kept."""
@@ -233,6 +233,13 @@ class CheckpointStore:
 
     def _temporary(self, path: Path) -> Path:
         return self.folder / f".{path.name}.{os.getpid()}.tmp"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:

@@ -162,7 +162,7 @@ def test_a_crash_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, 
         assert_whole(store, newest := store.steps()[-1])
         found.add(newest)
         store.remove_leftovers()
-        names = {path.name for path in store.folder.iterdir() if not path.name.startswith(".best")}
+        names = {path.name for path in store.folder.iterdir()}
         assert names - {"best.json"} == {store.path(step).name for step in store.steps()}
     assert found == {20, 30}
 
@@ -312,6 +312,7 @@ def test_leftovers_are_removed_and_nothing_else(store):
     for name in (".step-00000020.77.tmp", ".step-00000005.1.tmp", ".mine", "notes"):
         (store.folder / name).mkdir()
         (store.folder / name / "x").write_text("")
+    (store.folder / ".best.json.77.tmp").write_text("")
     store.remove_leftovers()
     assert sorted(p.name for p in store.folder.iterdir()) == [".mine", "notes", "step-00000010"]
     shutil.rmtree(store.folder)
