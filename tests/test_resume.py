@@ -112,6 +112,7 @@ def test_from_another_folder(whole, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "b")] == [7, 7]
 
 
+@pytest.mark.slow  # a second search, and programs of two stages
 def test_on_another_plan(whole, stopped, caplog):
     caplog.set_level("INFO", "launcher")
     assert run(stopped, "parallel=manual", "parallel.pp=2", "parallel.tp=2") == 0
