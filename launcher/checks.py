@@ -1,8 +1,8 @@
-"""What the fields of a config may hold, and which contradict one another.
+"""Which fields of a config contradict one another; what each may hold by itself is in `limits`.
 
 Only what the config alone can tell: whether a size exists, or a degree divides a cluster's
-devices, is checked where those are known. What a single field may hold is in `limits`. Every
-message names the key and its value, and says what to do.
+devices, is checked where those are known. Every message names the key and its value, and says
+what to do.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ def validate(config: Config) -> None:
     _check_watched(config)
     _check_end(config)
     _check_profile(config)
+    _check_resume(config)
 
 
 def _check_names(config: Config) -> None:
@@ -261,6 +262,37 @@ def _check_end(config: Config) -> None:
         raise ConfigError(
             f"train.sample_tokens={config.train.sample_tokens} needs something to go on from, and "
             f"train.sample_prompt is empty: give a text, such as train.sample_prompt='The '"
+        )
+
+
+def _check_resume(config: Config) -> None:
+    """Where a run begins."""
+    given = f"resume={config.resume}"
+    if config.resume == "":
+        raise ConfigError(
+            "resume is empty: give resume=auto, resume=none, or the path of a checkpoint or a run"
+        )
+    computes = config.mode in ("train", "eval")
+    for key, is_set in (
+        (given, config.resume not in ("auto", "none")),
+        ("resume_weights_only=true", config.resume_weights_only),
+        ("replan=true", config.replan),
+    ):
+        if is_set and not computes:
+            raise ConfigError(
+                f"{key} contradicts mode={config.mode}, which resumes nothing: leave it out, or take "
+                f"mode=train"
+            )
+    if config.resume == "none" and config.resume_weights_only:
+        raise ConfigError(
+            "resume_weights_only=true contradicts resume=none: give resume=PATH, of the checkpoint or "
+            "the run whose weights to take"
+        )
+    if config.model.weights is not None and (config.resume != "auto" or config.resume_weights_only):
+        raise ConfigError(
+            f"model.weights={config.model.weights} contradicts {given}"
+            f"{' resume_weights_only=true' if config.resume_weights_only else ''}: the weights are those "
+            f"of one or the other: leave one out"
         )
 
 

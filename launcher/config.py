@@ -294,6 +294,22 @@ class TrainConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, where, and which stay. Without both intervals there are none."""
+
+    every_steps: int | None  # null or 0: not by steps
+    every_minutes: float | None  # null or 0: not by time
+    keep: int  # so many of the newest
+    best: bool  # also the one with the lowest evaluation loss, written when that is found
+    dir: str | None  # null: checkpoints/ in the run's folder
+
+    @property
+    def writes(self) -> bool:
+        """Whether there are any."""
+        return bool(self.every_steps or self.every_minutes)
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
     """What to do with a plan besides carrying it out."""
 
@@ -328,6 +344,10 @@ class Config:
     logger: LoggerConfig
     runtime: RuntimeConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig
+    resume: str  # auto (the newest of the run's folder, if it has one) | none | a path
+    resume_weights_only: bool
+    replan: bool  # resume on other devices than those of the checkpoint's plan
     plan: PlanConfig
     profile: ProfileConfig
 

@@ -75,6 +75,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "train.sample_tokens": ALSO_NONE,
     "train.sample_temperature": AMOUNTS,
     "train.sample_top_k": ALSO_NONE,
+    "checkpoint.every_steps": ALSO_NONE,
+    "checkpoint.every_minutes": (0, 10**6),
+    "checkpoint.keep": COUNTS,
 }
 
 # Fields that name files and folders.
@@ -84,6 +87,8 @@ PATHS = (
     "data.path",
     "plan.compare",
     "profile.dir",
+    "checkpoint.dir",
+    "resume",
 )
 LONGEST_PATH = 4096  # PATH_MAX of Linux
 

@@ -23,30 +23,29 @@ from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
 from launcher.autopar.planned_model import as_planned, describe_model
-from launcher.autopar.predict import model_flops_per_step
 from launcher.autopar.space import PlanOptions
-from launcher.autopar.stage_hosts import peak_flops_per_s
 from launcher.config import Config
 from launcher.data.dataset import Dataset
-from launcher.errors import TrainingError
+from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
+from launcher.outputs import find_sampler, make_meter, make_sinks
+from launcher.resume import Start, check_start, find_start, make_checkpoints, plan_to_keep
 from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
 from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.compile_all import Compilation
 from launcher.runtime.evaluation_run import Evaluation
 from launcher.runtime.executor import Executor
-from launcher.runtime.initial import initial_values
+from launcher.runtime.initial import Values, initial_values
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
 from launcher.runtime.metrics import Meter
 from launcher.runtime.plan_report import PlanReporter
 from launcher.runtime.profile import run_profile
-from launcher.runtime.progress import phase, progress_sink
+from launcher.runtime.progress import phase
 from launcher.runtime.run_end import RunEnd
-from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
-from launcher.runtime.sinks import JsonlSink, Sink, SummarySink, check_metrics
-from launcher.runtime.wandb_sink import WandbRun, WandbSink
+from launcher.runtime.sampling import Sampler
+from launcher.runtime.sinks import Sink, check_metrics, drop_rows_after
 from launcher.runtime.watched_executor import Watch, WatchedExecutor
 from launcher.runtime.weights import WeightsFile, open_weights
 
@@ -63,8 +62,9 @@ class Setup:
     cluster: AnyCluster
     model: Model
     optimizer: Optimizer
-    given: Plan | None  # the plan of parallel.path
+    given: Plan | None  # the plan of parallel.path, or of the checkpoint
     options: PlanOptions
+    start: Start
     dataset: Dataset | None  # from here on: of a run that computes; a plan alone needs none
     weights: WeightsFile | None
     sampler: Sampler | None
@@ -79,6 +79,12 @@ def run(config: Config, run_dir: Path) -> int:
         log.info("%s", written)
         return 0
     setup = make_setup(config, run_dir, Console())
+    if config.mode == "train" and setup.start.step >= config.train.steps:
+        log.info(
+            "all %d steps are done already (the checkpoint is of step %d): give more with train.steps",
+            config.train.steps, setup.start.step,
+        )  # fmt: skip
+        return 0
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once
@@ -100,16 +106,21 @@ def run(config: Config, run_dir: Path) -> int:
 def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
     """Build everything but the plan; what the user got wrong about it is found here."""
     cluster = find_cluster(config)
+    start = find_start(config, run_dir)
     from_file = config.parallel.name == "from_file"
     given = read_plan(Path(config.parallel.path)) if from_file else None
-    model = build_model(config, cluster, given)
+    model = build_model(config, cluster, given or start.plan)
     check_tokens(config.train.tokens, model)
     optimizer = build_optimizer(config.optimizer, config.train.steps, model.dtype)
     computes = config.mode != "plan"
     if computes:
         check_metrics(run_dir)
-    path = config.model.weights
+    path = None if start.checkpoint else config.model.weights
     dataset = data.build(config.data, model, config.seed) if computes else None
+    if dataset is not None:
+        check_start(start, config, model, optimizer, dataset.name)
+    given = given or plan_to_keep(start, config, cluster)
+    begun_with = start.plan if start.resumes else None
     return Setup(
         config=config,
         run_dir=run_dir,
@@ -118,36 +129,69 @@ def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
         model=model,
         optimizer=optimizer,
         given=given,
-        options=plan_options(config, given, model, optimizer),
+        options=plan_options(config, given or begun_with, model, optimizer),
+        start=start,
         dataset=dataset,
         weights=open_weights(Path(path), model) if computes and path else None,
-        sampler=find_sampler(config, cluster, model, dataset) if computes else None,
+        sampler=find_sampler(config, cluster, model, dataset, emulated=emulates(config))
+        if computes
+        else None,
     )
 
 
 def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     """Compile the plan, and train."""
     config, model, optimizer = setup.config, setup.model, setup.optimizer
+    start, plan, name = setup.start, planned.plan, setup.dataset.name
     with phase(setup.console, "compiling") as progress:
         local = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
-            weights=setup.weights and setup.weights.values(model),
+            weights=first_weights(setup),
+            restored=start.checkpoint.arrays if start.resumes else None,
             evaluates=config.train.eval_batches > 0,
         )  # fmt: skip
+    if start.checkpoint is not None:
+        start.checkpoint.release()
+    if config.checkpoint.writes or start.resumes:
+        drop_rows_after(setup.run_dir, start.step)
     log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
-    log.info("training on %s", setup.dataset.name)
+    log.info("training on %s", name)
     with contextlib.closing(watched(local, setup, planned, meter)) as executor:
         train_loop.run(
             executor,
             setup.dataset,
-            train_settings(config, planned),
+            train_settings(config, planned, start),
             meter,
-            make_sinks(setup, planned, meter, config.train.steps, local.compilation),
+            sinks_of(setup, planned, meter, config.train.steps, local.compilation),
             learning_rate=optimizer.schedule,
             explain_memory=explain_memory(planned, grid),
+            checkpoints=make_checkpoints(start, config, model, plan, name, local.training_arrays),
             at_end=make_end(setup, planned, local.arrays),
         )
+
+
+def first_weights(setup: Setup) -> Values | None:
+    """Those of a checkpoint or a file; None: those of the seed."""
+    if setup.start.checkpoint is not None:
+        return setup.start.weights(setup.model)
+    return setup.weights and setup.weights.values(setup.model)
+
+
+def sinks_of(
+    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation
+) -> list[Sink]:
+    """Where the numbers of the run go."""
+    metrics = make_reporter(setup).metrics(planned, compiled)
+    return make_sinks(
+        setup.config,
+        setup.run_dir,
+        setup.console,
+        meter,
+        steps,
+        metrics,
+        resumes=setup.start.resumes,
+    )
 
 
 def watched(local: LocalExecutor, setup: Setup, planned: Planned, meter: Meter) -> Executor:
@@ -168,58 +212,46 @@ def watched(local: LocalExecutor, setup: Setup, planned: Planned, meter: Meter) 
 
 def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     """Bring the weights where the plan wants them, and evaluate them."""
-    config, model, weights = setup.config, setup.model, setup.weights
-    if weights is None:
+    config, model, start = setup.config, setup.model, setup.start
+    values = first_weights(setup)
+    if values is None:
         log.info(
             "model.weights is not given: these are the initial weights of seed=%d", config.seed
         )
-    values = weights.values(model) if weights else initial_values(model, config.seed)
+        values = initial_values(model, config.seed)
     with phase(setup.console, "compiling") as progress:
         evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values, progress)
     log.info("%s", evaluation.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("evaluating on %s", setup.dataset.name)
-    step = weights.step if weights else 0
+    if start.checkpoint is not None:
+        step = start.checkpoint.manifest.step
+    else:
+        step = setup.weights.step if setup.weights else 0
     evaluation_run.run(
         evaluation,
         setup.dataset,
-        dataclasses.replace(train_settings(config, planned), steps=step, first_step=step),
+        dataclasses.replace(train_settings(config, planned, start), steps=step, first_step=step),
         meter,
-        make_sinks(setup, planned, meter, step, evaluation.compilation),
+        sinks_of(setup, planned, meter, step, evaluation.compilation),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
     )
 
 
-def train_settings(config: Config, planned: Planned) -> train_loop.TrainSettings:
-    """How long to train, and when to evaluate."""
+def train_settings(config: Config, planned: Planned, start: Start) -> train_loop.TrainSettings:
+    """How long to train from where, and when to evaluate."""
     watched_steps = {*config.train.trace_steps, *config.train.profile_steps}
     return train_loop.TrainSettings(
         steps=config.train.steps,
         global_batch=planned.plan.global_batch,
         eval_every=config.train.eval_every,
         eval_batches=config.train.eval_batches,
+        first_step=start.step,
+        progress=start.progress,
         # What is written after a watched step holds up the next one.
         untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )
-
-
-def find_sampler(
-    config: Config, cluster: AnyCluster, model: Model, dataset: Dataset
-) -> Sampler | None:
-    """What writes a text at the end, if one is asked for."""
-    if not config.train.sample_tokens:
-        return None
-    settings = SampleSettings(
-        num_tokens=config.train.sample_tokens,
-        prompt=config.train.sample_prompt,
-        temperature=config.train.sample_temperature,
-        top_k=config.train.sample_top_k,
-        seed=config.seed,
-    )
-    is_real = cluster.has_accelerators and not emulates(config)
-    first_bytes = cluster.kinds[0].device.memory_bytes if is_real else None
-    return make_sampler(settings, model, dataset, first_bytes)
 
 
 def make_end(
@@ -287,7 +319,21 @@ def make_plan(setup: Setup) -> Planned:
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
             return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+        if setup.start.resumes and setup.options.num_microbatches is None:
+            try:
+                return find_plan(setup.model, setup.cluster, as_begun(setup), progress)
+            except (InfeasiblePlanError, ConfigError) as error:
+                log.warning(
+                    "no plan has the microbatches of the checkpoint's, so what is drawn at random will "
+                    "differ, as will BatchNorm and the experts' capacity (%s)", error,
+                )  # fmt: skip
         return find_plan(setup.model, setup.cluster, setup.options, progress)
+
+
+def as_begun(setup: Setup) -> PlanOptions:
+    """The options with the checkpoint's number of microbatches, on which random draws depend."""
+    count = setup.start.plan.num_microbatches
+    return dataclasses.replace(setup.options, num_microbatches=count)
 
 
 def plan_options(
@@ -347,52 +393,3 @@ def audit_plan(
         memory = memory_audit.audit_memory(planned.realized, model, optimizer, grid, progress)
     log.info("%s", plan_audit.report(audits))
     log.info("%s", memory_audit.report(memory))
-
-
-def make_meter(planned: Planned, model: Model, cluster: AnyCluster, *, emulated: bool) -> Meter:
-    """How step times become throughput and MFU; emulated devices have no peak."""
-    plan = planned.plan
-    traced = planned.realized.planner.model.traced
-    return Meter(
-        model_flops_per_step=model_flops_per_step(traced, plan.num_microbatches),
-        num_devices=plan.num_devices,
-        peak_flops_per_s=None if emulated else peak_flops_per_s(plan, cluster, model.dtype),
-        global_batch=plan.global_batch,
-        units_per_sample=model.units_per_sample,
-        sample_unit=model.sample_unit,
-        predicted_step_s=plan.predicted.step_s,
-        predicted_peak_bytes_per_stage=tuple(plan.predicted.peak_bytes_per_device),
-        incomparable=_incomparable(cluster, emulated=emulated),
-    )
-
-
-def _incomparable(cluster: AnyCluster, *, emulated: bool) -> str | None:
-    """Why a step time measured here says nothing of the predicted one; None where it does."""
-    if emulated and cluster.has_accelerators:
-        return f"CPU devices stand for {' and '.join(k.device.kind for k in cluster.kinds)}"
-    return f"the figures of cluster={cluster.name} are nominal" if cluster.nominal else None
-
-
-def make_sinks(
-    setup: Setup, planned: Planned, meter: Meter, steps: int, compiled: Compilation
-) -> list[Sink]:
-    """Where the numbers go: files, the terminal, and W&B, which comes last since it may be slow."""
-    config, run_dir = setup.config, setup.run_dir
-    metrics = make_reporter(setup).metrics(planned, compiled)
-    sinks: list[Sink] = [
-        JsonlSink(run_dir),
-        SummarySink(run_dir, metrics),
-        progress_sink(setup.console, meter, steps, run_dir),
-    ]
-    if config.logger.name == "wandb":
-        settings = WandbRun(
-            run_dir=run_dir,
-            config=dataclasses.asdict(config),
-            plan=metrics,
-            project=config.logger.project or "launcher",
-            entity=config.logger.entity,
-            group=config.logger.group,
-            tags=tuple(config.logger.tags),
-        )
-        sinks.append(WandbSink(settings))
-    return sinks

@@ -200,11 +200,28 @@ MISTAKES = [
     (["logger=null"], "(command line: logger=null)"),
     # What comes with a later version.
     (["mode=submit"], "mode=submit is not in this version yet: take mode=train or plan"),
+    # Checkpoints, and where a run begins.
+    (["checkpoint.keep=0"], "checkpoint.keep=0 is less than 1: give checkpoint.keep=1 or more"),
+    (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1 is less than 0"),
+    (["resume=''"], "resume is empty: give resume=auto, resume=none, or the path"),
+    (["mode=plan", "resume=a"], "resume=a contradicts mode=plan, which resumes nothing"),
+    (["mode=plan", "replan=true"], "replan=true contradicts mode=plan, which resumes nothing"),
+    (
+        ["resume=none", "resume_weights_only=true"],
+        "resume_weights_only=true contradicts resume=none: give resume=PATH",
+    ),
+    (
+        ["model.weights=w", "resume=a"],
+        "model.weights=w contradicts resume=a: the weights are those of one or the other",
+    ),
+    (
+        ["model.weights=w", "resume_weights_only=true"],
+        "contradicts resume=auto resume_weights_only",
+    ),
     # What mode=profile measures.
     (["mode=profile", "runtime=emulate"], "runtime=emulate contradicts mode=profile"),
     (["profile.name=mine"], "profile.name=mine contradicts mode=train, which measures nothing"),
     (["runtime=ray"], "runtime=ray is not in this version yet"),
-    (["checkpoint.every_steps=5"], "checkpoint.every_steps=5 is not in this version yet"),
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (

@@ -25,6 +25,7 @@ LAYERS = (
     ("data",),
     ("autopar",),
     ("runtime",),
+    ("outputs", "resume"),
     ("main",),
     ("cli",),
     ("bench",),
@@ -35,10 +36,10 @@ LAYERS = (
 # Packages that only some modules may know.
 CONFIG_PACKAGES = ("hydra", "omegaconf")
 CONFIG_ROOMS = ("config", "main", "cli")
-IN_ONE_MODULE = ("wandb", "ray", "torch")
+IN_ONE_MODULE = ("wandb", "ray", "torch", "orbax")
 
 # Imported where they are used: heavy, or not needed by every run.
-LAZY = ("wandb", "ray", "torch", "sklearn", "PIL", "tokenizers", "pydoc_data")
+LAZY = ("wandb", "ray", "torch", "orbax", "sklearn", "PIL", "tokenizers", "pydoc_data")
 
 RELATIVE = "<relative>"
 

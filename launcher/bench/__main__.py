@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from launcher.bench import (
+    checkpoint,
     contest,
     emulated,
     fidelity,
@@ -20,6 +21,7 @@ from launcher.bench import (
 from launcher.errors import ConfigError, LauncherError
 
 BENCHMARKS: Mapping[str, Callable[[Mapping[str, str]], int]] = {
+    "checkpoint": checkpoint.run,
     "contest": contest.run,
     "emulated": emulated.run,
     "fidelity": fidelity.run,

@@ -39,8 +39,8 @@ from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
 from launcher.errors import ClusterError
 from launcher.limits import CHOICES
-from launcher.main import make_meter
 from launcher.models.model import Model
+from launcher.outputs import make_meter
 from launcher.runtime import devices
 from launcher.runtime.metrics import Meter
 

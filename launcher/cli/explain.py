@@ -33,8 +33,7 @@ USER_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OverflowError,
 )  # fmt: skip
 
-# Keys and options that the interface has and this version has not.
-LATER_KEYS = ("checkpoint", "resume", "resume_weights_only", "replan")
+# Options that the interface has and this version has not.
 LATER_OPTIONS = ("runtime/ray", "hydra/launcher/slurm")
 
 _EXPECTED = {
@@ -109,9 +108,6 @@ def unknown_key(full_key: str, schema: type | None, overrides: Sequence[str]) ->
     """Say that no schema has this key, and which one was perhaps meant."""
     given = _given(full_key, overrides) or full_key
     key = given.lstrip("+").partition("=")[0]
-    group = key.partition(".")[0]
-    if group in LATER_KEYS:
-        return f"{given} is not in this version yet: leave it out"
     if schema is dict:
         return f"{given} is a new entry: write +{given.lstrip('+')} to add it"
     owners = _options_with(key)

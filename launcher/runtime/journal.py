@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import jax
 
 from launcher.errors import TrainingError
-from launcher.runtime.metrics import Meter, Row, Status, StepTimer, TrainSummary, eval_row
+from launcher.runtime.checkpoint_manifest import Progress
+from launcher.runtime.metrics import (
+    Meter,
+    Row,
+    Status,
+    StepTimer,
+    TrainSummary,
+    eval_row,
+    finite,
+)
 from launcher.runtime.sinks import Sink
 
 if TYPE_CHECKING:
@@ -46,8 +55,13 @@ class Journal:
         clock: Callable[[], float],
         *,
         untypical_steps: Set[int] = frozenset(),
+        progress: Progress | None = None,
     ) -> None:
-        """`untypical_steps` are left out of the median step time; like rows, they count from 1."""
+        """`untypical_steps` are left out of the median step time; like rows, they count from 1.
+
+        `progress` is that of the checkpoint with which a resumed run begins.
+        """
+        progress = progress or Progress()
         # Optimizer steps that are done.
         self.num_steps = first_step
         self._planned_steps = planned_steps
@@ -60,12 +74,15 @@ class Journal:
         _on_host(learning_rate, first_step)
         self._timer = StepTimer(clock)
         self._watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="completions")
-        self._loss: float | None = None
-        self._best_loss: float | None = None
-        self._eval_loss: float | None = None
+        self._loss = progress.loss
+        self._best_loss = progress.best_loss
+        self._eval_loss = progress.eval_loss
         self._peak_bytes_per_stage: tuple[int, ...] | None = None
-        self._skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self._skipped_steps = progress.skipped_steps
+        self._skipped_in_a_row = progress.skipped_in_a_row
+        self._num_checkpoints, self._checkpoint_s = 0, 0.0
+        # Taken since the last row, for the next one.
+        self._untold_checkpoint_s: float | None = None
 
     def dispatched(self, step: int, result: "StepResult") -> Dispatched:
         """Note that a step is on its way, and begin to watch for its completion."""
@@ -99,7 +116,9 @@ class Journal:
             peak_bytes_per_device=_largest(peak_bytes_per_stage),
             scaling=None if loss_scale is None else (float(loss_scale), self._skipped_steps),
             model_metrics=model_metrics,
+            checkpoint_s=self._untold_checkpoint_s,
         )
+        self._untold_checkpoint_s = None
         self._peak_bytes_per_stage = peak_bytes_per_stage
         self._write(row)
         if is_skipped:
@@ -125,6 +144,24 @@ class Journal:
             self._write(eval_row(step + 1, eval_loss))
         self._timer.restart()
 
+    def record_checkpoint(self, taken_s: float) -> None:
+        """Note what a checkpoint took from the steps, and leave it out of the next one's time."""
+        self._num_checkpoints += 1
+        self._checkpoint_s += taken_s
+        self._untold_checkpoint_s = taken_s
+        self._timer.restart()
+
+    @property
+    def progress(self) -> Progress:
+        """What a checkpoint keeps of this record."""
+        return Progress(
+            loss=finite(self._loss),
+            best_loss=finite(self._best_loss),
+            eval_loss=finite(self._eval_loss),
+            skipped_steps=self._skipped_steps,
+            skipped_in_a_row=self._skipped_in_a_row,
+        )
+
     def finish(self, status: Status) -> TrainSummary:
         """Give every sink the summary; what one of them raises comes after all have had it."""
         summary = self._summary(status)
@@ -149,6 +186,8 @@ class Journal:
             eval_loss=self._eval_loss,
             wall_s=self._timer.wall_s,
             skipped_steps=self._skipped_steps,
+            checkpoints=self._num_checkpoints,
+            checkpoint_s=self._checkpoint_s,
             measured={
                 **speed,
                 "peak_bytes_per_device": _largest(self._peak_bytes_per_stage),

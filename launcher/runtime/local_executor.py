@@ -29,6 +29,7 @@ from launcher.runtime.recording import Recording
 from launcher.runtime.stage_programs import Compiled
 from launcher.runtime.stage_state import StageState
 from launcher.runtime.tracing import traced_step
+from launcher.runtime.training_state import device_arrays, place_optimizer, restored_loss_scale
 from launcher.runtime.transport import InProcess
 from launcher.runtime.update import first_loss_scale
 from launcher.runtime.weights import held_arrays
@@ -44,12 +45,14 @@ class LocalExecutor(Executor):
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
         *, seed: int, progress: Callable[[str], None] = lambda text: None,
         weights: Values | None = None, evaluates: bool = False,
+        restored: Mapping[str, np.ndarray] | None = None,
     ):  # fmt: skip
         """Place and compile everything.
 
         Args:
             grid: the devices, hosts by devices per host.
             weights: what to begin with; None: what the model draws from the seed.
+            restored: the arrays of a checkpoint, for optimizer state and loss scale; None: the first ones.
             evaluates: whether evaluations are to come. Without it the first one compiles.
         """
         self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
@@ -60,25 +63,33 @@ class LocalExecutor(Executor):
         self._progress, self._evaluates = progress, evaluates
         loops = is_one_loop(realized.program, self._loose)
         values = initial_values(model, seed) if weights is None else weights
-        self.stages = list(self._hold(values, optimizer))
+        self.stages = list(self._hold(values, optimizer, restored))
         self.steps = self._compile_loop() if loops else self.pipeline
 
     # Setting up
 
-    def _hold(self, values: Values, optimizer: Optimizer) -> Iterator[StageState]:
+    def _hold(
+        self, values: Values, optimizer: Optimizer, restored: Mapping[str, np.ndarray] | None
+    ) -> Iterator[StageState]:
         """Bring the initial values where they will lie."""
+        scale = first_loss_scale(optimizer.loss_scaling)
+        if restored is not None:
+            scale = restored_loss_scale(restored, scale)
         held = place_values(self.plan, self._programs, values)
         for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
-            owned = {path: own.params[path] for path in sorted(built.owned)}
             with memory_errors(self.plan, Doing.placing(index), built.devices):
-                optimizer_state = built.init_optimizer(owned)
+                if restored is None:
+                    owned = {path: own.params[path] for path in sorted(built.owned)}
+                    optimizer_state = built.init_optimizer(owned)
+                else:
+                    optimizer_state = place_optimizer(restored, built)
             yield StageState(
                 index=index,
                 programs=built,
                 params=own.params,
                 state=own.state,
                 optimizer_state=optimizer_state,
-                loss_scale=jax.device_put(first_loss_scale(optimizer.loss_scaling), built.whole),
+                loss_scale=jax.device_put(scale, built.whole),
             )
 
     def _compile_loop(self) -> WholeStep:
@@ -148,6 +159,10 @@ class LocalExecutor(Executor):
     def arrays(self) -> dict[str, jax.Array]:
         """All parameters and state where they lie, until the next step takes them."""
         return held_arrays(self.realized.owner, self.stages)
+
+    def training_arrays(self) -> dict[str, jax.Array]:
+        """Everything that training changes, as a checkpoint has it, until the next step takes it."""
+        return device_arrays(self.realized.owner, self.stages)
 
     def params(self) -> dict[str, np.ndarray]:
         """All parameters, on the host."""

@@ -23,6 +23,8 @@ Status = Literal["done", "interrupted", "failed"]
 EVAL_LOSS = "eval_loss"
 # What only the rows of a run with a dynamic loss scale have.
 LOSS_SCALE, SKIPPED_STEPS = "loss_scale", "skipped_steps"
+# What only the row of a step before which a checkpoint was written has.
+CHECKPOINT_S = "checkpoint_s"
 # The first step fills caches and allocators, the second may still wait for them.
 WARM_UP_STEPS = 2
 
@@ -120,10 +122,12 @@ class Meter:
         peak_bytes_per_device: int | None,
         model_metrics: Mapping[str, float],
         scaling: tuple[float, int] | None = None,
+        checkpoint_s: float | None = None,
     ) -> Row:
         """Give the row of a step; a model's metric that takes one of our names is renamed.
 
         `scaling` is the dynamic loss scale after the step, and how many steps it has skipped so far.
+        `checkpoint_s` is what a checkpoint before the step took from the steps.
         """
         row: Row = {
             "step": step,
@@ -136,8 +140,10 @@ class Meter:
         }
         if scaling is not None:
             row |= {LOSS_SCALE: finite(scaling[0]), SKIPPED_STEPS: scaling[1]}
+        if checkpoint_s is not None:
+            row[CHECKPOINT_S] = finite(checkpoint_s)
         for name, value in model_metrics.items():
-            is_taken = name in row or name in (EVAL_LOSS, LOSS_SCALE, SKIPPED_STEPS)
+            is_taken = name in row or name in (EVAL_LOSS, LOSS_SCALE, SKIPPED_STEPS, CHECKPOINT_S)
             row[f"model_{name}" if is_taken else name] = finite(value)
         return row
 
@@ -207,6 +213,9 @@ class TrainSummary:
     wall_s: float
     # Of the steps done, those whose gradients overflowed under a dynamic loss scale.
     skipped_steps: int = 0
+    # How many were written, and the seconds for which steps had to wait, all together.
+    checkpoints: int = 0
+    checkpoint_s: float = 0.0
     # As Meter.speed gives it for the median step, and peak_bytes_per_device and _per_stage: what
     # the devices have used at most, None where they do not count it.
     measured: Row
@@ -234,6 +243,8 @@ class TrainSummary:
             "eval_loss": finite(self.eval_loss),
             "wall_s": finite(self.wall_s),
             "skipped_steps": self.skipped_steps,
+            "checkpoints": self.checkpoints,
+            "checkpoint_s": finite(self.checkpoint_s),
             **{f"measured_{name}": value for name, value in self.measured.items()},
             "timed_steps": self.timed_steps,
             "predicted_step_s": finite(self.predicted_step_s),

@@ -5,11 +5,13 @@ of their steps, an evaluation's row after that of its step, and one summary at t
 run ended.
 """
 
+import json
+import math
 from abc import ABC, abstractmethod
 from io import FileIO
 from pathlib import Path
 
-from launcher.autopar.atomic_file import storage_error
+from launcher.autopar.atomic_file import storage_error, write_atomically
 from launcher.runtime.metrics import PlanMetrics, Row, TrainSummary, to_json
 from launcher.runtime.summary_file import write_summary
 
@@ -34,6 +36,27 @@ def check_metrics(run_dir: Path) -> None:
     """Find out before the run is planned and compiled that metrics.jsonl cannot be appended to."""
     if (run_dir / METRICS_NAME).exists():
         _open(run_dir / METRICS_NAME).close()
+
+
+def drop_rows_after(run_dir: Path, step: int) -> None:
+    """Take out of metrics.jsonl what a resumed run writes again, and a last line that was cut short."""
+    path = run_dir / METRICS_NAME
+    try:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise storage_error(path, error, needed_bytes=0) from error
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_atomically(path, "".join(kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _open(path: Path) -> FileIO:

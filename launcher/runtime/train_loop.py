@@ -21,6 +21,8 @@ import numpy as np
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
 from launcher.runtime.batch_queue import BatchQueue
+from launcher.runtime.checkpoint_manifest import Progress
+from launcher.runtime.checkpointer import Checkpoints, NoCheckpoints
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
 from launcher.runtime.memory_error import explained
@@ -42,8 +44,9 @@ class TrainSettings:
     eval_every: int
     # Batches of the held-out split in an evaluation; 0: none is made.
     eval_batches: int
-    # Where a resumed run goes on.
+    # Where a resumed run goes on, and what it has seen before.
     first_step: int = 0
+    progress: Progress | None = None
     # Steps, counted from 1, that say nothing of how fast the others are.
     untypical_steps: frozenset[int] = frozenset()
     # Batches that are made ahead of the step that needs them.
@@ -59,6 +62,7 @@ def run(
     *,
     learning_rate: Callable[[int], float],
     explain_memory: Callable[[BaseException], TrainingError],
+    checkpoints: Checkpoints | None = None,
     at_end: Callable[[int, bool], None] = lambda num_steps, interrupted: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainSummary:
@@ -73,17 +77,20 @@ def run(
     """
     journal = Journal(
         settings.steps, settings.first_step, meter, sinks, learning_rate, clock,
-        untypical_steps=settings.untypical_steps,
+        untypical_steps=settings.untypical_steps, progress=settings.progress,
     )  # fmt: skip
+    checkpoints = checkpoints or NoCheckpoints()
     try:
         with (
             Interrupt() as interrupt,
             BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
             explained(_with_step(journal, settings, explain_memory)),
         ):
-            _train(executor, queue, settings, journal, interrupt)
+            _train(executor, queue, settings, journal, interrupt, checkpoints)
+            checkpoints.finish()
             at_end(journal.num_steps, interrupt.requested)
     except BaseException as error:
+        checkpoints.close()
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         journal.finish_despite(error, status)
         raise
@@ -99,6 +106,7 @@ def _train(
     settings: TrainSettings,
     journal: Journal,
     interrupt: Interrupt,
+    checkpoints: Checkpoints,
 ) -> None:
     steps = range(settings.first_step, settings.steps)
     unread = None
@@ -110,11 +118,20 @@ def _train(
         unread = dispatched
         stops = interrupt.requested
         evaluates = not stops and _evaluates_after(step + 1, settings)
-        if stops or evaluates or step + 1 == settings.steps:
+        ends = stops or step + 1 == settings.steps
+        saves = checkpoints.is_due(step + 1, ends=ends)
+        if ends or evaluates or saves:
             journal.record(unread, executor.peak_bytes_per_stage())
             unread = None
+        eval_loss = None
         if evaluates:
-            journal.record_evaluation(step, evaluation_loss(executor, queue, settings, interrupt))
+            eval_loss = evaluation_loss(executor, queue, settings, interrupt)
+            journal.record_evaluation(step, eval_loss)
+            # One that Ctrl-C cut short ends the run.
+            saves = saves or checkpoints.is_due(step + 1, ends=interrupt.requested)
+        taken_s = checkpoints.after_step(step + 1, journal.progress, eval_loss, is_due=saves)
+        if taken_s is not None:
+            journal.record_checkpoint(taken_s)
         if stops or (evaluates and interrupt.requested):
             return
 

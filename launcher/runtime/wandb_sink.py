@@ -23,6 +23,8 @@ INIT_TIMEOUT_S = 30
 # Uploading what is left must not hold a reservation; `wandb sync` can do it later.
 FINISH_TIMEOUT_S = 120
 FALLS_BACK = "logging offline instead (`wandb sync` uploads it later)"
+# Beside the files that W&B makes itself: which run a resumed one goes on with.
+ID_NAME = "wandb/run-id.txt"
 TRAINS_ON = "training goes on, and metrics.jsonl has every row (logger=jsonl turns W&B off)"
 
 
@@ -38,6 +40,8 @@ class WandbRun:
     entity: str | None
     group: str | None
     tags: tuple[str, ...]
+    # Go on with the W&B run that this folder had before, if it had one.
+    resumes: bool = False
 
 
 class WandbSink(Sink):
@@ -85,6 +89,7 @@ class WandbSink(Sink):
 def _start(settings: WandbRun, mode: str | None):
     import wandb
 
+    earlier = _earlier_id(settings) if settings.resumes else None
     run = wandb.init(
         mode=mode,
         dir=str(settings.run_dir),
@@ -93,6 +98,7 @@ def _start(settings: WandbRun, mode: str | None):
         entity=settings.entity,
         group=settings.group,
         tags=list(settings.tags),
+        **({} if earlier is None else {"id": earlier, "resume": "allow"}),
         # W&B's own capture of the console would fight with the progress bar.
         settings={
             "console": "off",
@@ -102,11 +108,30 @@ def _start(settings: WandbRun, mode: str | None):
         },
     )
     run.summary.update(settings.plan.as_row())
+    _note_id(settings, run.id)
     if run.offline:
         log.info("W&B logs offline (`wandb login` for online runs, `wandb sync` for this one)")
     else:
         log.info("W&B run: %s", run.url)
     return run
+
+
+def _earlier_id(settings: WandbRun) -> str | None:
+    try:
+        return (settings.run_dir / ID_NAME).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _note_id(settings: WandbRun, run_id: str) -> None:
+    path = settings.run_dir / ID_NAME
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{run_id}\n")
+    except OSError as error:
+        log.warning(
+            "cannot note the W&B run in %s (%s): a resumed run will be a new one", path, error
+        )
 
 
 def _modes(environment: Mapping[str, str]) -> tuple[str | None, ...]:

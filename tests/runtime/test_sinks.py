@@ -10,7 +10,7 @@ import pytest
 from launcher.autopar.atomic_file import write_atomically
 from launcher.errors import StorageError
 from launcher.runtime.metrics import Meter, PlanMetrics, TrainSummary
-from launcher.runtime.sinks import JsonlSink, SummarySink, check_metrics
+from launcher.runtime.sinks import JsonlSink, SummarySink, check_metrics, drop_rows_after
 from launcher.runtime.summary_file import write_summary
 
 METER = Meter(
@@ -147,3 +147,23 @@ def test_storage_error_names_the_folder_even_if_it_is_gone(tmp_path):
 
 def test_storage_error_ends_in_status_6():
     assert StorageError.exit_status == 6
+
+
+def test_rows_after_a_checkpoint_are_taken_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    drop_rows_after(tmp_path, 2)  # there is no file
+    assert not path.exists()
+    rows = ['{"step": 1, "loss": 2.0}', '{"step": 2, "loss": 1.0}', '{"step": 2, "eval_loss": 3.0}']
+    kept = "".join(f"{row}\n" for row in rows)
+    # Rows that come again, a line that is none, and one that was cut short.
+    path.write_text(kept + '{"step": 3, "loss": 0.5}\nnonsense\n[]\n{"step": 2, "lo')
+    drop_rows_after(tmp_path, 2)
+    assert path.read_text() == kept
+    drop_rows_after(tmp_path, 2)
+    assert path.read_text() == kept
+
+
+def test_rows_that_cannot_be_read(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match="Is a directory"):
+        drop_rows_after(tmp_path, 2)

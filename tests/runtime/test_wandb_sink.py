@@ -48,6 +48,7 @@ class FakeWandb:
         self.exit_code = None
         self.offline = True
         self.url = "https://wandb.example/run"
+        self.id = "abc123"
         self.summary = SimpleNamespace(update=self._update)
 
     def init(self, **kwargs):
@@ -147,6 +148,27 @@ def test_each_failure_is_one_warning_and_training_goes_on(
     assert f"W&B {what} (ConnectionError: {broken} is broken): training goes on" in text
     assert "logger=jsonl" in text
     assert "\n" not in text
+
+
+def test_a_resumed_run_goes_on_under_its_id(monkeypatch, tmp_path):
+    first, second, other = FakeWandb(), FakeWandb(), FakeWandb()
+    train(monkeypatch, tmp_path, first)
+    assert "id" not in first.inits[0]
+    assert (tmp_path / "wandb" / "run-id.txt").read_text() == "abc123\n"
+    for wandb, resumes in ((second, True), (other, False)):
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        WandbSink(dataclasses.replace(make_run(tmp_path), resumes=resumes)).finish(SUMMARY)
+    assert (second.inits[0]["id"], second.inits[0]["resume"]) == ("abc123", "allow")
+    assert "id" not in other.inits[0]
+
+
+def test_a_resumed_run_without_an_earlier_one_is_new(monkeypatch, tmp_path, caplog):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "wandb").write_text("")  # no folder: the id cannot be noted
+    WandbSink(dataclasses.replace(make_run(tmp_path), resumes=True)).finish(SUMMARY)
+    assert "id" not in wandb.inits[0]
+    assert "a resumed run will be a new one" in caplog.text
 
 
 def test_without_wandb_training_goes_on(monkeypatch, tmp_path, caplog):

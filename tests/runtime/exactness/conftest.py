@@ -34,6 +34,7 @@ from launcher.autopar.space import PlanOptions
 from launcher.config import CustomConfig, GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import LossScaling, Optimizer
 from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.training_state import check_arrays, values
 
 BATCH, SEED, CLIP_NORM = 16, 3, 0.1
 CLUSTER = 2, 4  # hosts, and devices of each
@@ -200,9 +201,9 @@ def realized_for(model, given: dict, transform=None) -> RealizedPlan:
 
 
 def executor_for(
-    model, given: dict, *, loss_scaling: LossScaling | None = None, transform=None
+    model, given: dict, *, loss_scaling: LossScaling | None = None, transform=None, restored=None
 ) -> LocalExecutor:
-    """An executor that trains the model as a plan says."""
+    """An executor that trains the model as a plan says, from a checkpoint or from the beginning."""
     realized = realized_for(model, given, transform)
     optimizer = Optimizer(
         transform=transform or _transform(model),
@@ -212,7 +213,13 @@ def executor_for(
     )
     hosts, devices = given.get("cluster", CLUSTER)
     grid = np.array(jax.devices()[: hosts * devices], dtype=object).reshape(hosts, devices)
-    return LocalExecutor(realized, model, optimizer, grid, seed=SEED)
+    if restored is None:
+        return LocalExecutor(realized, model, optimizer, grid, seed=SEED)
+    check_arrays(restored.manifest, str(restored.path), model, optimizer)
+    return LocalExecutor(
+        realized, model, optimizer, grid, seed=SEED, weights=values(restored.arrays, model),
+        restored=restored.arrays,
+    )  # fmt: skip
 
 
 # Comparing

@@ -1,0 +1,162 @@
+"""When checkpoints are written, and that the steps wait for no disk.
+
+At a checkpoint the loop waits only while the arrays are copied to the host, because the next step overwrites
+them on the devices; one thread writes, verifies and tidies up meanwhile. If the one before is still being
+written, that is waited for too: nothing is left out, and no second copy of the model is held. What a step had
+to wait is counted and reported. What fails in the thread is raised at the next step.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from launcher.runtime.checkpoint_manifest import Manifest, Progress, RunEntry
+from launcher.runtime.checkpoint_store import CheckpointStore
+from launcher.runtime.metrics import finite
+from launcher.runtime.training_state import to_host
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveSettings:
+    """When to save and what to keep; None: not by steps, not by time."""
+
+    every_steps: int | None
+    every_s: float | None
+    keep: int
+    # Also after an evaluation with the lowest loss so far.
+    best: bool
+
+
+class Checkpoints(Protocol):
+    """What the training loop asks for."""
+
+    def is_due(self, num_steps: int, *, ends: bool) -> bool:
+        """Whether a checkpoint is to be written after so many steps; `ends`: no step follows."""
+
+    def after_step(
+        self, num_steps: int, progress: Progress, eval_loss: float | None, *, is_due: bool
+    ) -> float | None:
+        """Save if it is due or the best one; give the seconds it took from the steps, None if it did not."""
+
+    def finish(self) -> None:
+        """Wait for what is being written, and raise what failed."""
+
+    def close(self) -> None:
+        """The same for a run that has failed already: what fails is logged."""
+
+
+class NoCheckpoints:
+    """Of a run that writes none."""
+
+    def is_due(self, num_steps: int, *, ends: bool) -> bool:
+        del num_steps, ends
+        return False
+
+    def after_step(
+        self, num_steps: int, progress: Progress, eval_loss: float | None, *, is_due: bool
+    ) -> float | None:
+        del num_steps, progress, eval_loss, is_due
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Checkpointer:
+    """Saves what `snapshot` gives into a store."""
+
+    def __init__(
+        self, store: CheckpointStore, settings: SaveSettings, run: RunEntry,
+        snapshot: Callable[[], Mapping[str, jax.Array]],
+        *, first_step: int = 0, clock: Callable[[], float] = time.perf_counter,
+    ):  # fmt: skip
+        """`snapshot` gives all arrays where they lie; `first_step` is the one that is saved already."""
+        self._store, self._settings, self._run = store, settings, run
+        self._snapshot, self._clock = snapshot, clock
+        self._saved_step, self._saved_s = first_step, clock()
+        best = store.best()
+        self._best_loss = None if best is None else best[1]
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._writing: Future[None] | None = None
+
+    def is_due(self, num_steps: int, *, ends: bool) -> bool:
+        """Whether by steps, by time, or because no step follows."""
+        if num_steps == self._saved_step:
+            return False
+        steps, seconds = self._settings.every_steps, self._settings.every_s
+        by_time = seconds is not None and self._clock() - self._saved_s >= seconds
+        return ends or by_time or (steps is not None and num_steps % steps == 0)
+
+    def after_step(
+        self, num_steps: int, progress: Progress, eval_loss: float | None, *, is_due: bool
+    ) -> float | None:
+        """Save, or only look whether the last save went well."""
+        loss = finite(eval_loss)
+        is_best = loss is not None and (self._best_loss is None or loss < self._best_loss)
+        if is_best:
+            self._best_loss = loss
+        if is_due or (is_best and self._settings.best and num_steps != self._saved_step):
+            return self._save(num_steps, progress, loss)
+        if self._writing is not None and self._writing.done():
+            self._wait()
+        return None
+
+    def save_now(self, num_steps: int, progress: Progress) -> None:
+        """Save and wait until it is written, unless that step has been saved."""
+        if num_steps != self._saved_step:
+            self._save(num_steps, progress, None)
+        self._wait()
+
+    def finish(self) -> None:
+        """Wait for the writer, and end it."""
+        try:
+            self._wait()
+        finally:
+            self._writer.shutdown()
+
+    def close(self) -> None:
+        """Wait for the writer; what it raises comes too late to end the run."""
+        try:
+            self.finish()
+        except Exception as error:
+            log.error("%s", error)
+
+    def _save(self, num_steps: int, progress: Progress, eval_loss: float | None) -> float:
+        begun_s = self._clock()
+        self._wait()
+        arrays = to_host(self._snapshot())
+        manifest = Manifest(
+            step=num_steps,
+            samples=num_steps * self._run.global_batch,
+            eval_loss=eval_loss,
+            progress=progress,
+            run=self._run,
+            arrays={},
+        )
+        self._saved_step, self._saved_s = num_steps, self._clock()
+        taken_s = self._saved_s - begun_s
+        self._writing = self._writer.submit(self._write, manifest, arrays, taken_s)
+        return taken_s
+
+    def _write(self, manifest: Manifest, arrays: dict[str, np.ndarray], taken_s: float) -> None:
+        begun_s = self._clock()
+        path = self._store.save(manifest, arrays, keep=self._settings.keep)
+        log.info(
+            "checkpoint %s: %.3f s taken from the steps, %.2f s in the background",
+            path, taken_s, self._clock() - begun_s,
+        )  # fmt: skip
+
+    def _wait(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
