@@ -284,6 +284,10 @@ class TrainConfig:
     tokens: float | None  # a budget: what it would take is said with the plan; null: none
     eval_every: int  # steps between evaluations; 0: only after the last step
     eval_batches: int  # batches per evaluation; 0: no evaluation
+    nonfinite_steps: int  # in a row whose loss or gradients are not finite, and that are forgiven
+    max_rollbacks: (
+        int  # how often the run then goes back to its last checkpoint, without their batches
+    )
     trace_steps: list[int]  # steps whose every instruction is timed, for trace.json and trace.html
     profile_steps: list[int]  # steps that jax's profiler records, into profile/
     export_weights: bool  # write weights.safetensors at the end

@@ -72,6 +72,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "train.tokens": (1, 1e30),
     "train.eval_every": ALSO_NONE,
     "train.eval_batches": ALSO_NONE,
+    "train.nonfinite_steps": ALSO_NONE,
+    "train.max_rollbacks": ALSO_NONE,
     "train.sample_tokens": ALSO_NONE,
     "train.sample_temperature": AMOUNTS,
     "train.sample_top_k": ALSO_NONE,

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from launcher import data, models
 from launcher.autopar.budget import check_tokens
-from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
@@ -27,6 +26,7 @@ from launcher.autopar.space import PlanOptions
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
+from launcher.inputs import emulates, find_cluster, plan_options
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.outputs import find_sampler, make_meter, make_sinks
@@ -36,7 +36,9 @@ from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.compile_all import Compilation
 from launcher.runtime.evaluation_run import Evaluation
 from launcher.runtime.executor import Executor
+from launcher.runtime.goodput import Goodput
 from launcher.runtime.initial import Values, initial_values
+from launcher.runtime.interrupt import stop_at_once
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.memory_error import memory_error
 from launcher.runtime.metrics import Meter
@@ -65,6 +67,7 @@ class Setup:
     given: Plan | None  # the plan of parallel.path, or of the checkpoint
     options: PlanOptions
     start: Start
+    goodput: Goodput
     dataset: Dataset | None  # from here on: of a run that computes; a plan alone needs none
     weights: WeightsFile | None
     sampler: Sampler | None
@@ -72,6 +75,13 @@ class Setup:
 
 def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
+    # What can be gone on with listens to schedulers from the start; the rest just ends.
+    goes_on = config.mode in ("train", "eval")
+    with stop_at_once() if goes_on else contextlib.nullcontext():
+        return _run(config, run_dir)
+
+
+def _run(config: Config, run_dir: Path) -> int:
     use_cache(config.runtime.compilation_cache)
     if config.mode == "profile":
         with phase(Console(), "measuring") as progress:
@@ -105,6 +115,7 @@ def run(config: Config, run_dir: Path) -> int:
 
 def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
     """Build everything but the plan; what the user got wrong about it is found here."""
+    goodput = Goodput(run_dir if config.mode == "train" else None)
     cluster = find_cluster(config)
     start = find_start(config, run_dir)
     from_file = config.parallel.name == "from_file"
@@ -131,6 +142,7 @@ def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
         given=given,
         options=plan_options(config, given or begun_with, model, optimizer),
         start=start,
+        goodput=goodput,
         dataset=dataset,
         weights=open_weights(Path(path), model) if computes and path else None,
         sampler=find_sampler(config, cluster, model, dataset, emulated=emulates(config))
@@ -157,6 +169,8 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("training on %s", name)
+    setup.goodput.went_back(start.progress.step_s if start.resumes else 0.0)
+    setup.goodput.ready(local.compilation.wall_s)
     with contextlib.closing(watched(local, setup, planned, meter)) as executor:
         train_loop.run(
             executor,
@@ -167,6 +181,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             learning_rate=optimizer.schedule,
             explain_memory=explain_memory(planned, grid),
             checkpoints=make_checkpoints(start, config, model, plan, name, local.training_arrays),
+            goodput=setup.goodput,
             at_end=make_end(setup, planned, local.arrays),
         )
 
@@ -249,6 +264,8 @@ def train_settings(config: Config, planned: Planned, start: Start) -> train_loop
         eval_batches=config.train.eval_batches,
         first_step=start.step,
         progress=start.progress,
+        nonfinite_steps=config.train.nonfinite_steps,
+        max_rollbacks=config.train.max_rollbacks,
         # What is written after a watched step holds up the next one.
         untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )
@@ -271,26 +288,6 @@ def make_end(
 def explain_memory(planned: Planned, grid: np.ndarray) -> Callable[[BaseException], TrainingError]:
     """What to say when a device's memory is used up and nobody knows by which instruction."""
     return partial(memory_error, plan=planned.plan, doing=None, devices=[d for d in grid.flat if d])
-
-
-def find_cluster(config: Config) -> AnyCluster:
-    """The cluster of the config; `local` is whatever this machine has."""
-    cluster = cluster_from_config(config.cluster)
-    audits = config.plan.audit and config.mode == "plan"
-    is_local = cluster.name == "local"
-    if emulates(config) or audits or not (is_local or cluster.has_accelerators):
-        devices.emulate(cluster.num_devices)
-    elif is_local:
-        found = devices.discover(cluster.num_devices)
-        if found.count:
-            cluster = cluster_at_hand(found.kind, found.count, found.memory_bytes)
-    log.info("cluster: %s", cluster.describe())
-    return cluster
-
-
-def emulates(config: Config) -> bool:
-    """Whether CPU devices stand for the cluster's."""
-    return config.runtime.name == "emulate"
 
 
 def build_model(config: Config, cluster: AnyCluster, given: Plan | None) -> Model:
@@ -334,29 +331,6 @@ def as_begun(setup: Setup) -> PlanOptions:
     """The options with the checkpoint's number of microbatches, on which random draws depend."""
     count = setup.start.plan.num_microbatches
     return dataclasses.replace(setup.options, num_microbatches=count)
-
-
-def plan_options(
-    config: Config, given: Plan | None, model: Model, optimizer: Optimizer
-) -> PlanOptions:
-    """What the config asks of the planner."""
-    parallel = config.parallel
-    count = parallel.num_microbatches
-    default_batch = given.global_batch if given else model.default_global_batch
-    return PlanOptions(
-        mode=parallel.name,
-        global_batch=config.train.global_batch or default_batch,
-        num_microbatches=None if count == "auto" else int(count),
-        dp=parallel.dp,
-        tp=parallel.tp,
-        pp=parallel.pp,
-        ep=parallel.ep,
-        zero=parallel.zero,
-        recompute=parallel.recompute,
-        schedule=parallel.schedule,
-        virtual_stages=parallel.virtual_stages,
-        optimizer=optimizer.transform,
-    )
 
 
 def make_reporter(setup: Setup) -> PlanReporter:

@@ -8,6 +8,7 @@ import pytest
 from launcher import main
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, InfeasiblePlanError, PlanError
+from launcher.inputs import find_cluster
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans"
 QUICK = ("logger=jsonl", "train.steps=2", "train.eval_batches=1", "parallel.num_microbatches=2")
@@ -258,5 +259,5 @@ def test_what_the_user_got_wrong_is_said_in_one_line(tmp_path, overrides, error,
 def test_cpu_devices_stand_in_where_no_accelerator_is_wanted(monkeypatch, given, count):
     asked: list[int] = []
     monkeypatch.setattr(main.devices, "emulate", asked.append)
-    main.find_cluster(load(given))
+    find_cluster(load(given))
     assert asked == ([] if count is None else [count])

@@ -25,7 +25,7 @@ LAYERS = (
     ("data",),
     ("autopar",),
     ("runtime",),
-    ("outputs", "resume"),
+    ("inputs", "outputs", "resume"),
     ("main",),
     ("cli",),
     ("bench",),

@@ -5,7 +5,7 @@ once. Those for training are put on the devices by it as well.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from launcher.data.dataset import Dataset
+from launcher.data.order import batch_number
 
 Batch = dict[str, np.ndarray]
 T = TypeVar("T")
@@ -21,13 +22,17 @@ T = TypeVar("T")
 class BatchQueue:
     """Gives batches in order, each as soon as it is made; an error of the dataset surfaces there.
 
-    `ahead` is how many are made, or being made, beyond the one that was given last.
+    `ahead` is how many are made, or being made, beyond the one that was given last; `left_out` are
+    batches for training that no step gets.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, ahead: int) -> None:
+    def __init__(
+        self, dataset: Dataset, batch_size: int, ahead: int, left_out: Sequence[int] = ()
+    ) -> None:
         self._dataset = dataset
         self._batch_size = batch_size
         self._ahead = ahead
+        self._left_out = left_out
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def __enter__(self) -> "BatchQueue":
@@ -56,4 +61,5 @@ class BatchQueue:
             yield queue.popleft().result()
 
     def _make(self, step: int, split: str, place: Callable[[Batch, int], T]) -> T:
-        return place(self._dataset.batch(step, self._batch_size, split), step)
+        number = batch_number(step, self._left_out) if split == "train" else step
+        return place(self._dataset.batch(number, self._batch_size, split), step)

@@ -56,6 +56,8 @@ class Progress:
     eval_loss: float | None = None
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    step_s: float = 0.0  # of all steps so far
+    left_out: tuple[int, ...] = ()  # batches that no step reads, since they made numbers not finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +137,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     }
     files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
     run_entry = RunEntry(**run | {"model": ModelEntry(**run["model"])})
-    progress = Progress(**body["progress"])
+    progress = Progress(**body["progress"] | {"left_out": tuple(body["progress"]["left_out"])})
     return Manifest(
         **body | {"run": run_entry, "progress": progress, "arrays": arrays, "files": files}
     )

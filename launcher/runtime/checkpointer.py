@@ -16,8 +16,9 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from launcher.data.order import batch_number
 from launcher.runtime.checkpoint_manifest import Manifest, Progress, RunEntry
-from launcher.runtime.checkpoint_store import CheckpointStore
+from launcher.runtime.checkpoint_store import Checkpoint, CheckpointStore
 from launcher.runtime.metrics import finite
 from launcher.runtime.training_state import to_host
 
@@ -46,6 +47,9 @@ class Checkpoints(Protocol):
     ) -> float | None:
         """Save if it is due or the best one; give the seconds it took from the steps, None if it did not."""
 
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is whole, when all are written; None where there is none."""
+
     def finish(self) -> None:
         """Wait for what is being written, and raise what failed."""
 
@@ -64,6 +68,9 @@ class NoCheckpoints:
         self, num_steps: int, progress: Progress, eval_loss: float | None, *, is_due: bool
     ) -> float | None:
         del num_steps, progress, eval_loss, is_due
+
+    def newest(self) -> Checkpoint | None:
+        return None
 
     def finish(self) -> None:
         pass
@@ -111,11 +118,13 @@ class Checkpointer:
             self._wait()
         return None
 
-    def save_now(self, num_steps: int, progress: Progress) -> None:
-        """Save and wait until it is written, unless that step has been saved."""
-        if num_steps != self._saved_step:
-            self._save(num_steps, progress, None)
+    def newest(self) -> Checkpoint | None:
+        """The newest one that is whole; what comes after it is to be saved again."""
         self._wait()
+        found = self._store.newest_intact()
+        if found is not None:
+            self._saved_step = found.manifest.step
+        return found
 
     def finish(self) -> None:
         """Wait for the writer, and end it."""
@@ -137,7 +146,7 @@ class Checkpointer:
         arrays = to_host(self._snapshot())
         manifest = Manifest(
             step=num_steps,
-            samples=num_steps * self._run.global_batch,
+            samples=batch_number(num_steps, progress.left_out) * self._run.global_batch,
             eval_loss=eval_loss,
             progress=progress,
             run=self._run,

@@ -70,24 +70,22 @@ def run(
 ) -> TrainSummary:
     """Evaluate, tell the sinks, and give the summary; `settings.first_step` are the weights' steps.
 
-    Ctrl-C ends after the batch at work, without a loss, in KeyboardInterrupt.
+    A request to stop ends it after the batch at work, without a loss, as `Interrupt` says.
     """
     done = settings.first_step
     journal = Journal(done, done, meter, sinks, lambda step: 0.0, clock)
-    try:
-        with (
-            Interrupt() as interrupt,
-            BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
-            explained(explain_memory),
-        ):
-            loss = evaluation_loss(evaluation, queue, settings, interrupt)
-            journal.record_evaluation(done - 1, loss)
-            at_end(done, interrupt.requested)
-    except BaseException as error:
-        is_stopped = isinstance(error, KeyboardInterrupt)
-        journal.finish_despite(error, "interrupted" if is_stopped else "failed")
-        raise
-    summary = journal.finish("interrupted" if interrupt.requested else "done")
-    if interrupt.requested:
-        raise KeyboardInterrupt
+    with Interrupt() as interrupt:
+        try:
+            with (
+                BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
+                explained(explain_memory),
+            ):
+                loss = evaluation_loss(evaluation, queue, settings, interrupt)
+                journal.record_evaluation(done - 1, loss)
+                at_end(done, interrupt.requested)
+        except BaseException as error:
+            journal.finish_despite(error)
+            raise
+        summary = journal.finish(interrupt.status)
+    interrupt.raise_if_requested("in an evaluation")
     return summary

@@ -44,5 +44,9 @@ class Executor(abc.ABC):
         """The most memory that any device of each stage has used, where the backend counts it."""
 
     @abc.abstractmethod
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Go on from what a checkpoint holds, whatever was computed since."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of all devices."""

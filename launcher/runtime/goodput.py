@@ -37,11 +37,11 @@ class Goodput:
     """
 
     def __init__(
-        self, run_dir: Path, *, began_s: float | None = None, clock: Callable[[], float] = time.time
+        self, run_dir: Path | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        """`began_s` is when this process began, by the same clock, which is that of the world."""
-        self._path, self._clock = run_dir / GOODPUT_NAME, clock
-        self._began_s = clock() if began_s is None else began_s
+        """`clock` is that of the world; without a folder nothing is read or written."""
+        self._path, self._clock = run_dir and run_dir / GOODPUT_NAME, clock
+        self._began_s = self._started_s = clock()
         self._written_s = -math.inf
         self._spent_s = dict.fromkeys(KINDS, 0.0)
         earlier = _read(self._path)
@@ -57,11 +57,11 @@ class Goodput:
         if self._clock() - self._written_s >= _EVERY_S:
             self.write()
 
-    def ready(self, since_s: float, compile_s: float) -> None:
-        """Book what passed until the first step could begin, of which some was compiling."""
+    def ready(self, compile_s: float) -> None:
+        """Book what passed since this account was opened, of which some was compiling."""
         self.add("compile_s", compile_s)
         kind = "restart_s" if self.restarted else "start_s"
-        self.add(kind, self._clock() - since_s - compile_s)
+        self.add(kind, self._clock() - self._started_s - compile_s)
 
     def went_back(self, kept_step_s: float) -> None:
         """Book as lost the steps that are made again: all but so many seconds of them."""
@@ -85,6 +85,8 @@ class Goodput:
     def write(self) -> None:
         """Write the account; a disk that has no room for it stops no run."""
         self._written_s = self._clock()
+        if self._path is None:
+            return
         account = {"began_s": self._began_s, "until_s": self._written_s, **self._spent_s}
         beside = self._path.with_suffix(".tmp")
         try:
@@ -94,8 +96,10 @@ class Goodput:
             return
 
 
-def _read(path: Path) -> Mapping[str, float] | None:
+def _read(path: Path | None) -> Mapping[str, float] | None:
     """The account of an earlier start; None if there is none that can be read."""
+    if path is None:
+        return None
     try:
         account = json.loads(path.read_text())
         wanted = {name: float(account[name]) for name in ("began_s", "until_s", *KINDS)}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 
 from launcher.errors import StoppedBySignal
+from launcher.runtime.metrics import Status
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,13 @@ class Interrupt:
     def is_by_scheduler(self) -> bool:
         """Whether it was a signal that asks for a checkpoint, and to be run again."""
         return self._number in STOP_SIGNALS
+
+    @property
+    def status(self) -> Status:
+        """How a run ends that has nothing else to say."""
+        if not self.requested:
+            return "done"
+        return "stopped" if self.is_by_scheduler else "interrupted"
 
     def raise_if_requested(self, done: str) -> None:
         """End the run as the first request asks: in KeyboardInterrupt, or in StoppedBySignal.

@@ -29,7 +29,12 @@ from launcher.runtime.recording import Recording
 from launcher.runtime.stage_programs import Compiled
 from launcher.runtime.stage_state import StageState
 from launcher.runtime.tracing import traced_step
-from launcher.runtime.training_state import device_arrays, place_optimizer, restored_loss_scale
+from launcher.runtime.training_state import (
+    device_arrays,
+    place_optimizer,
+    restored_loss_scale,
+    values,
+)
 from launcher.runtime.transport import InProcess
 from launcher.runtime.update import first_loss_scale
 from launcher.runtime.weights import held_arrays
@@ -57,25 +62,26 @@ class LocalExecutor(Executor):
         """
         self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
         self._programs = build_programs(realized, model, optimizer, grid)
+        self._optimizer = optimizer
         self._loose = LooseMetrics(realized.planner.model)
         self._transport = InProcess()
         self._evaluator = Evaluator(realized, model, self._programs, self._transport)
         self._progress, self._evaluates = progress, evaluates
         loops = is_one_loop(realized.program, self._loose)
-        values = initial_values(model, seed) if weights is None else weights
-        self.stages = list(self._hold(values, optimizer, restored))
+        first = initial_values(model, seed) if weights is None else weights
+        self.stages = list(self._hold(first, optimizer, restored))
         self.steps = self._compile_loop() if loops else self.pipeline
 
     # Setting up
 
     def _hold(
-        self, values: Values, optimizer: Optimizer, restored: Mapping[str, np.ndarray] | None
+        self, first: Values, optimizer: Optimizer, restored: Mapping[str, np.ndarray] | None
     ) -> Iterator[StageState]:
         """Bring the initial values where they will lie."""
         scale = first_loss_scale(optimizer.loss_scaling)
         if restored is not None:
             scale = restored_loss_scale(restored, scale)
-        held = place_values(self.plan, self._programs, values)
+        held = place_values(self.plan, self._programs, first)
         for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
             with memory_errors(self.plan, Doing.placing(index), built.devices):
                 if restored is None:
@@ -179,6 +185,15 @@ class LocalExecutor(Executor):
     def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
         peaks = [peak_bytes(stage.programs.devices) for stage in self.stages]
         return None if None in peaks else tuple(peaks)
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self.wait()
+        for stage in self.stages:
+            stage.release()
+        fresh = self._hold(values(arrays, self.model), self._optimizer, arrays)
+        for stage, other in zip(self.stages, fresh, strict=True):
+            stage.params, stage.state = other.params, other.state
+            stage.optimizer_state, stage.loss_scale = other.optimizer_state, other.loss_scale
 
     def close(self) -> None:
         for stage in self.stages:

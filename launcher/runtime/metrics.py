@@ -10,14 +10,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from launcher.autopar.budget import Budget
 
 Value = float | int | str | None | Sequence[float | None]
 Row = dict[str, Value]
-Status = Literal["done", "interrupted", "failed"]
+Status = Literal["done", "interrupted", "stopped", "failed"]  # stopped: by a scheduler
 
 # What only the row of an evaluation has.
 EVAL_LOSS = "eval_loss"
@@ -43,9 +43,10 @@ class StepTimer:
         self._newest_s: float | None = None
         self._steady_s: list[float] = []
 
-    def restart(self) -> None:
-        """Leave out what has passed since the last lap (an evaluation, a checkpoint)."""
-        self._last_s = self._clock()
+    def restart(self) -> float:
+        """Leave out what has passed since the last lap (an evaluation, a checkpoint); give its seconds."""
+        last_s, self._last_s = self._last_s, self._clock()
+        return self._last_s - last_s
 
     def lap(self, completed_s: float, *, is_typical: bool = True) -> float:
         """Note when a step was complete, by the same clock, and give the seconds it took.
@@ -211,7 +212,7 @@ class TrainSummary:
     # Of the last evaluation; None where there was none.
     eval_loss: float | None
     wall_s: float
-    # Of the steps done, those whose gradients overflowed under a dynamic loss scale.
+    # Of the steps done, those without an update, since their gradients were not finite.
     skipped_steps: int = 0
     # How many were written, and the seconds for which steps had to wait, all together.
     checkpoints: int = 0
@@ -224,6 +225,8 @@ class TrainSummary:
     predicted_step_s: float | None
     # Whether what was measured and what was predicted are of the same devices.
     comparable: bool = True
+    # What the time went into, over all starts of the run (`goodput`).
+    goodput: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def measured_over_predicted(self) -> float | None:
@@ -249,6 +252,7 @@ class TrainSummary:
             "timed_steps": self.timed_steps,
             "predicted_step_s": finite(self.predicted_step_s),
             "measured_over_predicted_step_s": finite(self.measured_over_predicted),
+            **{name: finite(value) for name, value in self.goodput.items()},
         }
 
 

@@ -27,6 +27,10 @@ class Sink(ABC):
     def write(self, row: Row) -> None:
         """Record the row of one step or of one evaluation (which has `eval_loss`)."""
 
+    def rewind(self, step: int) -> None:
+        """Know that the run goes back to where so many steps were done, and writes the rest anew."""
+        del step
+
     @abstractmethod
     def finish(self, summary: TrainSummary) -> None:
         """Record how the run ended, and let go of what is held open. Called once."""
@@ -86,6 +90,12 @@ class JsonlSink(Sink):
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise storage_error(self._path, error, needed_bytes=len(line)) from error
+
+    def rewind(self, step: int) -> None:
+        """Take out the rows of what is done again."""
+        self._file.close()
+        drop_rows_after(self._path.parent, step)
+        self._file = _open(self._path)
 
     def finish(self, summary: TrainSummary) -> None:
         """Close the file."""

@@ -5,10 +5,11 @@ of time, a step is dispatched before the numbers of the one before it are fetche
 evaluation lets the devices run dry. There is no parallelism in sight: the executor's plan is its
 own affair.
 
-The loop ends in one summary however it ends: all steps done, Ctrl-C (the step at work is finished
-first), or an error.
+The loop ends in one summary however it ends: all steps done, a request to stop (the step at work is
+finished first, and a checkpoint written), or an error.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,18 +20,24 @@ import jax
 import numpy as np
 
 from launcher.data.dataset import Dataset
+from launcher.data.order import batch_number
 from launcher.errors import TrainingError
 from launcher.runtime.batch_queue import BatchQueue
 from launcher.runtime.checkpoint_manifest import Progress
+from launcher.runtime.checkpoint_store import Checkpoint
 from launcher.runtime.checkpointer import Checkpoints, NoCheckpoints
+from launcher.runtime.goodput import Goodput
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.journal import Journal
 from launcher.runtime.memory_error import explained
 from launcher.runtime.metrics import Meter, TrainSummary
+from launcher.runtime.number_watch import NonFiniteError
 from launcher.runtime.sinks import Sink
 
 if TYPE_CHECKING:
     from launcher.runtime.executor import Executor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,10 @@ class TrainSettings:
     # Where a resumed run goes on, and what it has seen before.
     first_step: int = 0
     progress: Progress | None = None
+    # Steps in a row without finite numbers that are forgiven, and how often the run then goes back to
+    # its last checkpoint, to go on without the batches of these steps.
+    nonfinite_steps: int = 0
+    max_rollbacks: int = 0
     # Steps, counted from 1, that say nothing of how fast the others are.
     untypical_steps: frozenset[int] = frozenset()
     # Batches that are made ahead of the step that needs them.
@@ -63,6 +74,7 @@ def run(
     learning_rate: Callable[[int], float],
     explain_memory: Callable[[BaseException], TrainingError],
     checkpoints: Checkpoints | None = None,
+    goodput: Goodput | None = None,
     at_end: Callable[[int, bool], None] = lambda num_steps, interrupted: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainSummary:
@@ -70,49 +82,97 @@ def run(
 
     `learning_rate` gives the rate of an update, counted from 0; it is for the rows only.
     `explain_memory` says what helps when device memory is used up. `at_end` gets the number of
-    steps done, and whether Ctrl-C ended them, after the last of them and before the summary; after
-    an error it is not called. A loss that is not finite and device memory that is used up raise
-    TrainingError, Ctrl-C raises KeyboardInterrupt; the sinks are finished first, in their order, in
-    every case.
+    steps done, and whether a request to stop ended them, after the last of them and before the summary;
+    after an error it is not called. Losses that are not finite and device memory that is used up raise
+    TrainingError, requests to stop what `Interrupt` says; the sinks are finished first, in their order,
+    in every case.
     """
     journal = Journal(
         settings.steps, settings.first_step, meter, sinks, learning_rate, clock,
         untypical_steps=settings.untypical_steps, progress=settings.progress,
+        nonfinite_steps=settings.nonfinite_steps, goodput=goodput,
     )  # fmt: skip
     checkpoints = checkpoints or NoCheckpoints()
-    try:
-        with (
-            Interrupt() as interrupt,
-            BatchQueue(dataset, settings.global_batch, settings.prefetch) as queue,
-            explained(_with_step(journal, settings, explain_memory)),
-        ):
-            _train(executor, queue, settings, journal, interrupt, checkpoints)
-            checkpoints.finish()
-            at_end(journal.num_steps, interrupt.requested)
-    except BaseException as error:
-        checkpoints.close()
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        journal.finish_despite(error, status)
-        raise
-    summary = journal.finish("interrupted" if interrupt.requested else "done")
-    if interrupt.requested:
-        raise KeyboardInterrupt
+    with Interrupt() as interrupt:
+        try:
+            with explained(_with_step(journal, settings, explain_memory)):
+                _train_despite(executor, dataset, settings, journal, interrupt, checkpoints)
+                checkpoints.finish()
+                at_end(journal.num_steps, interrupt.requested)
+        except BaseException as error:
+            checkpoints.close()
+            journal.finish_despite(error)
+            raise
+        summary = journal.finish(interrupt.status)
+    interrupt.raise_if_requested(f"after step {journal.num_steps} of {settings.steps}")
     return summary
 
 
-def _train(
+def _train_despite(
     executor: "Executor",
-    queue: BatchQueue,
+    dataset: Dataset,
     settings: TrainSettings,
     journal: Journal,
     interrupt: Interrupt,
     checkpoints: Checkpoints,
 ) -> None:
-    steps = range(settings.first_step, settings.steps)
+    """Train, going back to the last checkpoint where numbers are not finite, as often as that is asked."""
+    first_step, rollbacks = settings.first_step, 0
+    while True:
+        steps = range(first_step, settings.steps)
+        try:
+            with BatchQueue(
+                dataset, settings.global_batch, settings.prefetch, journal.left_out
+            ) as queue:
+                _train(executor, queue, steps, settings, journal, interrupt, checkpoints)
+            return
+        except NonFiniteError as error:
+            newest = checkpoints.newest() if rollbacks < settings.max_rollbacks else None
+            if newest is None:
+                why = (
+                    f"gone back {rollbacks} times"
+                    if rollbacks
+                    else "with no checkpoint to go back to"
+                )
+                raise TrainingError(
+                    f"{error}; {why} (train.max_rollbacks={settings.max_rollbacks})"
+                ) from error
+            rollbacks += 1
+            first_step = _go_back(executor, journal, newest, error)
+
+
+def _go_back(
+    executor: "Executor", journal: Journal, checkpoint: Checkpoint, error: NonFiniteError
+) -> int:
+    """Take everything from a checkpoint; give the step to go on with."""
+    step = checkpoint.manifest.step
+    bad = {batch_number(bad, journal.left_out) for bad in error.steps if bad >= step}
+    left_out = tuple(sorted({*journal.left_out, *bad}))
+    log.warning(
+        "%s: going back to step %d, and on without batches %s",
+        error, step, ", ".join(str(batch) for batch in sorted(bad)),
+    )  # fmt: skip
+    executor.restore(checkpoint.arrays)
+    journal.go_back(step, checkpoint.manifest.progress, left_out)
+    return step
+
+
+def _train(
+    executor: "Executor",
+    queue: BatchQueue,
+    steps: range,
+    settings: TrainSettings,
+    journal: Journal,
+    interrupt: Interrupt,
+    checkpoints: Checkpoints,
+) -> None:
     unread = None
     inputs = queue.placed(steps, "train", executor.place)
-    for step, placed in zip(steps, inputs, strict=True):
-        dispatched = journal.dispatched(step, executor.step(placed))
+    for step in steps:
+        asked_s = journal.clock()
+        placed = next(inputs)
+        data_s = journal.waited_s(asked_s)
+        dispatched = journal.dispatched(step, executor.step(placed), data_s)
         if unread is not None:
             journal.record(unread, executor.peak_bytes_per_stage())
         unread = dispatched
@@ -123,11 +183,12 @@ def _train(
         if ends or evaluates or saves:
             journal.record(unread, executor.peak_bytes_per_stage())
             unread = None
+            saves = saves and (ends or journal.is_sound)
         eval_loss = None
         if evaluates:
             eval_loss = evaluation_loss(executor, queue, settings, interrupt)
             journal.record_evaluation(step, eval_loss)
-            # One that Ctrl-C cut short ends the run.
+            # One that was cut short ends the run.
             saves = saves or checkpoints.is_due(step + 1, ends=interrupt.requested)
         taken_s = checkpoints.after_step(step + 1, journal.progress, eval_loss, is_due=saves)
         if taken_s is not None:
@@ -153,7 +214,7 @@ class Evaluates(Protocol):
 def evaluation_loss(
     executor: Evaluates, queue: BatchQueue, settings: TrainSettings, interrupt: Interrupt
 ) -> float | None:
-    """Give the mean loss of the held-out batches, or None if Ctrl-C cut it short."""
+    """Give the mean loss of the held-out batches, or None if it is cut short."""
     losses = []
     unread = None
     for batch in queue.batches(range(settings.eval_batches), "valid"):

@@ -4,10 +4,12 @@ Only a run that asks for some has this in the way of its steps, and only those s
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from launcher.autopar.atomic_file import storage_error, write_atomically
 from launcher.autopar.timeline import Timeline
@@ -63,6 +65,9 @@ class WatchedExecutor(Executor):
 
     def evaluate(self, batch: Batch) -> jax.Array:
         return self._executor.evaluate(batch)
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._executor.restore(arrays)
 
     def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
         return self._executor.peak_bytes_per_stage()

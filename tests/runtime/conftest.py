@@ -93,10 +93,14 @@ class ListSink(Sink):
     def __init__(self, error: Exception | None = None) -> None:
         self.rows: list[dict] = []
         self.summaries: list[TrainSummary] = []
+        self.rewound: list[int] = []
         self.error = error
 
     def write(self, row):
         self.rows.append(row)
+
+    def rewind(self, step):
+        self.rewound.append(step)
 
     def finish(self, summary):
         self.summaries.append(summary)
@@ -109,8 +113,19 @@ def settings(steps: int, **changes) -> TrainSettings:
     return TrainSettings(**fields | changes)
 
 
+class CompletionClock:
+    """Moves on by a second whenever a step is complete, and stands still in between."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        if threading.current_thread().name.startswith("completions"):
+            self.now_s += 1.0
+        return self.now_s
+
+
 def train(executor, train_settings, *sinks, dataset=None, clock=None, **more) -> TrainSummary:
-    ticks = iter(range(10_000))
     return train_loop.run(
         executor,
         dataset or CountingDataset(),
@@ -119,7 +134,7 @@ def train(executor, train_settings, *sinks, dataset=None, clock=None, **more) ->
         sinks,
         learning_rate=lambda step: 0.1 * (step + 1),
         explain_memory=lambda error: TrainingError(f"explained ({str(error).splitlines()[0]})"),
-        clock=clock or (lambda: float(next(ticks))),
+        clock=clock or CompletionClock(),
         **more,
     )
 

@@ -111,10 +111,10 @@ def test_a_step_that_is_saved_is_not_saved_again():
     store = MemoryStore()
     checkpointer = make(store, first_step=4, every_steps=2)
     assert not checkpointer.is_due(4, ends=True)
-    checkpointer.save_now(4, Progress())
-    assert store.saved == []
-    checkpointer.save_now(5, Progress())
-    assert [saved[0] for saved in store.saved] == [5]  # it has waited
+    assert checkpointer.is_due(6, ends=False)
+    checkpointer.after_step(6, Progress(), None, is_due=True)
+    assert not checkpointer.is_due(6, ends=True)
+    checkpointer.finish()
 
 
 def test_the_writing_is_not_waited_for_and_the_arrays_are_copies():
@@ -177,7 +177,7 @@ def test_the_loop_saves_and_reports(fake, tmp_path):
     assert store.steps() == [3, 4, 5]  # 2 is gone, 3 is the best
     found = store.newest_intact().manifest
     assert found.samples == 5 * RUN.global_batch
-    assert found.progress == Progress(loss=5.0, best_loss=1.0, eval_loss=10.0)
+    assert found.progress == Progress(loss=5.0, best_loss=1.0, eval_loss=10.0, step_s=5.0)
     assert summary.checkpoints == 4
     told = {row["step"]: row["checkpoint_s"] for row in sink.rows if "checkpoint_s" in row}
     assert told.keys() == {3, 4, 5}  # the steps after one

@@ -19,7 +19,7 @@ def test_all_time_is_told(tmp_path):
     clock = Clock()
     account = Goodput(tmp_path, clock=clock)
     clock.now_s += 10
-    account.ready(since_s=1000.0, compile_s=4)
+    account.ready(compile_s=4)
     for kind, seconds in (("step_s", 30), ("data_s", 2), ("evaluation_s", 3), ("checkpoint_s", 1)):
         clock.now_s += seconds
         account.add(kind, seconds)
@@ -39,7 +39,7 @@ def test_a_run_that_was_killed_goes_on_with_its_account(tmp_path):
     clock = Clock()
     first = Goodput(tmp_path, clock=clock)
     clock.now_s += 5
-    first.ready(since_s=1000.0, compile_s=1)
+    first.ready(compile_s=1)
     clock.now_s += 20
     first.add("step_s", 20)
     clock.now_s += 100  # nobody is there
@@ -47,7 +47,7 @@ def test_a_run_that_was_killed_goes_on_with_its_account(tmp_path):
     assert second.restarted
     second.went_back(kept_step_s=15)
     clock.now_s += 10
-    second.ready(since_s=clock.now_s - 10, compile_s=4)
+    second.ready(compile_s=4)
     clock.now_s += 5
     second.add("step_s", 5)
     told = second.report()

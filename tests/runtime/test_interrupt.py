@@ -3,8 +3,12 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
+
+from launcher.errors import StoppedBySignal
+from launcher.runtime.interrupt import STOP_SIGNALS, stop_at_once
 
 
 def interrupt() -> None:
@@ -70,3 +74,42 @@ def test_the_loop_runs_outside_the_main_thread(fake):
     worker.start()
     worker.join(30)
     assert summaries[0].status == "done"
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_scheduler_s_signal_ends_after_the_step_however_often_it_comes(fake, number, caplog):
+    sink = fake.Sink()
+
+    def twice():
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+    executor = fake.Executor([1.0] * 9, at_step={2: twice})
+    with pytest.raises(StoppedBySignal, match=f"{number.name} after step 3 of 9"):
+        fake.train(executor, fake.settings(9), sink)
+    assert (sink.summaries[0].status, sink.summaries[0].steps) == ("stopped", 3)
+    assert caplog.text.count(f"{number.name}: this step is finished") == 1
+
+
+def test_ctrl_c_after_a_scheduler_s_signal_stops_at_once(fake):
+    def both():
+        os.kill(os.getpid(), signal.SIGTERM)
+        interrupt()
+
+    sink = fake.Sink()
+    with pytest.raises(KeyboardInterrupt):
+        fake.train(fake.Executor([1.0] * 9, at_step={2: both}), fake.settings(9), sink)
+    assert sink.summaries[0].status == "interrupted"
+
+
+def test_before_training_a_scheduler_s_signal_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def get_ready():
+        with stop_at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(StoppedBySignal, match="^SIGTERM$"):
+        get_ready()
+    assert signal.getsignal(signal.SIGTERM) is before

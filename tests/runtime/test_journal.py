@@ -65,11 +65,12 @@ def test_a_step_is_timed_to_its_completion_not_to_when_it_is_read(fake):
     # Where steps run while they are dispatched, the last one before the end is read at once after
     # the one before it, and the first one only after the second.
     now_s = [0.0]
-    times_taken = threading.Semaphore(0)
+    times_taken = threading.Semaphore(1)
 
     def clock():
         taken_s = now_s[0]
-        times_taken.release()
+        if threading.current_thread().name.startswith("completions"):
+            times_taken.release()
         return taken_s
 
     class Synchronous(fake.Executor):
@@ -142,7 +143,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(fake, tmp_path, loss):
     sink = fake.Sink()
     with pytest.raises(
         TrainingError,
-        match=rf"the loss is {loss} at step 3 of 9 \(loss 2 one step before, gradient norm 0.5, "
+        match=rf"the loss is {loss} at step 3 of 9 \(the last finite loss was 2, gradient norm 0.5, "
         r"learning rate 0.3\): lower optimizer.learning_rate, "
         r"clip harder with optimizer.clip_norm, "
         r"or compute in model.dtype=fp32",

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.errors import ConfigError, TrainingError
 from launcher.models.optimizer import DYNAMIC, LossScaling, make_loss_scaling
-from launcher.runtime.journal import MAX_SKIPPED_IN_A_ROW
+from launcher.runtime.number_watch import MAX_SKIPPED_IN_A_ROW
 from launcher.runtime.progress import LogSink
 from launcher.runtime.progress_text import final_lines
 

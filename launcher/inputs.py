@@ -1,0 +1,57 @@
+"""What a config asks for, as the objects that answer to it: the cluster, and what the planner is told."""
+
+import logging
+
+from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
+from launcher.autopar.hosts import AnyCluster
+from launcher.autopar.plan import Plan
+from launcher.autopar.space import PlanOptions
+from launcher.config import Config
+from launcher.models.model import Model
+from launcher.models.optimizer import Optimizer
+from launcher.runtime import devices
+
+log = logging.getLogger(__name__)
+
+
+def find_cluster(config: Config) -> AnyCluster:
+    """The cluster of the config; `local` is whatever this machine has."""
+    cluster = cluster_from_config(config.cluster)
+    audits = config.plan.audit and config.mode == "plan"
+    is_local = cluster.name == "local"
+    if emulates(config) or audits or not (is_local or cluster.has_accelerators):
+        devices.emulate(cluster.num_devices)
+    elif is_local:
+        found = devices.discover(cluster.num_devices)
+        if found.count:
+            cluster = cluster_at_hand(found.kind, found.count, found.memory_bytes)
+    log.info("cluster: %s", cluster.describe())
+    return cluster
+
+
+def emulates(config: Config) -> bool:
+    """Whether CPU devices stand for the cluster's."""
+    return config.runtime.name == "emulate"
+
+
+def plan_options(
+    config: Config, given: Plan | None, model: Model, optimizer: Optimizer
+) -> PlanOptions:
+    """What the config asks of the planner."""
+    parallel = config.parallel
+    count = parallel.num_microbatches
+    default_batch = given.global_batch if given else model.default_global_batch
+    return PlanOptions(
+        mode=parallel.name,
+        global_batch=config.train.global_batch or default_batch,
+        num_microbatches=None if count == "auto" else int(count),
+        dp=parallel.dp,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        ep=parallel.ep,
+        zero=parallel.zero,
+        recompute=parallel.recompute,
+        schedule=parallel.schedule,
+        virtual_stages=parallel.virtual_stages,
+        optimizer=optimizer.transform,
+    )
