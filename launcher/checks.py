@@ -268,10 +268,6 @@ def _check_end(config: Config) -> None:
 def _check_resume(config: Config) -> None:
     """Where a run begins."""
     given = f"resume={config.resume}"
-    if config.resume == "":
-        raise ConfigError(
-            "resume is empty: give resume=auto, resume=none, or the path of a checkpoint or a run"
-        )
     computes = config.mode in ("train", "eval")
     for key, is_set in (
         (given, config.resume not in ("auto", "none")),

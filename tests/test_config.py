@@ -203,7 +203,7 @@ MISTAKES = [
     # Checkpoints, and where a run begins.
     (["checkpoint.keep=0"], "checkpoint.keep=0 is less than 1: give checkpoint.keep=1 or more"),
     (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1 is less than 0"),
-    (["resume=''"], "resume is empty: give resume=auto, resume=none, or the path"),
+    (["resume=''"], "resume='' is empty and names no file: give a path, or leave it out"),
     (["mode=plan", "resume=a"], "resume=a contradicts mode=plan, which resumes nothing"),
     (["mode=plan", "replan=true"], "replan=true contradicts mode=plan, which resumes nothing"),
     (

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def from_text(text: str) -> Manifest:
         top = json.loads(text)
         body, checksum = top["manifest"], top["checksum"]
         version = body["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"it is no manifest ({error})") from error
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -124,9 +125,37 @@ def from_text(text: str) -> Manifest:
     if checksum != _checksum(body):
         raise ValueError(f"it does not have the checksum {checksum} that it names")
     try:
-        return _manifest(body)
+        manifest = _manifest(body)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no manifest ({error})") from error
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what no launcher has written, whatever its checksum says."""
+    progress = manifest.progress
+    numbers = (progress.loss, progress.best_loss, progress.eval_loss, manifest.eval_loss)
+    counts = (
+        manifest.step, manifest.samples, progress.skipped_steps, progress.skipped_in_a_row,
+        *progress.left_out, *(length for entry in manifest.arrays.values() for length in entry.shape),
+        *(entry.num_bytes for entry in manifest.files.values()),
+    )  # fmt: skip
+    texts = (manifest.run.plan, manifest.run.dataset, *(e.dtype for e in manifest.arrays.values()))
+    checks = {
+        "a number": all(v is None or type(v) in (int, float) for v in (*numbers, progress.step_s)),
+        "a count": all(type(count) is int and count >= 0 for count in counts),
+        "a text": all(isinstance(text, str) for text in texts),
+        "a path inside it": all(map(_is_inside, (*manifest.files, *manifest.arrays))),
+    }
+    wrong = [what for what, holds in checks.items() if not holds]
+    if wrong:
+        raise ValueError(f"it is no manifest (it has something else in place of {wrong[0]})")
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:

@@ -29,6 +29,7 @@ import numpy as np
 
 from launcher.autopar.atomic_file import write_atomically
 from launcher.errors import StorageError
+from launcher.regular_file import open_regular
 from launcher.runtime.checkpoint_arrays import checksum, read_arrays, write_arrays
 from launcher.runtime.checkpoint_manifest import (
     ArrayEntry,
@@ -51,6 +52,7 @@ MANIFEST_NAME, PLAN_NAME, ARRAYS_NAME, BEST_NAME = (
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,}|best\.json)\.\d+\.tmp")
 _KEY = "checkpoint.dir"
+_LARGEST_MANIFEST_BYTES = 1 << 28  # of a million arrays; what is larger is cut, and is none then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read what a checkpoint says of itself; StorageError if it says nothing that can be trusted."""
     path = folder / MANIFEST_NAME
     try:
-        return from_text(path.read_text())
+        with open_regular(path) as file:
+            return from_text(file.read(_LARGEST_MANIFEST_BYTES).decode())
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
     except ValueError as error:  # also of a text that is no UTF-8
@@ -121,13 +124,15 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def _file_entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
         return FileEntry(num_bytes=file.tell(), checksum=digest.hexdigest())
 
 
 def _damaged(path: Path, why: str) -> StorageError:
-    return StorageError(f"the checkpoint is damaged at {path}: {why}")
+    return StorageError(
+        f"the checkpoint is damaged at {path}: {why}: give another one with resume=PATH"
+    )
 
 
 def _first_line(error: Exception) -> str:
