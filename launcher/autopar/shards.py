@@ -56,7 +56,8 @@ class Ledger:
         self, op: Op, strategy: Strategy, mesh: LogicalMesh, operands: Sequence
     ) -> Sequence:
         """Compute an op on local shards, and take down what it communicates by itself."""
-        found, results = of_op(op, strategy, mesh), run_local(op, strategy, mesh, operands)
+        found = list(of_op(op, strategy, mesh))
+        results = run_local(op, strategy, mesh, operands)
         self.collectives += found
         self._results += results if found else []
         return results

@@ -129,16 +129,18 @@ def _train_despite(
         except NonFiniteError as error:
             newest = checkpoints.newest() if rollbacks < settings.max_rollbacks else None
             if newest is None:
-                why = (
-                    f"gone back {rollbacks} times"
-                    if rollbacks
-                    else "with no checkpoint to go back to"
-                )
-                raise TrainingError(
-                    f"{error}; {why} (train.max_rollbacks={settings.max_rollbacks})"
-                ) from error
+                raise _given_up(error, rollbacks, settings.max_rollbacks) from error
             rollbacks += 1
             first_step = _go_back(executor, journal, newest, error)
+
+
+def _given_up(error: NonFiniteError, rollbacks: int, allowed: int) -> TrainingError:
+    why = f"gone back {rollbacks} times"
+    if rollbacks < allowed:
+        why = (
+            f"{why}, and there is no checkpoint to go back to" if rollbacks else "no checkpoint yet"
+        )
+    return TrainingError(f"{error}; {why} (train.max_rollbacks={allowed})")
 
 
 def _go_back(

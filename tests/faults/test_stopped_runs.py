@@ -41,15 +41,17 @@ def test_in_training(undisturbed, tmp_path, number):
     assert run.summary()["goodput_restart_s"] > 0
 
 
-@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_while_it_gets_ready(undisturbed, tmp_path, share):
-    """Composing a config is not listened in: there is no run yet."""
-    ready_s, run = undisturbed[1], Run(tmp_path / "run")
+@pytest.mark.parametrize("phase", ["planning ...", "compiling ..."])
+def test_while_it_gets_ready(tmp_path, phase):
+    run = Run(tmp_path / "run")
     process = run.start()
-    time.sleep(share * ready_s)
+    while phase not in run.output():
+        assert process.poll() is None, run.output()
+        time.sleep(0.01)
     began_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    status = process.wait(PATIENCE_S)
+    assert process.wait(PATIENCE_S) == STOPPED
     assert time.monotonic() - began_s < 10
-    assert status == STOPPED or (share == 0.3 and status == -signal.SIGTERM)
+    assert "stopped by SIGTERM; to go on: python -m launcher" in run.output()
     assert "Traceback" not in run.output()
+    assert not run.rows()

@@ -104,5 +104,5 @@ def test_what_does_not_go_away_ends_the_run(fake, learner):
 
 
 def test_without_a_checkpoint_there_is_no_way_back(fake, learner):
-    with pytest.raises(TrainingError, match="with no checkpoint to go back to"):
+    with pytest.raises(TrainingError, match=r"; no checkpoint yet \(train.max_rollbacks=2\)$"):
         fake.train(learner({2, 3, 4}), settings(fake))
