@@ -9,7 +9,9 @@ own, which begins when its operands are there, and whose buffers end with it.
 A program's collectives start in one order on all devices, which is what matches those of one device with
 those of another: they all have one channel in a `jax.shard_map`. But the CPU backend takes a call for started
 once it is entered, and starts what comes after beside it. So a program that has calls has all its collectives
-in them, or before them, and the calls take turns.
+in them, or before them, and the calls take turns: each reads a number that the one before made, and one of
+its results cannot be had without that number. In the program's data the order holds for whoever runs it;
+executables from the compilation cache, for one, start things in another order than those just compiled.
 """
 
 from collections.abc import Callable

@@ -179,13 +179,13 @@ class Journal:
         """Pass on an evaluation after a step (None: it was cut short), and leave out its time."""
         if eval_loss is not None:
             if not math.isfinite(eval_loss):
-                finite = "" if self._loss is None else ", though the training loss is finite"
+                beside = "" if self._loss is None else ", though the training loss is finite"
                 log.warning(
                     "eval_loss is %s after step %d%s: it is null in metrics.jsonl, and the run goes on; "
                     "look for what overflows in the held-out batches, or compute in model.dtype=fp32",
                     eval_loss,
                     step + 1,
-                    finite,
+                    beside,
                 )
             self._eval_loss = eval_loss
             self._write(eval_row(step + 1, eval_loss))
