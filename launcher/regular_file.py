@@ -25,3 +25,10 @@ def open_regular(path: Path) -> BinaryIO:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     raise OSError(errno.EINVAL, "It is a pipe, a socket or a device, and no file", str(path))
+
+
+def read_regular(path: Path, largest_bytes: int) -> bytes | None:
+    """Read a file that is to be small; None if it has more bytes than that. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        data = file.read(largest_bytes + 1)
+    return data if len(data) <= largest_bytes else None

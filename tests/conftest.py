@@ -86,3 +86,15 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text()
 
     return compare
+
+
+@pytest.fixture(scope="module")
+def no_new_backend():
+    """For runs in this process: its devices are there already, and their number cannot change any more."""
+    from launcher.runtime import devices
+
+    found = devices.Found(kind="cpu", count=0, memory_bytes=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "emulate", lambda num_devices: None)
+        patch.setattr(devices, "discover", lambda num_cpu_devices: found)
+        yield

@@ -14,14 +14,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "plans"
 QUICK = ("logger=jsonl", "train.steps=2", "train.eval_batches=1", "parallel.num_microbatches=2")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_new_backend():
-    """The devices of this process are there already; their number cannot change any more."""
-    found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.devices, "emulate", lambda num_devices: None)
-        patch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
-        yield
+pytestmark = pytest.mark.usefixtures("no_new_backend")
 
 
 def rows_of(run_dir):

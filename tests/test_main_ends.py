@@ -29,12 +29,7 @@ ALONE = (
 ELSEWHERE = ("logger=jsonl", "model.layers=2", "parallel=data", "parallel.num_microbatches=1")
 
 
-@pytest.fixture(autouse=True)
-def no_new_backend(monkeypatch):
-    """The devices of this process are there already; their number cannot change any more."""
-    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)
-    found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
-    monkeypatch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
+pytestmark = pytest.mark.usefixtures("no_new_backend")
 
 
 @pytest.fixture

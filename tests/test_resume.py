@@ -20,14 +20,7 @@ QUICK = (
 WHAT_COUNTS = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_new_backend():
-    """The devices of this process are there already; their number cannot change any more."""
-    found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main.devices, "emulate", lambda num_devices: None)
-        patch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
-        yield
+pytestmark = pytest.mark.usefixtures("no_new_backend")
 
 
 def rows_of(run_dir) -> list[dict]:
@@ -50,7 +43,7 @@ def run(run_dir, *more: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(no_new_backend, tmp_path_factory):
     """The folder of a run of six steps."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     assert run(run_dir) == 0

@@ -28,7 +28,7 @@ from launcher.autopar.plan import (
 from launcher.autopar.strict_reader import Node
 from launcher.errors import PlanError
 from launcher.limits import CHOICES, RANGES
-from launcher.regular_file import open_regular
+from launcher.regular_file import read_regular
 
 LARGEST_FILE_BYTES = 64 * 2**20
 _LINE = 96  # a list or a flat object that is no longer stands on one line
@@ -40,8 +40,7 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
     """Read a plan file; `key` is the one that named it, for messages."""
     given = f"{key}={path}"
     try:
-        with open_regular(path) as file:
-            data = file.read(LARGEST_FILE_BYTES + 1)
+        data = read_regular(path, LARGEST_FILE_BYTES)
     except FileNotFoundError as error:
         raise PlanError(
             f"there is no plan file {path} ({given}): give the path of the plan.json that a run wrote"
@@ -50,7 +49,7 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
         raise PlanError(
             f"cannot read the plan, {error.strerror} ({given}): correct the path"
         ) from error
-    if len(data) > LARGEST_FILE_BYTES:
+    if data is None:
         raise PlanError(
             f"the plan has more than {LARGEST_FILE_BYTES} bytes ({given}): give the path of a "
             "plan.json; it may leave out `strategies`, the largest part"

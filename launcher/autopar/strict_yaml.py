@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from launcher.errors import ConfigError
-from launcher.regular_file import open_regular
+from launcher.regular_file import read_regular
 
 _LARGEST_FILE_BYTES = 2**20
 
@@ -29,9 +29,8 @@ class _StrictLoader(yaml.SafeLoader):
 def load_yaml(path: Path, key: str = "cluster") -> object:
     """Return what a cluster file holds; `key` is the one that named it."""
     try:
-        with open_regular(path) as file:
-            data = file.read(_LARGEST_FILE_BYTES + 1)
-        if len(data) > _LARGEST_FILE_BYTES:
+        data = read_regular(path, _LARGEST_FILE_BYTES)
+        if data is None:
             raise ConfigError(
                 f"{path} has more than {_LARGEST_FILE_BYTES} bytes ({key}={path}): "
                 "give the path of a cluster file"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from launcher.errors import ConfigError
-from launcher.regular_file import open_regular
+from launcher.regular_file import read_regular
 
 _LARGEST_BYTES = 2**20
 _MOST_NODES = 100_000  # with all aliases written out
@@ -27,9 +27,8 @@ def check_files(folder: pathlib.Path, name: str, overrides: Sequence[str]) -> No
 
 def _check_file(path: pathlib.Path) -> None:
     try:
-        with open_regular(path) as file:
-            data = file.read(_LARGEST_BYTES + 1)
-        if len(data) > _LARGEST_BYTES:
+        data = read_regular(path, _LARGEST_BYTES)
+        if data is None:
             raise ConfigError(
                 f"{path} has more than {_LARGEST_BYTES} bytes: choose a config of a sensible size"
             )

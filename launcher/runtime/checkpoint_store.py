@@ -29,7 +29,7 @@ import numpy as np
 
 from launcher.autopar.atomic_file import write_atomically
 from launcher.errors import StorageError
-from launcher.regular_file import open_regular
+from launcher.regular_file import open_regular, read_regular
 from launcher.runtime.checkpoint_arrays import checksum, read_arrays, write_arrays
 from launcher.runtime.checkpoint_manifest import (
     ArrayEntry,
@@ -52,7 +52,7 @@ MANIFEST_NAME, PLAN_NAME, ARRAYS_NAME, BEST_NAME = (
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,}|best\.json)\.\d+\.tmp")
 _KEY = "checkpoint.dir"
-_LARGEST_MANIFEST_BYTES = 1 << 28  # of a million arrays; what is larger is cut, and is none then
+_LARGEST_MANIFEST_BYTES = 2**28  # of a million arrays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +80,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read what a checkpoint says of itself; StorageError if it says nothing that can be trusted."""
     path = folder / MANIFEST_NAME
     try:
-        with open_regular(path) as file:
-            return from_text(file.read(_LARGEST_MANIFEST_BYTES).decode())
+        data = read_regular(path, _LARGEST_MANIFEST_BYTES)
+        if data is None:
+            raise ValueError(f"it has more than {_LARGEST_MANIFEST_BYTES} bytes")
+        return from_text(data.decode())
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
     except ValueError as error:  # also of a text that is no UTF-8

@@ -13,11 +13,8 @@ from launcher.models.model import Model
 
 
 @pytest.fixture(autouse=True)
-def no_new_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The devices of this process are there already; their number cannot change any more."""
-    found = main.devices.Found(kind="cpu", count=0, memory_bytes=None)
-    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)
-    monkeypatch.setattr(main.devices, "discover", lambda num_cpu_devices: found)
+def on_the_devices_at_hand(no_new_backend: None) -> None:
+    """All of them are tried in this process."""
 
 
 @pytest.fixture(autouse=True)

@@ -120,6 +120,18 @@ def test_on_the_same_plan_bit_for_bit(exact, resumed, plan, family):
         assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
 
 
+@pytest.mark.parametrize("plan", SAME)
+def test_going_back_in_the_midst_of_a_run_bit_for_bit(exact, plan):
+    """Also from a step that was dispatched and not read."""
+    executor = exact.executor_for(exact.model_of("gpt", "fp32"), SAME[plan])
+    steps(exact, executor, 0, BEFORE)
+    kept = to_host(executor.training_arrays())
+    wanted = steps(exact, executor, BEFORE, AFTER)
+    executor.step(executor.place(exact.draw_batch(executor.model, BEFORE), BEFORE))
+    executor.restore(kept)
+    assert steps(exact, executor, BEFORE, AFTER) == wanted
+
+
 ACROSS = {
     "8 to 4 devices": (EIGHT, FOUR),
     "pp 4 to pp 1": (FOUR_STAGES, ONE_STAGE),
