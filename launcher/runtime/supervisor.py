@@ -1,0 +1,167 @@
+"""The supervisor of a run over several hosts: begins anew at the last checkpoint when one of them is lost.
+
+It stands outside of all processes that compute, because nothing that those say can be relied on once one of
+them is gone: survivors raise, abort or hang. It passes addresses around, holds the one barrier (no host
+trains before all are ready), and from then on only listens: hosts run whole steps by themselves.
+
+When a host is lost, all others are ended at once, whatever they are doing. New processes begin at the last
+checkpoint, up to `runtime.max_restarts` times; where a machine does not come back, on fewer hosts, if the run
+may be planned anew. A verdict on the run itself would come again, and ends it.
+
+Left out: what the processes are (`host_pool`), what one start of them is (`host_session`), what they do
+(`host_contract`), and where rows go.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from launcher.errors import TrainingError
+from launcher.runtime.host_contract import HostEnd, HostEvent, HostReady
+from launcher.runtime.host_pool import HostPool, TooFewHosts
+from launcher.runtime.host_record import HostRecord
+from launcher.runtime.host_session import HostLost, HostRun, HostSession
+from launcher.runtime.interrupt import Interrupt
+from launcher.runtime.metrics import TrainSummary
+
+log = logging.getLogger(__name__)
+
+PLACE_LIMIT_S = 20.0
+RETURN_BEATS = 60  # heartbeats in which a machine that was lost may come back
+
+Phase = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is done about a host that is lost.
+
+    Attributes:
+        fewer_hosts: gives the same run, planned anew for so many; None: it must not be.
+    """
+
+    max_restarts: int
+    heartbeat_s: float
+    fewer_hosts: Callable[[int], HostRun] | None
+
+
+class Supervisor:
+    """Takes a run to its end, over as many starts as it needs."""
+
+    def __init__(
+        self, pool: HostPool, run: HostRun, policy: Policy, phase: Phase,
+        open_record: Callable[[HostRun, Sequence[HostReady]], HostRecord],
+    ) -> None:  # fmt: skip
+        """`open_record` says where rows go, once the hosts are ready; `phase` shows what takes long."""
+        self._pool, self._run, self._policy, self._phase = pool, run, policy, phase
+        self._open_record = open_record
+        self._record: HostRecord | None = None
+        self._recorded: HostRun | None = None
+        self._left_over: tuple[HostEvent, ...] = ()
+        self._restarts = 0
+
+    def run(self) -> TrainSummary:
+        """Train; raises what ends a run in one process, and TrainingError where no host is left to lose.
+
+        The sinks are finished in every case, and no process of a host is left.
+        """
+        try:
+            summary, interrupt = self._train()
+        except BaseException as error:
+            self._pool.kill()
+            if self._record is not None:
+                self._record.finish_despite(error)
+            raise
+        self._pool.kill()
+        interrupt.raise_if_requested(f"after step {summary.steps} of {summary.planned_steps}")
+        return summary
+
+    def _train(self) -> tuple[TrainSummary, Interrupt]:
+        while True:
+            session = HostSession(self._pool, self._run, self._policy.heartbeat_s)
+            try:
+                self._bring_up(session)
+            except TooFewHosts as error:
+                self._go_on_with_fewer(error)
+                continue
+            except HostLost as lost:
+                self._begin_anew(lost)
+                continue
+            try:
+                # Until here a signal ends the run at once; from here it leaves a note, and a checkpoint.
+                with Interrupt() as interrupt:
+                    end = self._train_once(session, interrupt)
+                    return self._record.finish(end.summary, interrupt.status), interrupt
+            except HostLost as lost:
+                self._begin_anew(lost)
+
+    def _bring_up(self, session: HostSession) -> None:
+        count = len(self._run.seats)
+        text = "starting 1 host" if count == 1 else f"starting {count} hosts"
+        with self._phase(text) as progress:
+            ready = session.bring_up(self._patience_s, progress)
+        for host in ready:
+            log.info("host %d: %s", host.host, host.text)
+        if self._recorded is self._run:
+            self._go_back(ready[0].first_step)
+        else:
+            self._record = self._open_record(self._run, ready)
+            self._recorded = self._run
+
+    def _go_back(self, step: int) -> None:
+        """To the checkpoint, which all hosts have written: what was reported up to there counts."""
+        for event in self._left_over:
+            if event.kind == "row" and event.step <= step:
+                self._record.take(event)
+        self._record.rewind(step)
+
+    def _train_once(self, session: HostSession, interrupt: Interrupt) -> HostEnd:
+        try:
+            return session.train(self._record, interrupt)
+        except HostLost as lost:
+            self._left_over = session.left_over
+            self._log_left_over()
+            # A scheduler may have ended the host too: what was asked for counts.
+            done, planned = self._record.num_steps, self._record.planned_steps
+            interrupt.raise_if_requested(f"after step {done} of {planned}, in which {lost}")
+            raise
+
+    def _log_left_over(self) -> None:
+        """Lines of steps that may not count may still say what went wrong."""
+        for event in self._left_over:
+            if event.kind == "log":
+                self._record.take(event)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a machine that has what a host needs is waited for."""
+        return RETURN_BEATS * self._policy.heartbeat_s if self._restarts else PLACE_LIMIT_S
+
+    def _begin_anew(self, lost: HostLost) -> None:
+        """End all hosts; the next start goes on from the last checkpoint, if there is to be one."""
+        self._pool.kill()
+        limit = self._policy.max_restarts
+        if self._restarts >= limit:
+            again = f"it was begun anew {limit} times" if limit else "it is not begun anew"
+            raise TrainingError(
+                f"{lost}; {again} (runtime.max_restarts={limit}): what the host said last is in "
+                f"{self._run.task.run_dir}/hosts; the run goes on from its last checkpoint when it is "
+                f"started again in its folder"
+            ) from lost
+        self._restarts += 1
+        log.warning("%s: beginning anew (%d of %d)", lost, self._restarts, limit)
+
+    def _go_on_with_fewer(self, error: TooFewHosts) -> None:
+        if not self._restarts:
+            raise error
+        seats, fewer_hosts = self._run.seats, self._policy.fewer_hosts
+        room = self._pool.num_places(seats[0])
+        if fewer_hosts is None or not 0 < room < len(seats):
+            raise TrainingError(
+                f"a host was lost, and within {self._patience_s:.0f} s none took its place "
+                f"(replan={'false' if fewer_hosts is None else 'true'}): {error}; or start the run again in "
+                f"its folder with replan=true cluster.hosts=N, and it goes on from its last checkpoint"
+            ) from error
+        log.warning("%s; going on with %d of %d hosts (replan=true)", error, room, len(seats))
+        self._run = fewer_hosts(room)
