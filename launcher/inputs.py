@@ -1,6 +1,7 @@
 """What a config asks for, as the objects that answer to it: the cluster, and what the planner is told."""
 
 import logging
+import os
 
 from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
 from launcher.autopar.hosts import AnyCluster
@@ -10,6 +11,7 @@ from launcher.config import Config
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime import devices
+from launcher.runtime.ray_pool import ray_address
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +21,16 @@ def find_cluster(config: Config) -> AnyCluster:
     cluster = cluster_from_config(config.cluster)
     audits = config.plan.audit and config.mode == "plan"
     is_local = cluster.name == "local"
-    if emulates(config) or audits or not (is_local or cluster.has_accelerators):
-        devices.emulate(cluster.num_devices)
-    elif is_local:
-        found = devices.discover(cluster.num_devices)
+    on_hosts = runs_on_hosts(config, cluster)
+    computes_here = not (emulates(config) or audits or on_hosts)
+    if is_local and (computes_here or on_hosts):
+        # Those of the hosts' processes are not to be taken by this one.
+        look = devices.discover_apart if on_hosts else devices.discover
+        found = look(cluster.num_devices)
         if found.count:
             cluster = cluster_at_hand(found.kind, found.count, found.memory_bytes)
+    if not computes_here or not (is_local or cluster.has_accelerators):
+        devices.emulate(cluster.num_devices)
     log.info("cluster: %s", cluster.describe())
     return cluster
 
@@ -32,6 +38,19 @@ def find_cluster(config: Config) -> AnyCluster:
 def emulates(config: Config) -> bool:
     """Whether CPU devices stand for the cluster's."""
     return config.runtime.name == "emulate"
+
+
+def runs_on_hosts(config: Config, cluster: AnyCluster) -> bool:
+    """Whether every host of the cluster gets a process of its own, through Ray.
+
+    With `runtime=auto`: several real hosts, and a Ray that may have them.
+    """
+    runtime = config.runtime
+    if config.mode != "train" or runtime.name not in ("auto", "ray"):
+        return False
+    several = cluster.has_accelerators and sum(kind.num_hosts for kind in cluster.kinds) > 1
+    has_ray = ray_address(runtime.address, os.environ) is not None
+    return runtime.name == "ray" or (several and has_ray)
 
 
 def plan_options(

@@ -26,9 +26,10 @@ from launcher.autopar.space import PlanOptions
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
-from launcher.inputs import emulates, find_cluster, plan_options
+from launcher.inputs import emulates, find_cluster, plan_options, runs_on_hosts
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
+from launcher.on_hosts import HostsJob, train_on_hosts
 from launcher.outputs import find_sampler, make_meter, make_sinks
 from launcher.resume import Start, check_start, find_start, make_checkpoints, plan_to_keep
 from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
@@ -104,6 +105,9 @@ def _run(config: Config, run_dir: Path) -> int:
         audit_plan(config, planned, model, cluster, optimizer, setup.console)
     if config.mode == "plan":
         reporter.write_summary(planned)
+        return 0
+    if runs_on_hosts(config, cluster):
+        train_on_hosts(hosts_job(setup, planned), partial(plan_for_fewer, setup))
         return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
     if config.mode == "eval":
@@ -184,6 +188,32 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             goodput=setup.goodput,
             at_end=make_end(setup, planned, local.arrays),
         )
+
+
+def hosts_job(setup: Setup, planned: Planned) -> HostsJob:
+    """What the processes of the hosts carry out, who read the checkpoint themselves."""
+    if setup.start.checkpoint is not None:
+        setup.start.checkpoint.release()
+    return HostsJob(
+        config=setup.config,
+        run_dir=setup.run_dir,
+        console=setup.console,
+        cluster=setup.cluster,
+        model=setup.model,
+        planned=planned,
+        metrics=make_reporter(setup).metrics(planned),
+        progress=setup.start.progress,
+    )
+
+
+def plan_for_fewer(setup: Setup, num_hosts: int) -> HostsJob:
+    """The same run from its last checkpoint, on so many hosts."""
+    cluster = dataclasses.replace(setup.config.cluster, hosts=num_hosts)
+    config = dataclasses.replace(setup.config, cluster=cluster)
+    setup = make_setup(config, setup.run_dir, setup.console)
+    planned = make_plan(setup)
+    make_reporter(setup).report(planned, None)
+    return hosts_job(setup, planned)
 
 
 def first_weights(setup: Setup) -> Values | None:
@@ -360,7 +390,7 @@ def audit_plan(
 
     With `mode=plan`, CPU devices stand for the cluster's.
     """
-    stand_in = emulates(config) or config.mode == "plan"
+    stand_in = emulates(config) or config.mode == "plan" or runs_on_hosts(config, cluster)
     grid = devices.acquire(cluster, emulated=stand_in)
     with phase(console, "auditing") as progress:
         audits = plan_audit.audit_plan(planned.realized, model, optimizer, grid, progress)

@@ -26,6 +26,7 @@ LAYERS = (
     ("autopar",),
     ("runtime",),
     ("inputs", "outputs", "resume"),
+    ("on_hosts",),
     ("main",),
     ("cli",),
     ("bench",),

@@ -24,23 +24,17 @@ class HostBeats:
         self.newest: list[HostBeat | None] = [None] * num_hosts
 
     def look(self) -> list[HostBeat]:
-        """Give what was answered since, and ask those whose turn it is."""
-        answers = self.answers()
-        for host, asked in enumerate(self._asked):
-            if asked is None and self._clock() - self._asked_s[host] >= self._heartbeat_s:
-                self._asked[host] = self._pool.call(host, methodcaller("beat"), quick=True)
-                self._asked_s[host] = self._clock()
-        return answers
-
-    def answers(self) -> list[HostBeat]:
-        """Give what was answered since. A host that has died has no answer."""
+        """Give what was answered since, and ask those whose turn it is. Who has died has no answer."""
         answers = []
         for host, asked in enumerate(self._asked):
-            if asked is None or not asked.done():
-                continue
-            self._asked[host] = None
-            if not isinstance(asked.exception(), HostDied):
-                answers.append(asked.result())
+            if asked is not None and asked.done():
+                self._asked[host] = None
+                if not isinstance(asked.exception(), HostDied):
+                    answers.append(asked.result())
+            is_due = self._clock() - self._asked_s[host] >= self._heartbeat_s
+            if self._asked[host] is None and is_due:
+                self._asked[host] = self._pool.call(host, methodcaller("beat"), quick=True)
+                self._asked_s[host] = self._clock()
         for beat in answers:
             self.newest[beat.host] = beat
         return answers

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from launcher.errors import ClusterError
 
@@ -80,4 +81,10 @@ class HostPool(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End everything that the pool has started; may be called twice."""
+        """End everything that the pool has started."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

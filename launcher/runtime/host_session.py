@@ -34,7 +34,7 @@ class HostLost(Exception):
     """A host is gone, or taken for gone; the text names it, and what it was at."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HostRun:
     """What the hosts are to run.
 

@@ -27,6 +27,7 @@ from launcher.runtime.host_contract import HostBeat
 SILENT_BEATS, SLOW_STEPS, LONGEST_RESTS = 10, 10, 3
 UNMEASURED_LIMIT_S, PREPARING_LIMIT_S, PREPARING_SILENCE = 600.0, 1800.0, 6
 _MEDIAN_OF = 100
+_HEARD_BEATS = 3  # since the last one that was answered
 _LONGEST_LOOK_S = 1.0
 _INSTRUCTION = re.compile(r"\d+[A-Z]\w*$")  # such as 2F0
 
@@ -91,19 +92,23 @@ class HostWatch:
         return None
 
     def _still(self, hosts: list[int]) -> Suspicion | None:
-        """Of those that do not move, that which waits for nobody, or else has done least."""
+        """Of those that do not move: who is silent, or else waits for nobody, or has done least."""
         limit_s = self._limit_s()
         still = [host for host in hosts if self._now_s - self._moved_s[host] > limit_s]
         beats = [self._beats[host] for host in still if self._beats[host] is not None]
         if not beats:
             return None
-        culprit = min(beats, key=lambda beat: (beat.waiting_for != "", beat.steps_done))
+        culprit = min(beats, key=self._least_alive)
         rested_s = self._now_s - self._moved_s[culprit.host]
         return Suspicion(
             host=culprit.host,
             why=f"it answers, and has not moved for {rested_s:.0f} s (the limit is {limit_s:.0f} s"
             f"{self._measured_by()})",
         )
+
+    def _least_alive(self, beat: HostBeat) -> tuple:
+        is_heard = self._now_s - self._heard_s[beat.host] < _HEARD_BEATS * self._heartbeat_s
+        return is_heard, beat.waiting_for != "", beat.steps_done
 
     def _limit_s(self) -> float:
         if not self._trains:
