@@ -10,6 +10,7 @@ import os
 import pathlib
 import pickle
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -131,6 +132,7 @@ class RayPool(HostPool):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._keeper.pid, signal.SIGKILL)
             self._keeper.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _whereabouts(self, answer: tuple[int, str, str]) -> Whereabouts:
         pid, ip, machine = answer
