@@ -1,17 +1,24 @@
-"""What a config asks for, as the objects that answer to it: the cluster, and what the planner is told."""
+"""What a config asks for, as the objects that answer to it: the cluster, the model, what the planner and the
+training loop are told."""
 
 import logging
 import os
 
+import jax
+
+from launcher import models
 from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.plan import Plan
+from launcher.autopar.planned_model import as_planned, describe_model
 from launcher.autopar.space import PlanOptions
 from launcher.config import Config
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
+from launcher.resume import Start
 from launcher.runtime import devices
 from launcher.runtime.ray_pool import ray_address
+from launcher.runtime.train_loop import TrainSettings
 
 log = logging.getLogger(__name__)
 
@@ -73,4 +80,44 @@ def plan_options(
         schedule=parallel.schedule,
         virtual_stages=parallel.virtual_stages,
         optimizer=optimizer.transform,
+    )
+
+
+def build_model(
+    config: Config, cluster: AnyCluster, given: Plan | None, *, emulated: bool
+) -> Model:
+    """The model; what is left open is as in the given plan, or decided by the cluster."""
+    on_cpu = emulated or not cluster.has_accelerators
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "fp32" if on_cpu else cluster.default_dtype
+    if dtype == "fp64":
+        jax.config.update("jax_enable_x64", True)
+    resolved = models.resolve(
+        as_planned(config.model, given),
+        memory_bytes=cluster.memory_bytes,
+        has_accelerator=cluster.has_accelerators,
+        dtype=dtype,
+        without_cudnn=cluster.without_cudnn,
+        prefer_plain=on_cpu and given is None,
+    )
+    model = models.build(resolved)
+    log.info("model: %s", describe_model(model))
+    return model
+
+
+def train_settings(config: Config, plan: Plan, start: Start) -> TrainSettings:
+    """How long to train from where, and when to evaluate."""
+    watched_steps = {*config.train.trace_steps, *config.train.profile_steps}
+    return TrainSettings(
+        steps=config.train.steps,
+        global_batch=plan.global_batch,
+        eval_every=config.train.eval_every,
+        eval_batches=config.train.eval_batches,
+        first_step=start.step,
+        progress=start.progress,
+        nonfinite_steps=config.train.nonfinite_steps,
+        max_rollbacks=config.train.max_rollbacks,
+        # What is written after a watched step holds up the next one.
+        untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )

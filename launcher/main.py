@@ -15,18 +15,24 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from launcher import data, models
+from launcher import data
 from launcher.autopar.budget import check_tokens
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
-from launcher.autopar.planned_model import as_planned, describe_model
 from launcher.autopar.space import PlanOptions
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
-from launcher.inputs import emulates, find_cluster, plan_options, runs_on_hosts
+from launcher.inputs import (
+    build_model,
+    emulates,
+    find_cluster,
+    plan_options,
+    runs_on_hosts,
+    train_settings,
+)
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.on_hosts import HostsJob, train_on_hosts
@@ -124,7 +130,7 @@ def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
     start = find_start(config, run_dir)
     from_file = config.parallel.name == "from_file"
     given = read_plan(Path(config.parallel.path)) if from_file else None
-    model = build_model(config, cluster, given or start.plan)
+    model = build_model(config, cluster, given or start.plan, emulated=emulates(config))
     check_tokens(config.train.tokens, model)
     optimizer = build_optimizer(config.optimizer, config.train.steps, model.dtype)
     computes = config.mode != "plan"
@@ -179,7 +185,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         train_loop.run(
             executor,
             setup.dataset,
-            train_settings(config, planned, start),
+            train_settings(config, planned.plan, start),
             meter,
             sinks_of(setup, planned, meter, config.train.steps, local.compilation),
             learning_rate=optimizer.schedule,
@@ -276,28 +282,13 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     evaluation_run.run(
         evaluation,
         setup.dataset,
-        dataclasses.replace(train_settings(config, planned, start), steps=step, first_step=step),
+        dataclasses.replace(
+            train_settings(config, planned.plan, start), steps=step, first_step=step
+        ),
         meter,
         sinks_of(setup, planned, meter, step, evaluation.compilation),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
-    )
-
-
-def train_settings(config: Config, planned: Planned, start: Start) -> train_loop.TrainSettings:
-    """How long to train from where, and when to evaluate."""
-    watched_steps = {*config.train.trace_steps, *config.train.profile_steps}
-    return train_loop.TrainSettings(
-        steps=config.train.steps,
-        global_batch=planned.plan.global_batch,
-        eval_every=config.train.eval_every,
-        eval_batches=config.train.eval_batches,
-        first_step=start.step,
-        progress=start.progress,
-        nonfinite_steps=config.train.nonfinite_steps,
-        max_rollbacks=config.train.max_rollbacks,
-        # What is written after a watched step holds up the next one.
-        untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )
 
 
@@ -318,27 +309,6 @@ def make_end(
 def explain_memory(planned: Planned, grid: np.ndarray) -> Callable[[BaseException], TrainingError]:
     """What to say when a device's memory is used up and nobody knows by which instruction."""
     return partial(memory_error, plan=planned.plan, doing=None, devices=[d for d in grid.flat if d])
-
-
-def build_model(config: Config, cluster: AnyCluster, given: Plan | None) -> Model:
-    """The model; what is left open is as in the given plan, or decided by the cluster."""
-    emulated = emulates(config) or not cluster.has_accelerators
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "fp32" if emulated else cluster.default_dtype
-    if dtype == "fp64":
-        jax.config.update("jax_enable_x64", True)
-    resolved = models.resolve(
-        as_planned(config.model, given),
-        memory_bytes=cluster.memory_bytes,
-        has_accelerator=cluster.has_accelerators,
-        dtype=dtype,
-        without_cudnn=cluster.without_cudnn,
-        prefer_plain=emulated and given is None,
-    )
-    model = models.build(resolved)
-    log.info("model: %s", describe_model(model))
-    return model
 
 
 def make_plan(setup: Setup) -> Planned:

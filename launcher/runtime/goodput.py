@@ -37,11 +37,15 @@ class Goodput:
     """
 
     def __init__(
-        self, run_dir: Path | None = None, *, clock: Callable[[], float] = time.time
-    ) -> None:
-        """`clock` is that of the world; without a folder nothing is read or written."""
+        self, run_dir: Path | None = None, *, clock: Callable[[], float] = time.time,
+        started_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """`clock` is that of the world; without a folder nothing is read or written.
+
+        `started_s` is when this start of the run began, by that clock; None: now.
+        """
         self._path, self._clock = run_dir and run_dir / GOODPUT_NAME, clock
-        self._began_s = self._started_s = clock()
+        self._began_s = self._started_s = clock() if started_s is None else started_s
         self._written_s = -math.inf
         self._spent_s = dict.fromkeys(KINDS, 0.0)
         earlier = _read(self._path)

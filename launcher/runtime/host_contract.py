@@ -40,6 +40,7 @@ class HostTask:
         host: its number in the cluster, as the plan's stages name it.
         emulated: whether CPU devices stand for the cluster's.
         ip: under which the other hosts reach this one.
+        started_s: when this start of the run began, by the world's clock: before it was planned.
     """
 
     config: Config
@@ -51,6 +52,7 @@ class HostTask:
     emulated: bool
     ip: str = "127.0.0.1"
     receive_limit_s: float = RECEIVE_LIMIT_S
+    started_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

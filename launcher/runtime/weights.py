@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -58,10 +58,10 @@ class Held(Protocol):
     state: Mapping[str, jax.Array]
 
 
-def held_arrays(owner: Mapping[str, int], stages: Sequence[Held]) -> dict[str, jax.Array]:
-    """All parameters, each from the stage that owns it, and all state, where they lie."""
+def held_arrays(owner: Mapping[str, int], stages: Mapping[int, Held]) -> dict[str, jax.Array]:
+    """All parameters of these stages, each from the one that owns it, and all state, where they lie."""
     found: dict[str, jax.Array] = {}
-    for index, stage in enumerate(stages):
+    for index, stage in stages.items():
         found |= {path: array for path, array in stage.params.items() if owner[path] == index}
         found |= stage.state
     return found
