@@ -128,7 +128,9 @@ def _open_record(job: HostsJob, ready: Sequence[HostReady]) -> HostRecord:
         num_programs=sum(host.num_programs for host in ready),
         compile_s=max(host.compile_s for host in ready),
     )
-    meter = make_meter(job.planned, job.model, job.cluster, emulated=not job.cluster.has_accelerators)
+    meter = make_meter(
+        job.planned, job.model, job.cluster, emulated=not job.cluster.has_accelerators
+    )
     sinks = make_sinks(
         config, job.run_dir, job.console, meter, config.train.steps, metrics,
         resumes=first_step > 0,

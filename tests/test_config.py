@@ -226,7 +226,10 @@ MISTAKES = [
     (["runtime.max_restarts=-1"], "runtime.max_restarts=-1 is less than 0"),
     (["runtime.heartbeat_s=0"], "runtime.heartbeat_s=0.0 is less than 0.1"),
     (["runtime.heartbeat_s=1e9"], "give at least 0.1 and less than 3601"),
-    (["runtime.address=head"], "runtime.address=head is not of the form host:port: give that of the"),
+    (
+        ["runtime.address=head"],
+        "runtime.address=head is not of the form host:port: give that of the",
+    ),
     (["runtime.address=head:x"], "runtime.address=head:x is not of the form host:port"),
     (["runtime.address=head:99999"], "runtime.address=head:99999 is not of the form host:port"),
     (["runtime.address='ray://head:10001'"], "runtime.address=ray://head:10001 is not of the form"),

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from operator import methodcaller
 
 from launcher.runtime.host_contract import HostBeat
-from launcher.runtime.host_pool import HostDied, HostPool
+from launcher.runtime.host_pool import HostDiedError, HostPool
 
 
 class HostBeats:
@@ -29,7 +29,7 @@ class HostBeats:
         for host, asked in enumerate(self._asked):
             if asked is not None and asked.done():
                 self._asked[host] = None
-                if not isinstance(asked.exception(), HostDied):
+                if not isinstance(asked.exception(), HostDiedError):
                     answers.append(asked.result())
             is_due = self._clock() - self._asked_s[host] >= self._heartbeat_s
             if self._asked[host] is None and is_due:

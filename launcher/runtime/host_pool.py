@@ -14,11 +14,11 @@ from typing import Self
 from launcher.errors import ClusterError
 
 
-class HostDied(Exception):
+class HostDiedError(Exception):
     """The process of a host has ended, or its machine; the text says what is known of it."""
 
 
-class TooFewHosts(ClusterError):
+class TooFewHostsError(ClusterError):
     """There are not as many machines as the plan has hosts, or not such as it needs."""
 
 
@@ -57,7 +57,7 @@ class HostPool(abc.ABC):
         """Start a process for every seat; none may be running.
 
         Raises:
-            TooFewHosts: the seats are not to be had within so many seconds.
+            TooFewHostsError: the seats are not to be had within so many seconds.
         """
 
     @abc.abstractmethod
@@ -72,7 +72,8 @@ class HostPool(abc.ABC):
     def call(self, host: int, action: Callable[[object], object], *, quick: bool) -> Future:
         """Have `action` called with what the process holds; everything pickles.
 
-        The future raises what the action raises, or HostDied. What is quick does not wait for what is not.
+        The future raises what the action raises, or HostDiedError. What is quick does not wait for what is
+        not.
         """
 
     @abc.abstractmethod

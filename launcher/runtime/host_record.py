@@ -137,7 +137,9 @@ class HostRecord:
         self._peak_bytes = row["peak_bytes_per_device"]
         if row["loss"] is not None:
             self._loss = row["loss"]
-            self._best_loss = min(self._loss, math.inf if self._best_loss is None else self._best_loss)
+            self._best_loss = min(
+                self._loss, math.inf if self._best_loss is None else self._best_loss
+            )
         if CHECKPOINT_S in row:
             self._num_checkpoints += 1
             self._checkpoint_s += row[CHECKPOINT_S] or 0.0

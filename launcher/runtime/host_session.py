@@ -3,12 +3,12 @@
 Everything that all hosts do is waited for together, so that the failure of one ends the waiting for all.
 What a failure means for the run is the supervisor's to say; here it only becomes one of two kinds:
 
-    HostLost         a process ended, raised what is no verdict on the run, or is suspected by `HostWatch`
+    HostLostError    a process ended, raised what is no verdict on the run, or `HostWatch` suspects it
     LauncherError    a verdict, such as a loss that is not finite: it would come again
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -17,7 +17,7 @@ from launcher.errors import ClusterError, LauncherError
 from launcher.runtime.host_beats import HostBeats
 from launcher.runtime.host_contract import HostBeat, HostEnd, HostEvent, HostReady, HostTask
 from launcher.runtime.host_events import HostEvents
-from launcher.runtime.host_pool import HostDied, HostPool, Seat, Whereabouts
+from launcher.runtime.host_pool import HostDiedError, HostPool, Seat, Whereabouts
 from launcher.runtime.host_record import HostRecord
 from launcher.runtime.host_stop import HostStop
 from launcher.runtime.host_watch import HostWatch
@@ -30,7 +30,7 @@ GRACE_S = 1.0
 START_LIMIT_S, LAST_WORDS_LIMIT_S = 180.0, 10.0
 
 
-class HostLost(Exception):
+class HostLostError(Exception):
     """A host is gone, or taken for gone; the text names it, and what it was at."""
 
 
@@ -128,7 +128,9 @@ class HostSession:
     def _last_words(self) -> Iterator[HostBeat]:
         """What hosts that are done have not said yet: what is on its way first, then the rest."""
         yield from self._together("ending", self._beats.pending(), limit_s=LAST_WORDS_LIMIT_S)
-        rest = {host: self._pool.call(host, methodcaller("beat"), quick=True) for host in self._hosts}
+        rest = {
+            host: self._pool.call(host, methodcaller("beat"), quick=True) for host in self._hosts
+        }
         yield from self._together("ending", rest, limit_s=LAST_WORDS_LIMIT_S)
 
     def _look(self, watch: HostWatch, calls: Mapping[int, Future], phase: str) -> list[HostBeat]:
@@ -163,7 +165,7 @@ class HostSession:
         wait(calls.values(), timeout=GRACE_S)
         errors = {host: call.exception() for host, call in calls.items() if call.done()}
         for host, error in errors.items():
-            if isinstance(error, HostDied):
+            if isinstance(error, HostDiedError):
                 return self._lost(host, phase, str(error))
         for error in errors.values():
             if isinstance(error, LauncherError):
@@ -176,8 +178,8 @@ class HostSession:
             )
         return self._lost(first, phase, f"{type(error).__name__}: {error}")
 
-    def _lost(self, host: int, phase: str, why: str) -> HostLost:
-        return HostLost(
+    def _lost(self, host: int, phase: str, why: str) -> HostLostError:
+        return HostLostError(
             f"host {host} ({self._place(host)}) was lost while {phase}: {why}{self._at(host)}"
         )
 

@@ -23,7 +23,7 @@ from concurrent.futures import TimeoutError as TooLate
 from multiprocessing.connection import Connection, Pipe
 
 from launcher.errors import ClusterError
-from launcher.runtime.host_pool import HostDied, HostPool, Seat, TooFewHosts, Whereabouts
+from launcher.runtime.host_pool import HostDiedError, HostPool, Seat, TooFewHostsError, Whereabouts
 from launcher.runtime.ray_keeper import DIED, FAILED, OWN_IP
 
 KEEPER = (sys.executable, "-m", "launcher.runtime.ray_keeper")
@@ -87,7 +87,7 @@ class RayPool(HostPool):
         done = self._ask("connect", self._address, self._num_hosts, with_gpus)
         try:
             done.result(START_LIMIT_S)
-        except (TooLate, HostDied, RuntimeError) as error:
+        except (TooLate, HostDiedError, RuntimeError) as error:
             reason = str(error) or f"no answer within {START_LIMIT_S:.0f} s"
             raise self._not_there(reason) from error
 
@@ -119,7 +119,9 @@ class RayPool(HostPool):
 
     def kill(self) -> None:
         """End the actors."""
-        with contextlib.suppress(HostDied, RuntimeError, TooLate):  # then Ray is gone, and they are
+        with contextlib.suppress(
+            HostDiedError, RuntimeError, TooLate
+        ):  # then Ray is gone, and they are
             self._ask("kill").result(END_LIMIT_S)
 
     def close(self) -> None:
@@ -160,7 +162,7 @@ class RayPool(HostPool):
                 with self._lock:
                     answer = self._waiting.pop(number)
                 if status == DIED:
-                    answer.set_exception(HostDied(value))
+                    answer.set_exception(HostDiedError(value))
                 elif status == FAILED:
                     answer.set_exception(RuntimeError(value))
                 else:
@@ -171,7 +173,7 @@ class RayPool(HostPool):
         with self._lock:
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
-            answer.set_exception(HostDied("the process that keeps Ray has ended"))
+            answer.set_exception(HostDiedError("the process that keeps Ray has ended"))
 
     def _not_there(self, reason: str) -> ClusterError:
         if self._address is None:
@@ -185,7 +187,7 @@ class RayPool(HostPool):
             f"cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         )
 
-    def _too_small(self, seats: Sequence[Seat]) -> TooFewHosts:
+    def _too_small(self, seats: Sequence[Seat]) -> TooFewHostsError:
         nodes = self._ask("nodes").result()
         where = f"the Ray cluster at {self._address}" if self._address else "this machine"
         found = ", ".join(
@@ -193,7 +195,7 @@ class RayPool(HostPool):
             for machine, ip, resources in sorted(nodes, key=str)
         )
         gpus = f" with {seats[0].num_gpus} GPUs each" if seats[0].num_gpus else " with a CPU each"
-        return TooFewHosts(
+        return TooFewHostsError(
             f"the plan needs {len(seats)} hosts{gpus}, and {where} has {len(nodes)}: {found} "
             f"(cluster.hosts, runtime.address); the plan is saved. Ways on: start Ray on more hosts, with "
             f"`ray start --address=HEAD:6379` on each; plan for what there is with cluster.hosts=N; or "

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from launcher.errors import TrainingError
 from launcher.runtime.host_contract import HostEnd, HostEvent, HostReady
-from launcher.runtime.host_pool import HostPool, TooFewHosts
+from launcher.runtime.host_pool import HostPool, TooFewHostsError
 from launcher.runtime.host_record import HostRecord
-from launcher.runtime.host_session import HostLost, HostRun, HostSession
+from launcher.runtime.host_session import HostLostError, HostRun, HostSession
 from launcher.runtime.interrupt import Interrupt
 from launcher.runtime.metrics import TrainSummary
 
@@ -82,10 +82,10 @@ class Supervisor:
             session = HostSession(self._pool, self._run, self._policy.heartbeat_s)
             try:
                 self._bring_up(session)
-            except TooFewHosts as error:
+            except TooFewHostsError as error:
                 self._go_on_with_fewer(error)
                 continue
-            except HostLost as lost:
+            except HostLostError as lost:
                 self._begin_anew(lost)
                 continue
             try:
@@ -93,7 +93,7 @@ class Supervisor:
                 with Interrupt() as interrupt:
                     end = self._train_once(session, interrupt)
                     return self._record.finish(end.summary, interrupt.status), interrupt
-            except HostLost as lost:
+            except HostLostError as lost:
                 self._begin_anew(lost)
 
     def _bring_up(self, session: HostSession) -> None:
@@ -119,7 +119,7 @@ class Supervisor:
     def _train_once(self, session: HostSession, interrupt: Interrupt) -> HostEnd:
         try:
             return session.train(self._record, interrupt)
-        except HostLost as lost:
+        except HostLostError as lost:
             self._left_over = session.left_over
             self._log_left_over()
             # A scheduler may have ended the host too: what was asked for counts.
@@ -138,7 +138,7 @@ class Supervisor:
         """How long a machine that has what a host needs is waited for."""
         return RETURN_BEATS * self._policy.heartbeat_s if self._restarts else PLACE_LIMIT_S
 
-    def _begin_anew(self, lost: HostLost) -> None:
+    def _begin_anew(self, lost: HostLostError) -> None:
         """End all hosts; the next start goes on from the last checkpoint, if there is to be one."""
         self._pool.kill()
         limit = self._policy.max_restarts
@@ -152,7 +152,7 @@ class Supervisor:
         self._restarts += 1
         log.warning("%s: beginning anew (%d of %d)", lost, self._restarts, limit)
 
-    def _go_on_with_fewer(self, error: TooFewHosts) -> None:
+    def _go_on_with_fewer(self, error: TooFewHostsError) -> None:
         if not self._restarts:
             raise error
         seats, fewer_hosts = self._run.seats, self._policy.fewer_hosts

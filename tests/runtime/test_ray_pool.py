@@ -10,10 +10,10 @@ import time
 from operator import methodcaller
 
 import pytest
-from ray_things import Thing, Unpicklable, family, is_alive, ray_folder, wait_until
+from ray_things import Thing, UnpicklableError, family, is_alive, ray_folder, wait_until
 
 from launcher.errors import ClusterError, StorageError
-from launcher.runtime.host_pool import HostDied, Seat, TooFewHosts
+from launcher.runtime.host_pool import HostDiedError, Seat, TooFewHostsError
 from launcher.runtime.ray_pool import RayPool, ray_address
 
 pytestmark = pytest.mark.ray
@@ -78,12 +78,12 @@ def test_what_an_object_raises_arrives(pool, started, tmp_path):
 
 def test_an_exception_that_does_not_pickle_keeps_its_words(pool, started):
     call = pool.call(0, raise_unpicklable, quick=False)
-    with pytest.raises(RuntimeError, match="Unpicklable: a b"):
+    with pytest.raises(RuntimeError, match="UnpicklableError: a b"):
         call.result(LIMIT_S)
 
 
 def raise_unpicklable(thing: Thing) -> None:
-    raise Unpicklable("a", "b")
+    raise UnpicklableError("a", "b")
 
 
 @pytest.mark.parametrize("how", ["killed", "crashes"])
@@ -94,11 +94,11 @@ def test_a_process_that_ends_is_noticed_at_once(pool, started, how, tmp_path):
         os.kill(started[1].pid, signal.SIGKILL)
     else:
         pool.call(1, methodcaller("crashes"), quick=True)
-    with pytest.raises(HostDied, match="^its process ended$"):
+    with pytest.raises(HostDiedError, match="^its process ended$"):
         works[1].result(LIMIT_S)
     assert time.monotonic() - began_s < 5
     assert not works[0].done()
-    with pytest.raises(HostDied):
+    with pytest.raises(HostDiedError):
         pool.call(1, methodcaller("about"), quick=True).result(LIMIT_S)
     if how == "crashes":
         assert "Fatal Python error: Aborted" in (tmp_path / "hosts" / "host-1.log").read_text()
@@ -115,9 +115,9 @@ def test_no_room(pool, tmp_path):
         r"the plan needs 3 hosts with a CPU each, and this machine has 1: .* 0 GPUs, 2 CPUs "
         r"\(cluster.hosts, runtime.address\); .* cluster.hosts=N; or rehearse"
     )
-    with pytest.raises(TooFewHosts, match=said):
+    with pytest.raises(TooFewHostsError, match=said):
         pool.start(seats(tmp_path, 3), 1.0)
-    with pytest.raises(TooFewHosts, match="needs 2 hosts with 4 GPUs each"):
+    with pytest.raises(TooFewHostsError, match="needs 2 hosts with 4 GPUs each"):
         pool.start(seats(tmp_path, gpus=4), 1.0)
     assert pool.num_places(seats(tmp_path)[0]) == 2
     assert pool.num_places(seats(tmp_path, gpus=4)[0]) == 0
@@ -127,18 +127,22 @@ def test_nobody_at_the_address(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    said = rf"no Ray cluster answers at {address}: .* \(runtime.address, RAY_ADDRESS\): start one with"
+    said = (
+        rf"no Ray cluster answers at {address}: .* \(runtime.address, RAY_ADDRESS\): start one with"
+    )
     with pytest.raises(ClusterError, match=said):
         RayPool(address, 2, tmp_path / "ray.log")
 
 
 def test_a_keeper_that_ends_takes_everything_along(tmp_path, monkeypatch):
-    monkeypatch.setattr("launcher.runtime.ray_pool.KEEPER", (sys.executable, "-c", "import sys; sys.exit(3)"))
+    monkeypatch.setattr(
+        "launcher.runtime.ray_pool.KEEPER", (sys.executable, "-c", "import sys; sys.exit(3)")
+    )
     with RayPool(None, 2, tmp_path / "ray.log") as pool:
         said = r"Ray does not start on this machine: the process that keeps Ray has ended \(runtime=ray;"
         with pytest.raises(ClusterError, match=said):
             pool.connect(with_gpus=False)
-        with pytest.raises(HostDied):
+        with pytest.raises(HostDiedError):
             pool.call(0, methodcaller("about"), quick=True).result(LIMIT_S)
         pool.kill()
 

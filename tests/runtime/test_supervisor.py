@@ -8,12 +8,12 @@ import signal
 import time
 
 import pytest
-from fake_hosts import Fault, FakeHost, ThreadPool, World
+from fake_hosts import FakeHost, Fault, ThreadPool, World
 
 from launcher.errors import ClusterError, StoppedBySignal, TrainingError
 from launcher.runtime.goodput import Goodput
 from launcher.runtime.host_contract import HostTask
-from launcher.runtime.host_pool import Seat, TooFewHosts
+from launcher.runtime.host_pool import Seat, TooFewHostsError
 from launcher.runtime.host_record import Begun, HostRecord
 from launcher.runtime.host_session import HostRun
 from launcher.runtime.interrupt import stop_at_once
@@ -59,9 +59,7 @@ def supervise(world: World, told: Told, *, max_restarts: int = 3, fewer=None):
     pool = ThreadPool(world)
 
     def open_record(run, ready):
-        begun = Begun(
-            planned_steps=world.steps, first_step=ready[0].first_step, progress=None
-        )
+        begun = Begun(planned_steps=world.steps, first_step=ready[0].first_step, progress=None)
         return HostRecord([told], METER, begun, Goodput)
 
     policy = Policy(max_restarts=max_restarts, heartbeat_s=HEARTBEAT_S, fewer_hosts=fewer)
@@ -117,9 +115,7 @@ def test_no_step_counts_that_not_every_host_has_done():
 
 def test_a_dead_host_explains_what_the_others_say(caplog):
     broken = RuntimeError("connection reset by peer")
-    world = World(
-        faults=(Fault(host=0, kind=broken, step=5), Fault(host=2, kind="dies", step=5))
-    )
+    world = World(faults=(Fault(host=0, kind=broken, step=5), Fault(host=2, kind="dies", step=5)))
     supervise(world, Told())
     (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
     assert line.startswith("host 2 ")
@@ -167,7 +163,9 @@ def test_a_verdict_is_not_tried_again():
 def test_a_module_that_a_host_lacks_is_no_loss():
     missing = ModuleNotFoundError("No module named 'mine'")
     world = World(faults=(Fault(host=1, kind=missing, phase="make"),))
-    said = r"host 1 \(.*\) lacks what this process has: No module named 'mine' \(runtime=ray\): every"
+    said = (
+        r"host 1 \(.*\) lacks what this process has: No module named 'mine' \(runtime=ray\): every"
+    )
     with pytest.raises(ClusterError, match=said):
         supervise(world, Told())
 
@@ -211,7 +209,9 @@ def test_a_host_that_the_scheduler_ended_too_is_not_begun_anew():
 
     world = World(faults=(Fault(host=1, kind="dies", step=6),), on_step=on_step)
     told = Told()
-    with pytest.raises(StoppedBySignal, match=r"SIGTERM after step \d of 12, in which host 1 \(here"):
+    with pytest.raises(
+        StoppedBySignal, match=r"SIGTERM after step \d of 12, in which host 1 \(here"
+    ):
         supervise(world, told)
     assert world.starts == 0
     assert [s.status for s in told.summaries] == ["stopped"]
@@ -226,7 +226,7 @@ def test_a_signal_before_training_ends_the_run_at_once():
 
 
 def test_too_few_hosts_at_the_first_start():
-    with pytest.raises(TooFewHosts, match="the plan needs 3 hosts, and there are"):
+    with pytest.raises(TooFewHostsError, match="the plan needs 3 hosts, and there are"):
         supervise(World(room=[2]), Told())
 
 
@@ -241,7 +241,9 @@ def test_going_on_with_fewer_hosts(caplog):
 @pytest.mark.parametrize(("room", "fewer", "given"), [(2, None, "false"), (0, hosts, "true")])
 def test_no_going_on_with_fewer_hosts(room, fewer, given):
     world = World(faults=(Fault(host=2, kind="dies", step=6),), room=[3, room])
-    said = rf"within 1 s none took its place \(replan={given}\): the plan needs 3 hosts.*replan=true"
+    said = (
+        rf"within 1 s none took its place \(replan={given}\): the plan needs 3 hosts.*replan=true"
+    )
     with pytest.raises(TrainingError, match=said):
         supervise(world, Told(), fewer=fewer)
 
@@ -253,5 +255,3 @@ def test_what_a_sink_cannot_write_ends_the_run():
 
     with pytest.raises(TrainingError, match="disk full"):
         supervise(World(), Full())
-
-

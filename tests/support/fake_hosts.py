@@ -18,7 +18,7 @@ from launcher.runtime.host_contract import (
     HostEvent,
     HostReady,
 )
-from launcher.runtime.host_pool import HostDied, HostPool, TooFewHosts, Whereabouts
+from launcher.runtime.host_pool import HostDiedError, HostPool, TooFewHostsError, Whereabouts
 from launcher.runtime.metrics import TrainSummary
 
 STEP_S = 0.005
@@ -141,7 +141,12 @@ class FakeHost(Host):
         with self.lock:
             self.steps_done = steps
             if self.host == 0:
-                row = {"step": steps, "loss": 1.0 / steps, "step_s": STEP_S, "peak_bytes_per_device": 7}
+                row = {
+                    "step": steps,
+                    "loss": 1.0 / steps,
+                    "step_s": STEP_S,
+                    "peak_bytes_per_device": 7,
+                }
                 self.events.append(HostEvent(kind="row", step=steps, row=row))
         self.world.done[self.host] = steps
         if steps % self.world.checkpoint_every == 0:
@@ -154,7 +159,7 @@ class FakeHost(Host):
     def _wait_until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():
             if self.dead.wait(0.001):
-                raise HostDied("its process ended")
+                raise HostDiedError("its process ended")
 
     def _go_wrong(self, phase: str, step: int) -> None:
         match self.world.fault(self.host, phase, step):
@@ -189,15 +194,20 @@ class ThreadPool(HostPool):
     def start(self, seats, patience_s) -> list[Future]:
         assert not self.hosts
         self.world.starts += 1
-        self.world.done, self.size = dict.fromkeys(range(len(seats)), self.world.checkpoint), len(seats)
+        self.world.done, self.size = (
+            dict.fromkeys(range(len(seats)), self.world.checkpoint),
+            len(seats),
+        )
         if self.num_places(seats[0]) < len(seats):
-            raise TooFewHosts(f"the plan needs {len(seats)} hosts, and there are {self.world.room}")
+            raise TooFewHostsError(
+                f"the plan needs {len(seats)} hosts, and there are {self.world.room}"
+            )
         return [self._at_once(host) for host in range(len(seats))]
 
     def _at_once(self, host: int) -> Future:
         future: Future = Future()
         if self.world.fault(host, "start", 0) == "dies":
-            future.set_exception(HostDied("its process did not start: no memory"))
+            future.set_exception(HostDiedError("its process did not start: no memory"))
         else:
             future.set_result(Whereabouts(pid=100 + host, ip="127.0.0.1", machine="here"))
         return future
@@ -215,7 +225,7 @@ class ThreadPool(HostPool):
         subject = self.hosts[host]
         if subject.dead.is_set():
             future: Future = Future()
-            future.set_exception(HostDied("its process ended"))
+            future.set_exception(HostDiedError("its process ended"))
             return future
         return _in_thread(lambda: action(subject))
 

@@ -35,7 +35,7 @@ class Thing:
         os.abort()
 
 
-class Unpicklable(Exception):
+class UnpicklableError(Exception):
     """Cannot be sent."""
 
     def __init__(self, a, b) -> None:
