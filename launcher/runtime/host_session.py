@@ -173,17 +173,18 @@ class HostSession:
         error = errors[first]
         if isinstance(error, ImportError):
             return ClusterError(
-                f"host {first} ({self._place(first)}) lacks what this process has: {error} (runtime=ray): "
+                f"host {first} ({self.place(first)}) lacks what this process has: {error} (runtime=ray): "
                 f"every host needs the same packages, and the same folders of modules"
             )
         return self._lost(first, phase, f"{type(error).__name__}: {error}")
 
     def _lost(self, host: int, phase: str, why: str) -> HostLostError:
         return HostLostError(
-            f"host {host} ({self._place(host)}) was lost while {phase}: {why}{self._at(host)}"
+            f"host {host} ({self.place(host)}) was lost while {phase}: {why}{self._at(host)}"
         )
 
-    def _place(self, host: int) -> str:
+    def place(self, host: int) -> str:
+        """Where the process of a host is."""
         return str(self._where[host]) if host in self._where else "it has no process yet"
 
     def _at(self, host: int) -> str:

@@ -102,7 +102,7 @@ class Supervisor:
         with self._phase(text) as progress:
             ready = session.bring_up(self._patience_s, progress)
         for host in ready:
-            log.info("host %d: %s", host.host, host.text)
+            log.info("host %d (%s): %s", host.host, session.place(host.host), host.text)
         if self._recorded is self._run:
             self._go_back(ready[0].first_step)
         else:
