@@ -123,10 +123,15 @@ def _run(config: Config, run_dir: Path) -> int:
     return 0
 
 
-def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
-    """Build everything but the plan; what the user got wrong about it is found here."""
+def make_setup(
+    config: Config, run_dir: Path, console: Console, cluster: AnyCluster | None = None
+) -> Setup:
+    """Build everything but the plan; what the user got wrong about it is found here.
+
+    `cluster` is that of the config, where it has been found already.
+    """
     goodput = Goodput(run_dir if config.mode == "train" else None)
-    cluster = find_cluster(config)
+    cluster = cluster or find_cluster(config)
     start = find_start(config, run_dir)
     from_file = config.parallel.name == "from_file"
     given = read_plan(Path(config.parallel.path)) if from_file else None
@@ -214,9 +219,10 @@ def hosts_job(setup: Setup, planned: Planned) -> HostsJob:
 
 def plan_for_fewer(setup: Setup, num_hosts: int) -> HostsJob:
     """The same run from its last checkpoint, on so many hosts."""
-    cluster = dataclasses.replace(setup.config.cluster, hosts=num_hosts)
-    config = dataclasses.replace(setup.config, cluster=cluster)
-    setup = make_setup(config, setup.run_dir, setup.console)
+    asked = dataclasses.replace(setup.config.cluster, hosts=num_hosts)
+    config = dataclasses.replace(setup.config, cluster=asked)
+    cluster = setup.cluster.replace(hosts=num_hosts)
+    setup = make_setup(config, setup.run_dir, setup.console, cluster)
     planned = make_plan(setup)
     make_reporter(setup).report(planned, None)
     return hosts_job(setup, planned)

@@ -19,7 +19,15 @@ class HostDiedError(Exception):
 
 
 class TooFewHostsError(ClusterError):
-    """There are not as many machines as the plan has hosts, or not such as it needs."""
+    """There are not as many machines as the plan has hosts, or not such as it needs.
+
+    Attributes:
+        found: what is needed and what there is, without the ways on.
+    """
+
+    def __init__(self, found: str, ways_on: str = "") -> None:
+        super().__init__(found + ways_on)
+        self.found = found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -197,7 +197,8 @@ class RayPool(HostPool):
         gpus = f" with {seats[0].num_gpus} GPUs each" if seats[0].num_gpus else " with a CPU each"
         return TooFewHostsError(
             f"the plan needs {len(seats)} hosts{gpus}, and {where} has {len(nodes)}: {found} "
-            f"(cluster.hosts, runtime.address); the plan is saved. Ways on: start Ray on more hosts, with "
+            f"(cluster.hosts, runtime.address)",
+            f"; the plan is saved. Ways on: start Ray on more hosts, with "
             f"`ray start --address=HEAD:6379` on each; plan for what there is with cluster.hosts=N; or "
             f"rehearse on this CPU by adding runtime=emulate model.size=tiny"
         )
