@@ -12,8 +12,8 @@ while a host evaluates or writes a checkpoint, nothing is known to measure by, a
 Hosts that compile are given half an hour, since one program may take long, and six times the silence,
 because tracing can hold Python's lock.
 
-Time in which the supervisor itself did not run (a suspended laptop) is nobody's silence: only so much counts
-between two looks as there should have been.
+Time in which the supervisor itself did not run (a suspended laptop) is nobody's silence: between two looks no
+more than a heartbeat counts.
 """
 
 import re
@@ -28,7 +28,6 @@ SILENT_BEATS, SLOW_STEPS, LONGEST_RESTS = 10, 10, 3
 UNMEASURED_LIMIT_S, PREPARING_LIMIT_S, PREPARING_SILENCE = 600.0, 1800.0, 6
 _MEDIAN_OF = 100
 _HEARD_BEATS = 3  # since the last one that was answered
-_LONGEST_LOOK_S = 1.0
 _INSTRUCTION = re.compile(r"\d+[A-Z]\w*$")  # such as 2F0
 
 
@@ -76,7 +75,7 @@ class HostWatch:
 
     def _tick(self) -> None:
         now_s = self._clock()
-        self._now_s += min(now_s - self._looked_s, _LONGEST_LOOK_S)
+        self._now_s += min(now_s - self._looked_s, self._heartbeat_s)
         self._looked_s = now_s
 
     def _silent(self, hosts: list[int]) -> Suspicion | None:

@@ -198,9 +198,9 @@ class RayPool(HostPool):
         return TooFewHostsError(
             f"the plan needs {len(seats)} hosts{gpus}, and {where} has {len(nodes)}: {found} "
             f"(cluster.hosts, runtime.address)",
-            f"; the plan is saved. Ways on: start Ray on more hosts, with "
-            f"`ray start --address=HEAD:6379` on each; plan for what there is with cluster.hosts=N; or "
-            f"rehearse on this CPU by adding runtime=emulate model.size=tiny"
+            "; the plan is saved. Ways on: start Ray on more hosts, with "
+            "`ray start --address=HEAD:6379` on each; plan for what there is with cluster.hosts=N; or "
+            "rehearse on this CPU by adding runtime=emulate model.size=tiny",
         )
 
 

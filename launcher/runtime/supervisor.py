@@ -160,11 +160,9 @@ class Supervisor:
         if fewer_hosts is None or not 0 < room < len(seats):
             raise TrainingError(
                 f"a host was lost, and within {self._patience_s:.0f} s none took its place "
-                f"(replan={'false' if fewer_hosts is None else 'true'}): {error.found}: start the run again in "
-                f"its folder, with replan=true cluster.hosts=N for fewer hosts, and it goes on from its last "
-                f"checkpoint"
+                f"(replan={'false' if fewer_hosts is None else 'true'}): {error.found}: start the run again "
+                f"in its folder, with replan=true cluster.hosts=N for fewer hosts, and it goes on from its "
+                f"last checkpoint"
             ) from error
-        log.warning(
-            "%s: going on with %d of %d hosts (replan=true)", error.found, room, len(seats)
-        )
+        log.warning("%s: going on with %d of %d hosts (replan=true)", error.found, room, len(seats))
         self._run = fewer_hosts(room)
