@@ -162,7 +162,8 @@ class HostSession:
 
     def _failure(self, phase: str, calls: Mapping[int, Future], first: int) -> Exception:
         """The failure that explains the others."""
-        wait(calls.values(), timeout=GRACE_S)
+        if not isinstance(calls[first].exception(), HostDiedError):
+            wait(calls.values(), timeout=GRACE_S)
         errors = {host: call.exception() for host, call in calls.items() if call.done()}
         for host, error in errors.items():
             if isinstance(error, HostDiedError):
