@@ -20,10 +20,11 @@ from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
 from launcher.outputs import make_meter
-from launcher.resume import check_start, find_start
+from launcher.resume import check_start, find_start, make_checkpoints
 from launcher.runtime import train_loop
 from launcher.runtime.agreement import Agreement
 from launcher.runtime.arrivals import Arrivals
+from launcher.runtime.checkpointer import Checkpoints
 from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.goodput import Goodput
 from launcher.runtime.host_contract import (
@@ -42,6 +43,8 @@ from launcher.runtime.memory_error import memory_error
 from launcher.runtime.memory_use import peak_bytes
 from launcher.runtime.metrics import TrainSummary
 from launcher.runtime.post_office import PostOffice, free_port
+from launcher.runtime.shared_clock import SharedClock, over_devices
+from launcher.runtime.shared_store import Writers
 from launcher.runtime.weights import open_weights
 from launcher.runtime.worlds import join, world_grid, worlds
 
@@ -96,7 +99,10 @@ class HostProcess(Host):
         self._planned = adopt_plan(given, model, task.cluster, options)
         self._grid, self._model = grid, model
         local = self._build(model, hosts)
-        self._executor = HostExecutor(local, self._progress, self._office)
+        share = self._transport.from_first_host if self._office else over_devices(grid)
+        self._clock = SharedClock(share)
+        self._executor = HostExecutor(local, self._progress, self._office, self._clock)
+        self._token = addresses[0].token
         self._agreement = Agreement(self._start.step, config.train.steps)
         self._progress.steps_begun = self._progress.steps_done = self._start.step
         self._progress.phase = "ready"
@@ -195,11 +201,21 @@ class HostProcess(Host):
                 [EventSink(self._progress, speaks=self._speaks)],
                 learning_rate=self._optimizer.schedule,
                 explain_memory=partial(memory_error, plan=planned.plan, doing=None, devices=own),
+                checkpoints=self._checkpoints(),
                 goodput=self._goodput,
                 stop=self._agreement,
             )
         finally:
             log.removeHandler(handler)
+
+    def _checkpoints(self) -> Checkpoints:
+        task, writers = self._task, None
+        if task.num_hosts > 1:
+            writers = Writers(host=task.host, num_hosts=task.num_hosts, token=self._token)
+        return make_checkpoints(
+            self._start, task.config, self._model, self._planned.plan, self._dataset.name,
+            self._executor.local.training_arrays, writers=writers, since=self._clock,
+        )  # fmt: skip
 
     # From other threads
 

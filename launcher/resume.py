@@ -28,6 +28,7 @@ from launcher.runtime.checkpoint_store import (
     read_checkpoint,
 )
 from launcher.runtime.checkpointer import Checkpointer, Checkpoints, NoCheckpoints, SaveSettings
+from launcher.runtime.shared_store import SharedStore, Writers
 from launcher.runtime.training_state import check_arrays, values
 
 log = logging.getLogger(__name__)
@@ -220,9 +221,10 @@ def plan_to_keep(start: Start, config: Config, cluster: AnyCluster) -> Plan | No
 
 def make_checkpoints(
     start: Start, config: Config, model: Model, plan: Plan, dataset_name: str,
-    arrays: Callable[[], Mapping[str, jax.Array]],
+    arrays: Callable[[], Mapping[str, jax.Array]], *,
+    writers: Writers | None = None, since: Callable[[], float] | None = None,
 ) -> Checkpoints:  # fmt: skip
-    """What writes the checkpoints of a run."""
+    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together."""
     asked = config.checkpoint
     if not asked.writes:
         return NoCheckpoints()
@@ -248,4 +250,5 @@ def make_checkpoints(
         keep=asked.keep,
         best=asked.best,
     )
-    return Checkpointer(start.store, settings, run, arrays, first_step=start.step)
+    store = SharedStore(start.store, writers) if writers else start.store
+    return Checkpointer(store, settings, run, arrays, first_step=start.step, since=since)

@@ -28,14 +28,15 @@ def write_arrays(folder: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(folder: Path, shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Arrays:
-    """Read the arrays of these names; an array without entries is made anew."""
+    """Read the arrays of these names, of all that are there; an array without entries is made anew."""
     import orbax.checkpoint as ocp
 
     present = [name for name, (_, shape) in shapes.items() if 0 not in shape]
     as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     wanted = ocp.args.PyTreeRestore(
-        item=dict.fromkeys(present, 0), restore_args=dict.fromkeys(present, as_numpy)
-    )
+        item=dict.fromkeys(present, 0), restore_args=dict.fromkeys(present, as_numpy),
+        partial_restore=True,
+    )  # fmt: skip
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         read = checkpointer.restore(folder.absolute(), args=wanted)
     empty = {n: np.zeros(shape, dtype) for n, (dtype, shape) in shapes.items() if 0 in shape}

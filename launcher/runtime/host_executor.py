@@ -12,13 +12,18 @@ from launcher.runtime.executor import Batch, Executor, StepResult
 from launcher.runtime.host_progress import HostProgress
 from launcher.runtime.local_executor import LocalExecutor
 from launcher.runtime.post_office import PostOffice
+from launcher.runtime.shared_clock import SharedClock
 
 
 class HostExecutor(Executor):
     """Runs the steps of a `LocalExecutor`, and watches in a thread of its own for their completion."""
 
-    def __init__(self, local: LocalExecutor, progress: HostProgress, office: PostOffice | None):
+    def __init__(
+        self, local: LocalExecutor, progress: HostProgress, office: PostOffice | None,
+        clock: SharedClock,
+    ):  # fmt: skip
         self.local, self._progress, self._office = local, progress, office
+        self._clock = clock
         # Since the start, also those that are made again.
         self._num_steps = self._num_watched = 0
         self._queue: SimpleQueue[tuple[int, int, list[jax.Array]] | None] = SimpleQueue()
@@ -29,6 +34,7 @@ class HostExecutor(Executor):
 
     def step(self, placed) -> StepResult:
         result = self.local.step(placed)
+        self._clock.tick(self._num_steps)
         if self._office is not None:
             self._office.begin_step()
         self._num_steps += 1

@@ -46,25 +46,6 @@ def device_arrays(owner: Mapping[str, int], stages: Sequence[StageState]) -> dic
     return found
 
 
-def to_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Copy whole arrays to the host, each shard once; returns when the devices are free to overwrite."""
-    shards = {
-        name: [shard for shard in array.addressable_shards if shard.replica_id == 0]
-        for name, array in arrays.items()
-    }
-    for parts in shards.values():
-        for shard in parts:
-            shard.data.copy_to_host_async()
-    return {name: _assembled(arrays[name], parts) for name, parts in shards.items()}
-
-
-def _assembled(array: jax.Array, shards: Sequence) -> np.ndarray:
-    whole = np.empty(array.shape, array.dtype)
-    for shard in shards:
-        whole[shard.index] = np.asarray(shard.data)
-    return whole
-
-
 def _named_leaves(optimizer_state) -> list[tuple[str, jax.Array]]:
     leaves, _ = jax.tree.flatten_with_path(optimizer_state)
     return [(_name(path), leaf) for path, leaf in leaves]

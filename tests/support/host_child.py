@@ -3,8 +3,10 @@
 The environment that jax needs is set by whoever starts it (`host_run`).
 """
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 from multiprocessing.connection import Client, Connection
@@ -14,6 +16,7 @@ def main(address: str) -> None:
     """Serve until the other side hangs up."""
     from launcher.host_process import HostProcess
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # to see where one hangs
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     connection, lock = Client(address, "AF_UNIX"), threading.Lock()
     host = HostProcess(connection.recv())

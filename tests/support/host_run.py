@@ -14,7 +14,7 @@ from multiprocessing.connection import Listener
 
 from launcher.runtime.host_contract import HostBeat, HostEnd, HostEvent, HostReady, HostTask
 
-PATIENCE_S = 240.0
+PATIENCE_S = 400.0
 _CHILD = pathlib.Path(__file__).with_name("host_child.py")
 
 
