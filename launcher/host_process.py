@@ -215,6 +215,7 @@ class HostProcess(Host):
         return make_checkpoints(
             self._start, task.config, self._model, self._planned.plan, self._dataset.name,
             self._executor.local.training_arrays, writers=writers, since=self._clock,
+            first=self._progress.wait_until_told,
         )  # fmt: skip
 
     # From other threads

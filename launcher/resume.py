@@ -223,8 +223,11 @@ def make_checkpoints(
     start: Start, config: Config, model: Model, plan: Plan, dataset_name: str,
     arrays: Callable[[], Mapping[str, jax.Array]], *,
     writers: Writers | None = None, since: Callable[[], float] | None = None,
+    first: Callable[[int], None] = lambda num_steps: None,
 ) -> Checkpoints:  # fmt: skip
-    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together."""
+    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together, `first`
+    for what must be before one is written.
+    """
     asked = config.checkpoint
     if not asked.writes:
         return NoCheckpoints()
@@ -251,4 +254,4 @@ def make_checkpoints(
         best=asked.best,
     )
     store = SharedStore(start.store, writers) if writers else start.store
-    return Checkpointer(store, settings, run, arrays, first_step=start.step, since=since)
+    return Checkpointer(store, settings, run, arrays, first_step=start.step, since=since, first=first)

@@ -103,14 +103,17 @@ class Checkpointer:
         self, store: Store, settings: SaveSettings, run: RunEntry,
         snapshot: Callable[[], Mapping[str, jax.Array]],
         *, first_step: int = 0, clock: Callable[[], float] = time.perf_counter,
-        since: Callable[[], float] | None = None,
+        since: Callable[[], float] | None = None, first: Callable[[int], None] = lambda num_steps: None,
     ):  # fmt: skip
         """`snapshot` gives all arrays where they lie; `first_step` is the one that is saved already.
+
+        `first` is called by the writer before a checkpoint of so many steps comes to be.
 
         `since` is the clock that says when one is due by time; None: `clock` does. Hosts share one.
         """
         self._store, self._settings, self._run = store, settings, run
         self._snapshot, self._clock, self._since = snapshot, clock, since or clock
+        self._first = first
         self._saved_step, self._saved_s = first_step, self._since()
         best = store.best()
         self._best_loss = None if best is None else best[1]
@@ -181,6 +184,7 @@ class Checkpointer:
 
     def _write(self, manifest: Manifest, arrays: dict[str, np.ndarray], taken_s: float) -> None:
         begun_s = self._clock()
+        self._first(manifest.step)
         path = self._store.save(manifest, arrays, keep=self._settings.keep)
         log.info(
             "checkpoint %s: %.3f s taken from the steps, %.2f s in the background",

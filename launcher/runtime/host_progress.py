@@ -6,6 +6,7 @@ waits for nobody.
 
 import logging
 import threading
+import time
 
 import jax
 
@@ -15,6 +16,8 @@ from launcher.runtime.host_contract import HostEvent
 from launcher.runtime.metrics import Row, TrainSummary
 from launcher.runtime.pipeline import LaunchWatch
 from launcher.runtime.sinks import Sink
+
+_TOLD_LIMIT_S, _LOOK_EVERY_S = 30.0, 0.01
 
 
 class HostProgress(LaunchWatch):
@@ -54,6 +57,20 @@ class HostProgress(LaunchWatch):
         with self._lock:
             taken, self._events = self._events, []
         return tuple(taken)
+
+
+    def wait_until_told(self, num_steps: int) -> None:
+        """Wait for a beat to take the rows of these steps: a run that goes on after them makes none again.
+
+        Where nobody asks any more, the checkpoint is worth more than the rows.
+        """
+        until_s = time.monotonic() + _TOLD_LIMIT_S
+        while time.monotonic() < until_s and self._has_rows(num_steps):
+            time.sleep(_LOOK_EVERY_S)
+
+    def _has_rows(self, num_steps: int) -> bool:
+        with self._lock:
+            return any(event.kind == "row" and event.step <= num_steps for event in self._events)
 
 
 class EventSink(Sink):
