@@ -19,7 +19,7 @@ from launcher.errors import ConfigError
 from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
-from launcher.outputs import make_meter
+from launcher.outputs import find_sampler, make_meter
 from launcher.resume import check_start, find_start, make_checkpoints
 from launcher.runtime import train_loop
 from launcher.runtime.agreement import Agreement
@@ -35,6 +35,7 @@ from launcher.runtime.host_contract import (
     HostReady,
     HostTask,
 )
+from launcher.runtime.host_copies import on_host_device, own_pieces
 from launcher.runtime.host_executor import HostExecutor
 from launcher.runtime.host_progress import EventLog, EventSink, HostProgress
 from launcher.runtime.host_transport import HostTransport
@@ -43,8 +44,9 @@ from launcher.runtime.memory_error import memory_error
 from launcher.runtime.memory_use import peak_bytes
 from launcher.runtime.metrics import TrainSummary
 from launcher.runtime.post_office import PostOffice, free_port
+from launcher.runtime.run_end import RunEnd
 from launcher.runtime.shared_clock import SharedClock, over_devices
-from launcher.runtime.shared_store import Writers
+from launcher.runtime.shared_store import SharedStore, Writers
 from launcher.runtime.weights import open_weights
 from launcher.runtime.worlds import join, world_grid, worlds
 
@@ -95,6 +97,9 @@ class HostProcess(Host):
         self._dataset = data.build(config.data, model, config.seed)
         self._start = find_start(config, task.run_dir)
         check_start(self._start, config, model, self._optimizer, self._dataset.name)
+        self._sampler = find_sampler(
+            config, task.cluster, model, self._dataset, emulated=task.emulated
+        )
         options = plan_options(config, given, model, self._optimizer)
         self._planned = adopt_plan(given, model, task.cluster, options)
         self._grid, self._model = grid, model
@@ -102,7 +107,8 @@ class HostProcess(Host):
         share = self._transport.from_first_host if self._office else over_devices(grid)
         self._clock = SharedClock(share)
         self._executor = HostExecutor(local, self._progress, self._office, self._clock)
-        self._token = addresses[0].token
+        token = addresses[0].token
+        self._writers = Writers(host=task.host, num_hosts=task.num_hosts, token=token)
         self._agreement = Agreement(self._start.step, config.train.steps)
         self._progress.steps_begun = self._progress.steps_done = self._start.step
         self._progress.phase = "ready"
@@ -203,20 +209,42 @@ class HostProcess(Host):
                 explain_memory=partial(memory_error, plan=planned.plan, doing=None, devices=own),
                 checkpoints=self._checkpoints(),
                 goodput=self._goodput,
+                at_end=self._write_end,
                 stop=self._agreement,
             )
         finally:
             log.removeHandler(handler)
 
     def _checkpoints(self) -> Checkpoints:
-        task, writers = self._task, None
-        if task.num_hosts > 1:
-            writers = Writers(host=task.host, num_hosts=task.num_hosts, token=self._token)
+        task = self._task
+        writers = self._writers if task.num_hosts > 1 else None
         return make_checkpoints(
             self._start, task.config, self._model, self._planned.plan, self._dataset.name,
             self._executor.local.training_arrays, writers=writers, since=self._clock,
             first=self._progress.wait_until_told,
         )  # fmt: skip
+
+    def _write_end(self, num_steps: int, stopped: bool) -> None:
+        """What is written after the last step, by the first host."""
+        task, arrays = self._task, self._executor.local.arrays
+        if not (task.config.train.export_weights or self._sampler):
+            return
+        if task.num_hosts > 1:
+            store = SharedStore(self._start.store, self._writers)
+            gathered = store.gather(task.run_dir, own_pieces(arrays()))
+            if not self._speaks:
+                return
+            # On the host, where there is room for all.
+            arrays = partial(on_host_device, gathered)
+        end = RunEnd(
+            run_dir=task.run_dir,
+            model=self._model,
+            plan=self._planned.plan,
+            arrays=arrays,
+            exports=task.config.train.export_weights,
+            sampler=self._sampler,
+        )
+        end(num_steps, stopped)
 
     # From other threads
 

@@ -93,17 +93,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and compare every array with its checksum; StorageError names what is damaged."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
+    return Checkpoint(path=folder, manifest=manifest, arrays=read_whole(folder, manifest.arrays))
+
+
+def read_whole(folder: Path, entries: Mapping[str, ArrayEntry]) -> dict[str, np.ndarray]:
+    """Read arrays, whole or in pieces, from the folders that they are in."""
     stored: dict[str, np.ndarray] = {}
-    for name, entries in _by_folder(manifest).items():
-        stored |= read_verified(folder / name, entries)
-    arrays = {name: _whole(folder, name, e, stored) for name, e in manifest.arrays.items()}
-    return Checkpoint(path=folder, manifest=manifest, arrays=arrays)
+    for name, there in _by_folder(entries).items():
+        stored |= read_verified(folder / name, there)
+    return {name: _whole(folder, name, entry, stored) for name, entry in entries.items()}
 
 
-def _by_folder(manifest: Manifest) -> dict[str, dict[str, ArrayEntry]]:
+def _by_folder(arrays: Mapping[str, ArrayEntry]) -> dict[str, dict[str, ArrayEntry]]:
     """What each folder has, whole arrays and pieces, under the names that they have there."""
     found: dict[str, dict[str, ArrayEntry]] = defaultdict(dict)
-    for name, entry in manifest.arrays.items():
+    for name, entry in arrays.items():
         if not entry.pieces:
             found[entry.folder][name] = entry
         for piece in entry.pieces:

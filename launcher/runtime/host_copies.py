@@ -35,6 +35,15 @@ def own_pieces(arrays: Mapping[str, jax.Array]) -> list[Piece]:
     return found
 
 
+def on_host_device(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Arrays of jax in the host's memory; on an accelerator where jax is given no CPU."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        device = jax.local_devices()[0]
+    return jax.device_put(dict(arrays), device)
+
+
 def _first_replicas(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
     """The shards here that are the first of their replicas, on their way to the host."""
     shards = {

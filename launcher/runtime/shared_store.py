@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launcher.autopar.atomic_file import write_atomically
+from launcher.autopar.atomic_file import storage_error, write_atomically
 from launcher.errors import StorageError
 from launcher.runtime.checkpoint_arrays import checksum
 from launcher.runtime.checkpoint_manifest import (
@@ -39,6 +39,7 @@ from launcher.runtime.checkpoint_store import (
     entries_of,
     files_in,
     read_verified,
+    read_whole,
     store_arrays,
     sync,
     write_manifest,
@@ -102,6 +103,23 @@ class SharedStore:
             )
         return final
 
+    def gather(self, folder: Path, pieces: Sequence[Piece]) -> dict[str, np.ndarray]:
+        """Bring all arrays to the first host, through a folder that is gone afterwards; {} on others."""
+        temporary = folder / f".arrays.{self._writers.token}.tmp"
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self._write_part(temporary, pieces)
+            if self._writers.host == 0:
+                entries, _ = _merged(self._all_parts(temporary))
+                return read_whole(temporary, entries)
+        except OSError as error:
+            num_bytes = sum(piece.data.nbytes for piece in pieces)
+            raise storage_error(temporary, error, needed_bytes=num_bytes) from error
+        finally:
+            if self._writers.host == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return {}
+
     def _write_part(self, temporary: Path, pieces: Sequence[Piece]) -> None:
         place = temporary / host_folder(self._writers.host)
         stored = {_stored_name(piece): piece.data for piece in pieces}
@@ -121,17 +139,21 @@ class SharedStore:
 
     def _commit(self, manifest: Manifest, temporary: Path, final: Path, keep: int) -> None:
         try:
-            for host in range(self._writers.num_hosts):
-                path = _part_file(temporary, host)
-                self._wait(path.exists, f"host {host}", "written its part")
-            files = [_part_file(temporary, host) for host in range(self._writers.num_hosts)]
-            parts = [json.loads(path.read_text()) for path in files]
-            for path in files:
-                path.unlink()
-            write_manifest(temporary, _merged(manifest, parts))
+            arrays, files = _merged(self._all_parts(temporary))
+            write_manifest(temporary, dataclasses.replace(manifest, arrays=arrays, files=files))
             self._store.commit(temporary, final, keep=keep)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _all_parts(self, temporary: Path) -> list[dict]:
+        """What all hosts have written, when they have; their files are not needed any more."""
+        parts = []
+        for host in range(self._writers.num_hosts):
+            path = _part_file(temporary, host)
+            self._wait(path.exists, f"host {host}", "written its part")
+            parts.append(json.loads(path.read_text()))
+            path.unlink()
+        return parts
 
     def _wait(self, happened, who: str, what: str) -> None:
         until_s = time.monotonic() + self._patience_s
@@ -171,8 +193,10 @@ def _described(piece: Piece, folder: str) -> dict:
     return {"name": piece.name, "entry": dataclasses.asdict(entry)}
 
 
-def _merged(manifest: Manifest, parts: Sequence[Mapping]) -> Manifest:
-    """The manifest with what all hosts have written; of what several have whole, the first one's counts."""
+def _merged(
+    parts: Sequence[Mapping],
+) -> tuple[dict[str, ArrayEntry], dict[str, FileEntry]]:
+    """Arrays and files of all hosts; of what several have whole, the first one's counts."""
     arrays: dict[str, ArrayEntry] = {}
     for described in (item for part in parts for item in part["arrays"]):
         name, entry = described["name"], array_entry(described["entry"])
@@ -183,9 +207,7 @@ def _merged(manifest: Manifest, parts: Sequence[Mapping]) -> Manifest:
                 arrays[name], pieces=(*arrays[name].pieces, *entry.pieces)
             )
     files = {n: FileEntry(**entry) for part in parts for n, entry in part["files"].items()}
-    return dataclasses.replace(
-        manifest, arrays={n: _sealed(e) for n, e in sorted(arrays.items())}, files=files
-    )
+    return {name: _sealed(entry) for name, entry in sorted(arrays.items())}, files
 
 
 def _sealed(entry: ArrayEntry) -> ArrayEntry:
