@@ -197,6 +197,7 @@ class HostProcess(Host):
         level = logging.INFO if self._speaks else logging.ERROR
         handler = EventLog(self._progress, level)
         log = logging.getLogger("launcher")
+        log.setLevel(logging.INFO)
         log.addHandler(handler)
         try:
             return train_loop.run(
@@ -221,7 +222,7 @@ class HostProcess(Host):
         return make_checkpoints(
             self._start, task.config, self._model, self._planned.plan, self._dataset.name,
             self._executor.local.training_arrays, writers=writers, since=self._clock,
-            first=self._progress.wait_until_told,
+            onlooker=self._progress,
         )  # fmt: skip
 
     def _write_end(self, num_steps: int, stopped: bool) -> None:
@@ -229,6 +230,7 @@ class HostProcess(Host):
         task, arrays = self._task, self._executor.local.arrays
         if not (task.config.train.export_weights or self._sampler):
             return
+        self._progress.doing = "writing"
         if task.num_hosts > 1:
             store = SharedStore(self._start.store, self._writers)
             gathered = store.gather(task.run_dir, own_pieces(arrays()))

@@ -27,7 +27,13 @@ from launcher.runtime.checkpoint_store import (
     CheckpointStore,
     read_checkpoint,
 )
-from launcher.runtime.checkpointer import Checkpointer, Checkpoints, NoCheckpoints, SaveSettings
+from launcher.runtime.checkpointer import (
+    Checkpointer,
+    Checkpoints,
+    NoCheckpoints,
+    Onlooker,
+    SaveSettings,
+)
 from launcher.runtime.shared_store import SharedStore, Writers
 from launcher.runtime.training_state import check_arrays, values
 
@@ -223,11 +229,9 @@ def make_checkpoints(
     start: Start, config: Config, model: Model, plan: Plan, dataset_name: str,
     arrays: Callable[[], Mapping[str, jax.Array]], *,
     writers: Writers | None = None, since: Callable[[], float] | None = None,
-    first: Callable[[int], None] = lambda num_steps: None,
+    onlooker: Onlooker | None = None,
 ) -> Checkpoints:  # fmt: skip
-    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together, `first`
-    for what must be before one is written.
-    """
+    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together."""
     asked = config.checkpoint
     if not asked.writes:
         return NoCheckpoints()
@@ -254,4 +258,6 @@ def make_checkpoints(
         best=asked.best,
     )
     store = SharedStore(start.store, writers) if writers else start.store
-    return Checkpointer(store, settings, run, arrays, first_step=start.step, since=since, first=first)
+    return Checkpointer(
+        store, settings, run, arrays, first_step=start.step, since=since, onlooker=onlooker
+    )

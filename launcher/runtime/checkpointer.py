@@ -74,6 +74,16 @@ class Store(Protocol):
         """Wait for no other process any more."""
 
 
+class Onlooker:
+    """Is told what a `Checkpointer` does; this one lets it."""
+
+    def saves(self) -> None:
+        """The steps wait for a checkpoint from now on."""
+
+    def writes(self, num_steps: int) -> None:
+        """A checkpoint of so many steps is about to be written, in the background: when this returns."""
+
+
 class NoCheckpoints:
     """Of a run that writes none."""
 
@@ -103,17 +113,15 @@ class Checkpointer:
         self, store: Store, settings: SaveSettings, run: RunEntry,
         snapshot: Callable[[], Mapping[str, jax.Array]],
         *, first_step: int = 0, clock: Callable[[], float] = time.perf_counter,
-        since: Callable[[], float] | None = None, first: Callable[[int], None] = lambda num_steps: None,
+        since: Callable[[], float] | None = None, onlooker: Onlooker | None = None,
     ):  # fmt: skip
         """`snapshot` gives all arrays where they lie; `first_step` is the one that is saved already.
-
-        `first` is called by the writer before a checkpoint of so many steps comes to be.
 
         `since` is the clock that says when one is due by time; None: `clock` does. Hosts share one.
         """
         self._store, self._settings, self._run = store, settings, run
         self._snapshot, self._clock, self._since = snapshot, clock, since or clock
-        self._first = first
+        self._onlooker = onlooker or Onlooker()
         self._saved_step, self._saved_s = first_step, self._since()
         best = store.best()
         self._best_loss = None if best is None else best[1]
@@ -167,6 +175,7 @@ class Checkpointer:
 
     def _save(self, num_steps: int, progress: Progress, eval_loss: float | None) -> float:
         begun_s = self._clock()
+        self._onlooker.saves()
         self._wait()
         arrays = self._store.take(self._snapshot())
         manifest = Manifest(
@@ -184,7 +193,7 @@ class Checkpointer:
 
     def _write(self, manifest: Manifest, arrays: dict[str, np.ndarray], taken_s: float) -> None:
         begun_s = self._clock()
-        self._first(manifest.step)
+        self._onlooker.writes(manifest.step)
         path = self._store.save(manifest, arrays, keep=self._settings.keep)
         log.info(
             "checkpoint %s: %.3f s taken from the steps, %.2f s in the background",
@@ -194,4 +203,6 @@ class Checkpointer:
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
+            if not writing.done():
+                self._onlooker.saves()
             writing.result()

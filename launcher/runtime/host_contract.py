@@ -114,7 +114,8 @@ class HostBeat:
         progress: how far it is, while it prepares.
         steps_begun, steps_done: all its own instructions of these are dispatched; are done on its devices.
             After a "rewind" they go back.
-        doing: the last instruction that was dispatched, such as "2F0"; "evaluating", "" before the first.
+        doing: the last instruction that was dispatched, such as "2F0"; "evaluating", "saving" or "writing"
+            (what takes as long as it takes); "" before the first.
         waiting_for: the receive that it waits for, with stage and host of the sender; "" if for none.
         peak_bytes: by stage, the most memory that any of its devices here has used; without those whose
             backend does not count it.

@@ -12,6 +12,7 @@ import jax
 
 from launcher.autopar.launches import Launch
 from launcher.runtime.arrivals import Arrivals
+from launcher.runtime.checkpointer import Onlooker
 from launcher.runtime.host_contract import HostEvent
 from launcher.runtime.metrics import Row, TrainSummary
 from launcher.runtime.pipeline import LaunchWatch
@@ -20,7 +21,7 @@ from launcher.runtime.sinks import Sink
 _TOLD_LIMIT_S, _LOOK_EVERY_S = 30.0, 0.01
 
 
-class HostProgress(LaunchWatch):
+class HostProgress(LaunchWatch, Onlooker):
     """Filled by several threads; each field is written by one of them."""
 
     def __init__(self, arrivals: Arrivals):
@@ -58,8 +59,12 @@ class HostProgress(LaunchWatch):
             taken, self._events = self._events, []
         return tuple(taken)
 
+    # Of the checkpoints
 
-    def wait_until_told(self, num_steps: int) -> None:
+    def saves(self) -> None:
+        self.doing = "saving"
+
+    def writes(self, num_steps: int) -> None:
         """Wait for a beat to take the rows of these steps: a run that goes on after them makes none again.
 
         Where nobody asks any more, the checkpoint is worth more than the rows.

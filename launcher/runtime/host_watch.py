@@ -28,7 +28,7 @@ SILENT_BEATS, SLOW_STEPS, LONGEST_RESTS = 10, 10, 3
 UNMEASURED_LIMIT_S, PREPARING_LIMIT_S, PREPARING_SILENCE = 600.0, 1800.0, 6
 _MEDIAN_OF = 100
 _HEARD_BEATS = 3  # since the last one that was answered
-_INSTRUCTION = re.compile(r"\d+[A-Z]\w*$")  # such as 2F0
+_INSTRUCTION = re.compile(r"\d")  # begins with its stage, such as 2F0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
