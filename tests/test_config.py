@@ -221,29 +221,6 @@ MISTAKES = [
     # What mode=profile measures.
     (["mode=profile", "runtime=emulate"], "runtime=emulate contradicts mode=profile"),
     (["profile.name=mine"], "profile.name=mine contradicts mode=train, which measures nothing"),
-    # Runs over several hosts.
-    (["runtime=mesos"], "runtime=mesos is unknown: take one of auto, emulate, local, ray"),
-    (["runtime.max_restarts=-1"], "runtime.max_restarts=-1 is less than 0"),
-    (["runtime.heartbeat_s=0"], "runtime.heartbeat_s=0.0 is less than 0.1"),
-    (["runtime.heartbeat_s=1e9"], "give at least 0.1 and less than 3601"),
-    (
-        ["runtime.address=head"],
-        "runtime.address=head is not of the form host:port: give that of the",
-    ),
-    (["runtime.address=head:x"], "runtime.address=head:x is not of the form host:port"),
-    (["runtime.address=head:99999"], "runtime.address=head:99999 is not of the form host:port"),
-    (["runtime.address='ray://head:10001'"], "runtime.address=ray://head:10001 is not of the form"),
-    (
-        ["runtime=emulate", "runtime.address=head:6379"],
-        "runtime.address=head:6379 contradicts runtime=emulate, which runs in this process: leave it",
-    ),
-    (["runtime=ray", "mode=eval"], "runtime=ray contradicts mode=eval, which runs in one process"),
-    (["runtime=ray", "mode=profile"], "runtime=ray contradicts mode=profile"),
-    (
-        ["runtime=ray", "train.trace_steps=[2]"],
-        "train.trace_steps=[2] contradicts runtime=ray, as only the steps of one process are watched",
-    ),
-    (["runtime=ray", "train.profile_steps=[2]"], "train.profile_steps=[2] contradicts runtime=ray"),
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (
