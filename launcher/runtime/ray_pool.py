@@ -28,12 +28,11 @@ from launcher.runtime.ray_keeper import DIED, FAILED, OWN_IP
 
 KEEPER = (sys.executable, "-m", "launcher.runtime.ray_keeper")
 START_LIMIT_S, REACH_LIMIT_S, END_LIMIT_S = 120.0, 5.0, 20.0
-# No figures about its use leave the machine, no hints of its own; and hosts run as the run does, not nicer.
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",
-}
+# No figures about its use leave the machine, and no hint about GPUs is mixed into the output.
+QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_NOT_NICE = {
+    "RAY_worker_niceness": "0"
+}  # hosts get as much of their machine as a run of one process
 
 
 def ray_address(asked: str | None, environment: Mapping[str, str]) -> str | None:
@@ -41,7 +40,12 @@ def ray_address(asked: str | None, environment: Mapping[str, str]) -> str | None
     if asked != "auto":
         return asked
     given = environment.get("RAY_ADDRESS", "")
-    return None if given in ("", "local", "auto") else given
+    return None if given in ("", "local") else given
+
+
+def own_token() -> dict[str, str]:
+    """A token for one session; without one Ray makes a lasting one in the home folder."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 class RayPool(HostPool):
@@ -61,7 +65,7 @@ class RayPool(HostPool):
         self._numbers = itertools.count()
         self._waiting: dict[int, Future] = {}
         self._lock = threading.Lock()
-        if address is not None:
+        if address not in (None, "auto"):  # of RAY_ADDRESS: the one that is up on this machine
             _check_reachable(address)
         # Short, because Ray's sockets lie in it, and their paths may have 107 characters.
         self._folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
@@ -208,10 +212,9 @@ def _environment(address: str | None) -> dict[str, str]:
     """Of the keeper, and of what it starts."""
     root = str(pathlib.Path(__file__).parents[2])
     paths = filter(None, (os.environ.get("PYTHONPATH"), root))
-    ours = _SETTINGS | {"PYTHONPATH": os.pathsep.join(paths)}
+    ours = QUIETLY | _NOT_NICE | {"PYTHONPATH": os.pathsep.join(paths)}
     if address is None:
-        # A token for this session; without one Ray makes a lasting one in the home folder.
-        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        ours |= own_token()
     return {**os.environ, **ours}
 
 

@@ -187,7 +187,7 @@ def test_nothing_outlives_a_run_that_is_killed(tmp_path):
         ("auto", {}, None),
         ("auto", {"RAY_ADDRESS": "head:6379"}, "head:6379"),
         ("auto", {"RAY_ADDRESS": "local"}, None),
-        ("auto", {"RAY_ADDRESS": "auto"}, None),
+        ("auto", {"RAY_ADDRESS": "auto"}, "auto"),
         (None, {"RAY_ADDRESS": "head:6379"}, None),
         ("other:1", {"RAY_ADDRESS": "head:6379"}, "other:1"),
     ],
