@@ -208,6 +208,7 @@ def hosts_job(setup: Setup, planned: Planned) -> HostsJob:
     return HostsJob(
         config=setup.config,
         run_dir=setup.run_dir,
+        started_s=setup.goodput.started_s,
         console=setup.console,
         cluster=setup.cluster,
         model=setup.model,

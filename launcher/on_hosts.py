@@ -40,11 +40,13 @@ class HostsJob:
     """A run that is planned, for the hosts that carry it out.
 
     Attributes:
-        progress: of the checkpoint that the run goes on from, if it does.
+        started_s: when the run began, before it was planned.
+        progress: of the checkpoint that it goes on from, if it does.
     """
 
     config: Config
     run_dir: Path
+    started_s: float
     console: Console
     cluster: AnyCluster
     model: Model
@@ -103,6 +105,7 @@ def _host_run(job: HostsJob) -> HostRun:
         host=0,
         num_hosts=len(widths),
         emulated=emulated,
+        started_s=job.started_s,
     )
     return HostRun(seats=seats, task=task, factory=HostProcess)
 

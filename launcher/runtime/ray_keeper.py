@@ -17,6 +17,7 @@ import os
 import pathlib
 import pickle
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -94,6 +95,7 @@ class Keeper:
         self._actors: list = []
         self._pids: dict[int, int] = {}
         self._group = None
+        self._order: list[int] = []  # the bundle of each host
         self._is_own = False
 
     def read(self) -> None:
@@ -175,9 +177,18 @@ class Keeper:
         ready, until_s = self._group.ready(), time.monotonic() + limit_s
         while time.monotonic() < until_s:
             if ray.wait([ready], timeout=_LOOK_EVERY_S)[0]:
+                self._order = neighbours(bundles, self._addresses())
                 return True
         self._kill()
         return False
+
+    def _addresses(self) -> list[str]:
+        """That of every bundle's machine."""
+        import ray
+
+        places = ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        return [addresses[node] for _, node in sorted(places.items())]
 
     def _start(
         self, number: int, environment: Mapping[str, str], num_gpus: int, log_path: str,
@@ -195,7 +206,7 @@ class Keeper:
             max_concurrency=2,
             runtime_env={"env_vars": dict(environment)},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
-                placement_group=self._group, placement_group_bundle_index=host
+                placement_group=self._group, placement_group_bundle_index=self._order[host]
             ),
         )  # fmt: skip
         self._actors.append(actor.remote(log_path, folder, tuple(paths)))
@@ -254,10 +265,32 @@ def _result(done: Future) -> tuple[str, object]:
     sys.stderr.write(f"{error}\n")
     if not isinstance(error, ray.exceptions.RayError):
         return FAILED, f"{type(error).__name__}: {error}"
-    return DIED, _reason(str(error))
+    return DIED, reason(str(error))
 
 
-def _reason(text: str) -> str:
+def neighbours(bundles: Sequence[Mapping[str, float]], addresses: Sequence[str]) -> list[int]:
+    """The bundle of each host, so that hosts with neighbouring numbers have neighbouring addresses.
+
+    A submesh is hosts in a row, and so are the machines behind one switch, as a rule. Only bundles that ask
+    for the same are exchanged.
+    """
+    order = list(range(len(bundles)))
+    for kind in {tuple(sorted(bundle.items())) for bundle in bundles}:
+        alike = [i for i, bundle in enumerate(bundles) if tuple(sorted(bundle.items())) == kind]
+        near = sorted(alike, key=lambda i: (_numbers(addresses[i]), i))
+        for host, bundle in zip(alike, near, strict=True):
+            order[host] = bundle
+    return order
+
+
+def _numbers(address: str) -> list[tuple[int, str]]:
+    """An address as what sorts by its numbers."""
+    return [
+        (int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", address)
+    ]
+
+
+def reason(text: str) -> str:
     """What Ray's paragraphs on a dead actor say."""
     if "low on memory" in text or "OutOfMemory" in text:
         return "Ray ended its process, because its machine ran low on memory"

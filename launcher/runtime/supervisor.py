@@ -13,9 +13,10 @@ Left out: what the processes are (`host_pool`), what one start of them is (`host
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.errors import TrainingError
 from launcher.runtime.host_contract import HostEnd, HostEvent, HostReady
@@ -79,7 +80,7 @@ class Supervisor:
 
     def _train(self) -> tuple[TrainSummary, Interrupt]:
         while True:
-            session = HostSession(self._pool, self._run, self._policy.heartbeat_s)
+            session = HostSession(self._pool, self._this_start(), self._policy.heartbeat_s)
             try:
                 self._bring_up(session)
             except TooFewHostsError as error:
@@ -95,6 +96,12 @@ class Supervisor:
                     return self._record.finish(end.summary, interrupt.status), interrupt
             except HostLostError as lost:
                 self._begin_anew(lost)
+
+    def _this_start(self) -> HostRun:
+        """The run as it begins now; what passed before belongs to the starts before."""
+        if not self._restarts:
+            return self._run
+        return replace(self._run, task=replace(self._run.task, started_s=time.time()))
 
     def _bring_up(self, session: HostSession) -> None:
         count = len(self._run.seats)

@@ -93,7 +93,7 @@ def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
     assert told.steps == all_steps(world)
     (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
     assert line.startswith("host 1 (here, 127.0.0.1, process 101) was lost while training: ")
-    assert re.search(r"its last instruction was 1F0 of stage 1 in step [67], and it had done", line)
+    assert re.search(r"its last instruction was 1F0 of stage 1 in step [1-7], and it had done", line)
     assert line.endswith("beginning anew (1 of 3)")
     why = {
         "dies": "its process ended", "hangs": "it answers, and has not moved for",
