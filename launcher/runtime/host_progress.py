@@ -12,8 +12,8 @@ import jax
 from launcher.autopar.launches import Launch
 from launcher.runtime.arrivals import Arrivals
 from launcher.runtime.host_contract import HostEvent
+from launcher.runtime.launch_watch import LaunchWatch
 from launcher.runtime.metrics import Row, TrainSummary
-from launcher.runtime.pipeline import LaunchWatch
 from launcher.runtime.sinks import Sink
 
 
