@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, TimeoutError
 from functools import partial
 
+import jax
+
 from launcher import data
 from launcher.autopar.make_plan import adopt_plan
 from launcher.autopar.plan_file import from_json
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, TrainingError
 from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
@@ -51,6 +53,7 @@ from launcher.runtime.weights import open_weights
 from launcher.runtime.worlds import join, world_grid, worlds
 
 _LOOK_EVERY_S = 0.2  # at whether what is received comes
+_LOOK_FOR_S = 2.0  # for the receive that has failed, once a step has
 _SPEAKER = 0  # the host whose rows and summary count
 
 
@@ -175,6 +178,8 @@ class HostProcess(Host):
                 break
             except TimeoutError:
                 self._arrivals.check()
+            except jax.errors.JaxRuntimeError as error:
+                raise self._lost(error) from error
         self._progress.phase = "ended"
         return HostEnd(
             host=self._task.host,
@@ -183,6 +188,21 @@ class HostProcess(Host):
             summary=summary,
             bytes_sent=self._transport.bytes_sent(),
             waited_s=self._arrivals.waited_s,
+        )
+
+    def _lost(self, error: jax.errors.JaxRuntimeError) -> TrainingError:
+        """Whose failure it was, if a receive has failed: it is found out about the same time."""
+        try:
+            until_s = time.monotonic() + _LOOK_FOR_S
+            while time.monotonic() < until_s:
+                self._arrivals.check()
+                time.sleep(_LOOK_EVERY_S)
+        except TrainingError as named:
+            return named
+        doing = self._progress.doing or "before the first instruction"
+        return TrainingError(
+            f"a step failed on host {self._task.host} ({doing}): {str(error).splitlines()[0][:300]}: "
+            f"look at the logs of all hosts: another one may have failed first"
         )
 
     def _train_into(self, ended: Future[TrainSummary]) -> None:
@@ -288,8 +308,11 @@ class HostProcess(Host):
 
 def _check(task: HostTask) -> None:
     """Raise ConfigError for what only one process can do."""
-    for key in ("trace_steps", "profile_steps"):
-        steps = getattr(task.config.train, key)
+    asked = task.config.train
+    for key, steps in {
+        "trace_steps": asked.trace_steps,
+        "profile_steps": asked.profile_steps,
+    }.items():
         if steps:
             raise ConfigError(
                 f"train.{key}={','.join(map(str, steps))} is for one process, and this run has "

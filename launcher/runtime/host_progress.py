@@ -14,8 +14,8 @@ from launcher.autopar.launches import Launch
 from launcher.runtime.arrivals import Arrivals
 from launcher.runtime.checkpointer import Onlooker
 from launcher.runtime.host_contract import HostEvent
+from launcher.runtime.launch_watch import LaunchWatch
 from launcher.runtime.metrics import Row, TrainSummary
-from launcher.runtime.pipeline import LaunchWatch
 from launcher.runtime.sinks import Sink
 
 _TOLD_LIMIT_S, _LOOK_EVERY_S = 30.0, 0.01

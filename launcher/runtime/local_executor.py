@@ -21,11 +21,12 @@ from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.executor import Batch, Executor, StepResult
 from launcher.runtime.initial import Values, initial_values, place_values
+from launcher.runtime.launch_watch import LaunchWatch
 from launcher.runtime.links import Links
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.memory_error import Doing, memory_errors
 from launcher.runtime.memory_use import peak_bytes
-from launcher.runtime.pipeline import LaunchWatch, Pipeline
+from launcher.runtime.pipeline import Pipeline
 from launcher.runtime.placing import put
 from launcher.runtime.recording import Recording
 from launcher.runtime.stage_programs import Compiled
@@ -55,7 +56,7 @@ class Part:
 
     stages: tuple[int, ...]
     transport: Transport
-    watch: LaunchWatch | None = None
+    watch: LaunchWatch = LaunchWatch()
 
 
 class LocalExecutor(Executor):

@@ -7,7 +7,6 @@ reads is fetched. What each instruction reads, makes and frees stands in docs/sc
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import Role
 from launcher.errors import TrainingError
 from launcher.runtime.executor import Batch, StepResult
+from launcher.runtime.launch_watch import LaunchWatch
 from launcher.runtime.links import NORM, Links, hand_over_copies
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.means import LOSS, Means
@@ -31,30 +31,15 @@ Arrays = dict
 Action = Callable[[], object]
 """Does what a launch says, and returns arrays that are there when it is done."""
 
-
-class LaunchWatch(Protocol):
-    """Looks on while a step is dispatched."""
-
-    def begins(self, launch: Launch) -> None:
-        """It is dispatched next."""
-
-    def launched(self, launch: Launch, results: object) -> None:
-        """It has been dispatched; these arrays are there when it is done."""
-
-
 _AFTER_GRADIENTS = frozenset((Op.UPDATE, Op.SEND_TIED_PARAMETER, Op.RECEIVE_TIED_PARAMETER))
 
 
 class Pipeline:
-    """The instructions of a realized plan, over the stages of this process.
-
-    Args:
-        watch: is told of every launch before it is dispatched, and of what it gives.
-    """
+    """The instructions of a realized plan, over the stages of this process."""
 
     def __init__(
         self, realized: RealizedPlan, stages: Sequence[StageState], links: Links,
-        loose: LooseMetrics, *, seed: int, watch: LaunchWatch | None = None,
+        loose: LooseMetrics, *, seed: int, watch: LaunchWatch,
     ):  # fmt: skip
         self.realized, self.links, self._loose, self._watch = realized, links, loose, watch
         self.stages = {stage.index: stage for stage in stages}
@@ -95,19 +80,13 @@ class Pipeline:
         self.begin(placed)
         for launch, action in self.actions:
             try:
-                self._launch(launch, action)
+                self._watch.begins(launch)
+                self._watch.launched(launch, action())
             except jax.errors.JaxRuntimeError as error:
                 if not is_memory_error(error):
                     raise
                 raise self._out_of_memory(error, launch) from error
         return self.finish()
-
-    def _launch(self, launch: Launch, action: Action) -> None:
-        if self._watch is None:
-            action()
-            return
-        self._watch.begins(launch)
-        self._watch.launched(launch, action())
 
     def _out_of_memory(self, error: jax.errors.JaxRuntimeError, launch: Launch) -> TrainingError:
         devices = self.stages[launch.first.stage].programs.devices

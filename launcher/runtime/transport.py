@@ -149,9 +149,9 @@ class InProcessChannel(Channel):
 
     def __init__(
         self, source: Mesh, target: Mesh, crossings: Mapping[Hashable, Crossing],
-        name: Hashable = None, mailbox: Mailbox | None = None,
+        name: Hashable, mailbox: Mailbox,
     ):  # fmt: skip
-        self._name, self._mailbox = name, mailbox or Mailbox()
+        self._name, self._mailbox = name, mailbox
         self._ways = {name: _Way(c, source, target) for name, c in crossings.items()}
         self._cut_names = [name for name, way in self._ways.items() if way.departure.is_cut]
         self._joined_names = [name for name, way in self._ways.items() if way.arrival.is_joined]

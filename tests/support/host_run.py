@@ -22,14 +22,18 @@ class HostClient:
     """One process; every method of the contract gives a future."""
 
     def __init__(self, task: HostTask, num_devices: int, log: pathlib.Path):
-        with tempfile.TemporaryDirectory(prefix="host-") as folder:
-            path = f"{folder}/socket"
-            with Listener(path, "AF_UNIX") as listener:
-                self.process = _start(path, num_devices, log)
-                self._connection = listener.accept()
+        self._folder = tempfile.TemporaryDirectory(prefix="host-")  # of the socket
+        path = f"{self._folder.name}/socket"
+        self._listener = Listener(path, "AF_UNIX")
+        self.process = _start(path, num_devices, log)
         self.task, self._numbers, self._lock = task, itertools.count(), threading.Lock()
         self._waiting: dict[int, Future] = {}
-        self._connection.send(task)
+
+    def connect(self) -> None:
+        """Return when the process answers."""
+        self._listener._listener._socket.settimeout(PATIENCE_S)  # it may have died instead
+        self._connection = self._listener.accept()
+        self._connection.send(self.task)
         threading.Thread(target=self._read, daemon=True).start()
 
     def ask(self, method: str, *arguments) -> Future:
@@ -54,7 +58,8 @@ class HostClient:
         """End the process, whatever it is at."""
         self.process.kill()
         self.process.wait()
-        self._connection.close()
+        self._listener.close()
+        self._folder.cleanup()
 
 
 def _start(path: str, num_devices: int, log: pathlib.Path) -> subprocess.Popen:
@@ -117,10 +122,13 @@ def start_hosts(task_of: Callable[[int], HostTask], folder: pathlib.Path) -> Hos
     """Start one process for each host of a cluster; their logs go into the folder."""
     first = task_of(0)
     widths = [k.devices_per_host for k in first.cluster.kinds for _ in range(k.num_hosts)]
-    clients: list[HostClient] = []
+    clients = [
+        HostClient(task_of(host), width, folder / f"host-{host}.log")
+        for host, width in enumerate(widths)
+    ]
     try:
-        for host, width in enumerate(widths):
-            clients.append(HostClient(task_of(host), width, folder / f"host-{host}.log"))
+        for client in clients:
+            client.connect()
     except BaseException:
         Hosts(clients).__exit__()
         raise
