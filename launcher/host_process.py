@@ -17,7 +17,7 @@ import jax
 from launcher import data
 from launcher.autopar.make_plan import adopt_plan
 from launcher.autopar.plan_file import from_json
-from launcher.errors import ConfigError, TrainingError
+from launcher.errors import ConfigError, LostPeerError
 from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
@@ -190,17 +190,17 @@ class HostProcess(Host):
             waited_s=self._arrivals.waited_s,
         )
 
-    def _lost(self, error: jax.errors.JaxRuntimeError) -> TrainingError:
+    def _lost(self, error: jax.errors.JaxRuntimeError) -> LostPeerError:
         """Whose failure it was, if a receive has failed: it is found out about the same time."""
         try:
             until_s = time.monotonic() + _LOOK_FOR_S
             while time.monotonic() < until_s:
                 self._arrivals.check()
                 time.sleep(_LOOK_EVERY_S)
-        except TrainingError as named:
+        except LostPeerError as named:
             return named
         doing = self._progress.doing or "before the first instruction"
-        return TrainingError(
+        return LostPeerError(
             f"a step failed on host {self._task.host} ({doing}): {str(error).splitlines()[0][:300]}: "
             f"look at the logs of all hosts: another one may have failed first"
         )

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 import jax
 
-from launcher.errors import TrainingError
+from launcher.errors import LostPeerError
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,13 @@ class Arrivals:
         self._lanes[submesh].put(_Entry(arrays, text, self._clock()))
 
     def check(self) -> None:
-        """Raise TrainingError for a receive that has failed, or has taken longer than the limit."""
+        """Raise LostPeerError for a receive that has failed, or has taken longer than the limit."""
         for lane in list(self._lanes.values()):
             if lane.failure is not None:
-                raise TrainingError(f"{lane.failure}: look at that host's log, and run again")
+                raise LostPeerError(f"{lane.failure}: look at that host's log, and run again")
             waiting = lane.waiting_s()
             if waiting is not None and waiting[1] > self._limit_s:
-                raise TrainingError(
+                raise LostPeerError(
                     f"{waiting[0]} has not come for {waiting[1]:.0f} s (the limit is "
                     f"{self._limit_s:g} s): that host hangs or has died; look at its log, and run again"
                 )

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from operator import methodcaller
 
-from launcher.errors import ClusterError, LauncherError
+from launcher.errors import ClusterError, LauncherError, LostPeerError
 from launcher.runtime.host_beats import HostBeats
 from launcher.runtime.host_contract import HostBeat, HostEnd, HostEvent, HostReady, HostTask
 from launcher.runtime.host_events import HostEvents
@@ -169,7 +169,7 @@ class HostSession:
             if isinstance(error, HostDiedError):
                 return self._lost(host, phase, str(error))
         for error in errors.values():
-            if isinstance(error, LauncherError):
+            if isinstance(error, LauncherError) and not isinstance(error, LostPeerError):
                 return error
         error = errors[first]
         if isinstance(error, ImportError):
@@ -177,7 +177,8 @@ class HostSession:
                 f"host {first} ({self.place(first)}) lacks what this process has: {error} (runtime=ray): "
                 f"every host needs the same packages, and the same folders of modules"
             )
-        return self._lost(first, phase, f"{type(error).__name__}: {error}")
+        kind = "" if isinstance(error, LauncherError) else f"{type(error).__name__}: "
+        return self._lost(first, phase, f"{kind}{error}")
 
     def _lost(self, host: int, phase: str, why: str) -> HostLostError:
         return HostLostError(

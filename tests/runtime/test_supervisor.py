@@ -10,7 +10,7 @@ import time
 import pytest
 from fake_hosts import FakeHost, Fault, ThreadPool, World
 
-from launcher.errors import ClusterError, StoppedBySignal, TrainingError
+from launcher.errors import ClusterError, LostPeerError, StoppedBySignal, TrainingError
 from launcher.runtime.goodput import Goodput
 from launcher.runtime.host_contract import HostTask
 from launcher.runtime.host_pool import Seat, TooFewHostsError
@@ -84,7 +84,9 @@ def test_hosts_run_to_their_end():
     assert not told.rewinds
 
 
-@pytest.mark.parametrize("kind", ["dies", OSError("a socket broke"), "hangs", "stops"])
+@pytest.mark.parametrize(
+    "kind", ["dies", OSError("a socket broke"), LostPeerError("0F0 has not come"), "hangs", "stops"]
+)
 def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
     world, told = World(faults=(Fault(host=1, kind=kind, step=6),)), Told()
     summary = supervise(world, told)
@@ -93,12 +95,14 @@ def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
     assert told.steps == all_steps(world)
     (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
     assert line.startswith("host 1 (here, 127.0.0.1, process 101) was lost while training: ")
-    assert re.search(r"its last instruction was 1F0 of stage 1 in step [1-7], and it had done", line)
+    assert re.search(
+        r"its last instruction was 1F0 of stage 1 in step [1-7], and it had done", line
+    )
     assert line.endswith("beginning anew (1 of 3)")
     why = {
         "dies": "its process ended", "hangs": "it answers, and has not moved for",
         "stops": "it gives no sign of life",
-    }.get(kind, "OSError: a socket broke")  # fmt: skip
+    }.get(str(kind), str(kind))  # fmt: skip
     assert why in line
 
 
