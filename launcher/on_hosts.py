@@ -79,7 +79,7 @@ def train_on_hosts(job: HostsJob, on_fewer: Callable[[int], HostsJob]) -> TrainS
             pool.connect(with_gpus=run.seats[0].num_gpus > 0)
         supervisor = Supervisor(
             pool, run, policy, partial(phase, job.console),
-            lambda begun, ready: _open_record(jobs[begun], ready),
+            lambda begun, ready: _open_record(jobs[begun], ready, is_first=begun is run),
         )  # fmt: skip
         return supervisor.run()
 
@@ -121,10 +121,13 @@ def emulating(num_devices: int, environment: Mapping[str, str]) -> dict[str, str
     }
 
 
-def _open_record(job: HostsJob, ready: Sequence[HostReady]) -> HostRecord:
-    """Once the hosts are ready: the same files, lines and W&B run as of one process."""
+def _open_record(job: HostsJob, ready: Sequence[HostReady], *, is_first: bool) -> HostRecord:
+    """Once the hosts are ready: the same files, lines and W&B run as of one process.
+
+    `is_first`: not after the run has been planned anew.
+    """
     config, first_step = job.config, ready[0].first_step
-    if config.checkpoint.writes or first_step:
+    if config.checkpoint.writes or first_step or not is_first:
         drop_rows_after(job.run_dir, first_step)
     metrics = dataclasses.replace(
         job.metrics,
@@ -136,7 +139,7 @@ def _open_record(job: HostsJob, ready: Sequence[HostReady]) -> HostRecord:
     )
     sinks = make_sinks(
         config, job.run_dir, job.console, meter, config.train.steps, metrics,
-        resumes=first_step > 0,
+        resumes=first_step > 0 or not is_first,
     )  # fmt: skip
     begun = Begun(
         planned_steps=config.train.steps,

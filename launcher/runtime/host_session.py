@@ -8,7 +8,7 @@ What a failure means for the run is the supervisor's to say; here it only become
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -22,6 +22,7 @@ from launcher.runtime.host_record import HostRecord
 from launcher.runtime.host_stop import HostStop
 from launcher.runtime.host_watch import HostWatch
 from launcher.runtime.interrupt import Interrupt
+from launcher.runtime.metrics import TrainSummary
 
 LOOK_EVERY_S = 0.05
 # After a first failure the others may tell more: a process that ended is the cause, and an error that
@@ -92,7 +93,7 @@ class HostSession:
         self._check_steps()
         return self._ready
 
-    def train(self, record: HostRecord, interrupt: Interrupt) -> HostEnd:
+    def train(self, record: HostRecord, interrupt: Interrupt) -> TrainSummary:
         """Let the hosts run to their end, and hand on what they report as it comes to count."""
         watch = HostWatch(len(self._hosts), self._heartbeat_s, self._clock, trains=True)
         events = HostEvents(len(self._hosts), self._ready[0].first_step)
@@ -120,7 +121,7 @@ class HostSession:
                 if beat.exception() is None:
                     hand_on(beat.result())
             self.left_over = events.left_over()
-        return ends[0]
+        return replace(ends[0].summary, between_hosts=_between_hosts(ends))
 
     def _call_all(self, action: methodcaller) -> dict[int, Future]:
         return {host: self._pool.call(host, action, quick=False) for host in self._hosts}
@@ -217,3 +218,11 @@ class HostSession:
                     f"(hydra.run.dir={self._run.task.run_dir}, checkpoint.dir): take a folder that all "
                     f"hosts share"
                 )
+
+
+def _between_hosts(ends: Sequence[HostEnd]) -> dict[str, float]:
+    """What hosts have sent to one another since this start, and the longest that one waited for others."""
+    return {
+        "sent_between_hosts_bytes": sum(sum(end.bytes_sent.values()) for end in ends),
+        "waited_for_hosts_s": max(end.waited_s for end in ends),
+    }

@@ -27,7 +27,8 @@ from launcher.runtime.host_pool import HostDiedError, HostPool, Seat, TooFewHost
 from launcher.runtime.ray_keeper import DIED, FAILED, OWN_IP
 
 KEEPER = (sys.executable, "-m", "launcher.runtime.ray_keeper")
-START_LIMIT_S, REACH_LIMIT_S, END_LIMIT_S = 120.0, 5.0, 20.0
+START_LIMIT_S, REACH_LIMIT_S, END_LIMIT_S = 180.0, 5.0, 20.0
+UNNOTICED_LIMIT_S = 30.0  # in which Ray finds out that a machine is gone
 # No figures about its use leave the machine, and no hint about GPUs is mixed into the output.
 QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _NOT_NICE = {
@@ -97,9 +98,12 @@ class RayPool(HostPool):
 
     def start(self, seats: Sequence[Seat], patience_s: float) -> list[Future[Whereabouts]]:
         """Reserve a place for every seat, and start the processes."""
-        bundles = [_bundle(seat) for seat in seats]
-        placed = self._ask("place", bundles, self._strategy(seats), patience_s)
-        if not placed.result():
+        bundles, strategy = [_bundle(seat) for seat in seats], self._strategy(seats)
+        placed = self._ask("place", bundles, strategy, patience_s).result()
+        if not placed and self.num_places(seats[0]) >= len(seats):
+            # One of them is in use, or gone, and Ray does not know yet.
+            placed = self._ask("place", bundles, strategy, UNNOTICED_LIMIT_S).result()
+        if not placed:
             raise self._too_small(seats)
         folder, paths = str(pathlib.Path.cwd()), tuple(filter(None, sys.path))
         started = []

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from launcher.errors import TrainingError
-from launcher.runtime.host_contract import HostEnd, HostEvent, HostReady
+from launcher.runtime.host_contract import HostEvent, HostReady
 from launcher.runtime.host_pool import HostPool, TooFewHostsError
 from launcher.runtime.host_record import HostRecord
 from launcher.runtime.host_session import HostLostError, HostRun, HostSession
@@ -92,8 +92,8 @@ class Supervisor:
             try:
                 # Until here a signal ends the run at once; from here it leaves a note, and a checkpoint.
                 with Interrupt() as interrupt:
-                    end = self._train_once(session, interrupt)
-                    return self._record.finish(end.summary, interrupt.status), interrupt
+                    summary = self._train_once(session, interrupt)
+                    return self._record.finish(summary, interrupt.status), interrupt
             except HostLostError as lost:
                 self._begin_anew(lost)
 
@@ -123,7 +123,7 @@ class Supervisor:
                 self._record.take(event)
         self._record.rewind(step)
 
-    def _train_once(self, session: HostSession, interrupt: Interrupt) -> HostEnd:
+    def _train_once(self, session: HostSession, interrupt: Interrupt) -> TrainSummary:
         try:
             return session.train(self._record, interrupt)
         except HostLostError as lost:
@@ -172,4 +172,7 @@ class Supervisor:
                 f"last checkpoint"
             ) from error
         log.warning("%s: going on with %d of %d hosts (replan=true)", error.found, room, len(seats))
+        if self._record is not None:  # of another plan: what follows has another prediction
+            self._record.finish_despite(error)
+            self._record = None
         self._run = fewer_hosts(room)

@@ -82,6 +82,8 @@ def test_hosts_run_to_their_end():
     assert told.steps == all_steps(world)
     assert told.summaries == [summary]
     assert not told.rewinds
+    assert summary.as_row()["sent_between_hosts_bytes"] == 30
+    assert summary.as_row()["waited_for_hosts_s"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -238,6 +240,7 @@ def test_going_on_with_fewer_hosts(caplog):
     world, told = World(faults=(Fault(host=2, kind="dies", step=6),), room=[3, 2, 2]), Told()
     assert supervise(world, told, fewer=hosts).status == "done"
     assert len(world.stopped_at) == 2
+    assert [s.status for s in told.summaries] == ["failed", "done"]
     assert told.steps[-6:] == [7, 8, 9, 10, 11, 12]
     assert "going on with 2 of 3 hosts (replan=true)" in caplog.text
 

@@ -103,7 +103,7 @@ class FakeHost(Host):
         self.world.stopped_at[self.host] = self.steps_done
         return HostEnd(
             host=self.host, steps=self.steps_done, stopped=self.last is not None, summary=summary(self),
-            bytes_sent={}, waited_s=0.0,
+            bytes_sent={"activation": 6, "norm": 4}, waited_s=float(self.host),
         )  # fmt: skip
 
     def beat(self) -> HostBeat:
