@@ -16,12 +16,10 @@ from launcher.runtime.ray_keeper import kill_descendants
 
 
 def main(folder: str) -> None:
-    settings = {"include_dashboard": False, "num_cpus": 1, "object_store_memory": 10**8}
-    head = {"temp_dir": folder, "dashboard_port": None} | settings
-    cluster = Cluster(
-        initialize_head=True, head_node_args={k: v for k, v in head.items() if v is not None}
-    )
-    second = cluster.add_node(num_cpus=1, object_store_memory=10**8)
+    settings = {"num_cpus": 1, "object_store_memory": 10**8}
+    head = {"temp_dir": folder, "include_dashboard": False} | settings
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    second = cluster.add_node(**settings)
     cluster.wait_for_nodes()
     sys.stdout.write(f"{cluster.address}\n")
     sys.stdout.flush()
