@@ -65,3 +65,8 @@ class StoppedBySignal(BaseException):
     """
 
     exit_status = 75  # EX_TEMPFAIL: run me again
+
+
+def without_frames(error: LauncherError) -> LauncherError:
+    """Return an error to be kept for later: its traceback would keep alive whatever its frames hold."""
+    return error.with_traceback(None)

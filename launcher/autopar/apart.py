@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from launcher.autopar.shards import Ledger
@@ -41,9 +42,10 @@ class Turns:
             return turn + 1, _read_by(turn, function())
 
         turn = jnp.zeros((), jnp.int32) if self._turn is None else self._turn
-        for result in self.ledger.take_results():
-            turn += _any_element(result) if result.size else 0
         with set_xla_metadata(inlineable="false"):
+            for result in self.ledger.take_results():
+                # By a call as well: XLA would put all these reads into one op, before which all results lie.
+                turn += jax.jit(_any_element)(result) if result.size else 0
             self._turn, made = jax.jit(in_turn)(turn)
         self.ledger.take_results()  # whoever waits for the call waits for them
         return made
@@ -55,8 +57,15 @@ def _read_by(turn: jax.Array, made):
     sizes = {leaf.size: index for index, leaf in enumerate(leaves) if leaf.size}
     if sizes:
         least = sizes[min(sizes)]
-        leaves[least] = jnp.where(turn < 0, jnp.zeros_like(leaves[least]), leaves[least])
+        leaves[least] = _with_first(leaves[least], turn)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _with_first(array: jax.Array, turn: jax.Array) -> jax.Array:
+    """The same array, its first element by way of the turn, written in place: a copy would take memory."""
+    origin = (0,) * array.ndim
+    first = lax.slice(array, origin, (1,) * array.ndim)
+    return lax.dynamic_update_slice(array, jnp.where(turn < 0, jnp.zeros_like(first), first), origin)
 
 
 def _any_element(array: jax.Array) -> jax.Array:

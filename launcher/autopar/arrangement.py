@@ -38,7 +38,7 @@ from launcher.autopar.schedules import AbstractSchedule
 from launcher.autopar.space import Space
 from launcher.autopar.stage_table import StageChoice, StageOption, shared_bytes
 from launcher.autopar.submesh_bound import busiest_submesh_s, least_together
-from launcher.errors import InfeasiblePlanError
+from launcher.errors import InfeasiblePlanError, without_frames
 
 _MOST_RISES = 16  # of the prices on memory that stages share
 
@@ -111,7 +111,7 @@ class Arranger:
             try:
                 result = replace(self, worth_s=known_s)._plan(number)
             except InfeasiblePlanError as error:
-                failures.append(error)
+                failures.append(without_frames(error))
                 continue
             bounds_s.append(result.bound_s)
             step_s = None if result.stages is None else self._judge(result.stages)
@@ -212,7 +212,7 @@ class Arranger:
                 else:
                     arranged = alone._refined(result, result)
             except InfeasiblePlanError as error:
-                failures.append(error)
+                failures.append(without_frames(error))
                 continue
             found.append(replace(arranged, best=_on(submesh, arranged.best)))
         plans = [arranged.best for arranged in found if arranged.best is not None]

@@ -25,7 +25,7 @@ from launcher.autopar.plan import Plan, Stage
 from launcher.autopar.realize import layered_model, layers_of, solve_stage
 from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.stage_hosts import devices_of
-from launcher.errors import PlanError
+from launcher.errors import PlanError, without_frames
 from launcher.models.model import Model
 
 
@@ -109,7 +109,7 @@ def _with_mesh(
         try:
             sharding = solve_stage(viewed, plan, planner, cluster, optimizer)
         except PlanError as error:
-            failures.append(error)
+            failures.append(without_frames(error))
             continue
         wiring = planner.wiring(*stage.layers)
         unread = unread_memory(planner, sharding.settings) if wiring.unread else ()

@@ -36,7 +36,7 @@ from launcher.autopar.schedules import schedule_by_name
 from launcher.autopar.solver import Relaxations
 from launcher.autopar.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.stage_costs import Choices, Known, StageCosts, worthwhile
-from launcher.errors import InfeasiblePlanError
+from launcher.errors import InfeasiblePlanError, without_frames
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
@@ -210,7 +210,7 @@ class _Attempts:
                     num_microbatches, self.best()[0], self._known, self._space
                 )
             except InfeasiblePlanError as error:
-                self.failures[num_microbatches] = error
+                self.failures[num_microbatches] = without_frames(error)
         known = self.found.get(num_microbatches)
         return known.step_s if known else math.inf
 
@@ -345,7 +345,7 @@ def _try_choices(
         try:
             found.append(arranger.find())
         except InfeasiblePlanError as error:
-            failures.append(error)
+            failures.append(without_frames(error))
             continue
         best = found[-1].best
         if best is not None:

@@ -282,7 +282,8 @@ def sweep(pieces: Pieces, rows: np.ndarray, values: np.ndarray, combine: np.ufun
     def step(live: np.ndarray, stages: int, behind: np.ndarray) -> np.ndarray:
         return combine(behind, cheapest[live, stages - 1, None], out=behind)
 
-    return _sweep(pieces, rows[heads], np.isfinite(cheapest), step)
+    fits = np.logical_or.reduceat(rows["fits"], heads, axis=0)
+    return _sweep(pieces, rows[heads], fits, step)
 
 
 def trace_back(
@@ -320,22 +321,45 @@ def sweep_longest(
 
 
 def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarray:
-    width = pieces.axis.width
-    table = np.full((pieces.max_stages + 1, pieces.num_pieces + 1, width), np.inf)
-    table[0, -1, : 1 if pieces.use_all_devices else None] = 0.0  # behind the last stage
-    start, end, submesh = rows["start"], rows["end"], rows["submesh"]
-    behind = np.full((len(pieces.axis.takes), pieces.num_pieces + 1, width), np.inf)
-    for stages in range(1, pieces.max_stages + 1):
+    """The DP, of which only those entries are there that rows which fit are at, or lead to."""
+    start, end, axis = rows["start"], rows["end"], pieces.axis
+    spans = [_spans(start, end, fitting) for fitting in fits.T]
+    table = _table(pieces, spans)
+    used, submesh = np.unique(rows["submesh"], return_inverse=True)
+    longest = max((ends.stop - ends.start for _, ends in spans), default=0)
+    behind = np.full((len(used), longest, axis.width), np.inf)
+    for stages, (_, ends) in enumerate(spans, start=1):
         live = np.flatnonzero(fits[:, stages - 1])
         if not len(live):
             continue
-        ends = slice(end[live].min(), end[live].max() + 1)  # all others would be copied for nothing
-        for index in range(len(behind)):
-            room, rest = pieces.axis.moves(index)
-            behind[index, ends, room] = table[stages - 1, ends, rest]
-        ways = step(live, stages, behind[submesh[live], end[live]])  # (rows, devices)
+        for index, name in enumerate(used):
+            room, rest = axis.moves(name)
+            behind[index, : ends.stop - ends.start, room] = table[stages - 1, ends, rest]
+        ways = step(live, stages, behind[submesh[live], end[live] - ends.start])  # (rows, devices)
         groups = np.flatnonzero(np.diff(start[live], prepend=-1))
         table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)
+    return table
+
+
+def _spans(start: np.ndarray, end: np.ndarray, fits: np.ndarray) -> tuple[slice, slice]:
+    """Where the rows that fit start, and where they end."""
+    if not fits.any():
+        return slice(0, 0), slice(0, 0)
+    start, end = start[fits], end[fits]
+    return slice(start.min(), start.max() + 1), slice(end.min(), end.max() + 1)
+
+
+def _table(pieces: Pieces, spans: Sequence[tuple[slice, slice]]) -> np.ndarray:
+    """(stages, start, devices left), without plans yet.
+
+    Nobody writes to the rest, and what nobody writes to takes no memory: where the number of stages is
+    given, that is most of it.
+    """
+    table = np.empty((pieces.max_stages + 1, pieces.num_pieces + 1, pieces.axis.width))
+    table[0] = table[:, 0] = np.inf
+    for stages, (starts, ends) in enumerate(spans, start=1):
+        table[stages - 1, ends] = table[stages, starts] = np.inf
+    table[0, -1, : 1 if pieces.use_all_devices else None] = 0.0  # behind the last stage
     return table
 
 

@@ -303,7 +303,7 @@ def _remove(path: Path) -> None:
 
 def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     """Write all files, bring them to the disk, and read them back."""
-    store_arrays(folder / ARRAYS_NAME, arrays)
+    _store_arrays(folder / ARRAYS_NAME, arrays)
     described = dataclasses.replace(
         manifest, arrays=entries_of(arrays), files=files_in(folder, folder / ARRAYS_NAME)
     )
@@ -311,7 +311,7 @@ def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarra
     read_checkpoint(folder)
 
 
-def store_arrays(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _store_arrays(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write arrays into a folder that is not there yet, and bring them to the disk."""
     try:
         write_arrays(place, arrays)
@@ -319,6 +319,11 @@ def store_arrays(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise
     except Exception as error:  # of the library below Orbax, which has no type for a full disk
         raise OSError(_first_line(error)) from error
+    sync_all(place)
+
+
+def sync_all(place: Path) -> None:
+    """Bring all that is below a place to the disk."""
     for path in [*sorted(place.rglob("*")), place]:
         sync(path)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from launcher.autopar.atomic_file import storage_error, write_atomically
 from launcher.errors import StorageError
-from launcher.runtime.checkpoint_arrays import checksum
+from launcher.runtime.checkpoint_arrays import checksum, write_own_arrays
 from launcher.runtime.checkpoint_manifest import (
     ArrayEntry,
     FileEntry,
@@ -40,8 +40,8 @@ from launcher.runtime.checkpoint_store import (
     files_in,
     read_verified,
     read_whole,
-    store_arrays,
     sync,
+    sync_all,
     write_manifest,
 )
 from launcher.runtime.host_copies import Piece, own_pieces
@@ -124,7 +124,8 @@ class SharedStore:
         place = temporary / host_folder(self._writers.host)
         stored = {_stored_name(piece): piece.data for piece in pieces}
         if stored:
-            store_arrays(place, stored)
+            write_own_arrays(place, stored)
+            sync_all(place)
             entries = {
                 name: dataclasses.replace(entry, folder=place.name)
                 for name, entry in entries_of(stored).items()
