@@ -148,11 +148,10 @@ class HostSession:
         *, limit_s: float | None = None,
     ) -> list:  # fmt: skip
         """The results of all hosts, in their order; the first failure ends it."""
-        began_s = self._clock()
+        began_s, done = self._clock(), _in_order(calls)
         while True:
-            failed = [h for h, call in calls.items() if call.done() and call.exception()]
-            if failed:
-                raise self._failure(phase, calls, failed[0])
+            if any(calls[host].exception() for host in list(done)):
+                raise self._failure(phase, calls, done)
             waiting = [host for host, call in calls.items() if not call.done()]
             if not waiting:
                 return [calls[host].result() for host in sorted(calls)]
@@ -161,18 +160,18 @@ class HostSession:
             wait(calls.values(), timeout=LOOK_EVERY_S, return_when=FIRST_COMPLETED)
             look()
 
-    def _failure(self, phase: str, calls: Mapping[int, Future], first: int) -> Exception:
-        """The failure that explains the others."""
-        if not isinstance(calls[first].exception(), HostDiedError):
+    def _failure(self, phase: str, calls: Mapping[int, Future], done: Sequence[int]) -> Exception:
+        """The failure that explains the others; `done` are the hosts that are, in that order."""
+        if not any(isinstance(calls[host].exception(), HostDiedError) for host in list(done)):
             wait(calls.values(), timeout=GRACE_S)
-        errors = {host: call.exception() for host, call in calls.items() if call.done()}
+        errors = {host: calls[host].exception() for host in list(done) if calls[host].exception()}
         for host, error in errors.items():
             if isinstance(error, HostDiedError):
                 return self._lost(host, phase, str(error))
         for error in errors.values():
             if isinstance(error, LauncherError) and not isinstance(error, LostPeerError):
                 return error
-        error = errors[first]
+        first, error = next(iter(errors.items()))
         if isinstance(error, ImportError):
             return ClusterError(
                 f"host {first} ({self.place(first)}) lacks what this process has: {error} (runtime=ray): "
@@ -218,6 +217,14 @@ class HostSession:
                     f"(hydra.run.dir={self._run.task.run_dir}, checkpoint.dir): take a folder that all "
                     f"hosts share"
                 )
+
+
+def _in_order(calls: Mapping[int, Future]) -> list[int]:
+    """The hosts whose calls are done, as they come to be: one that fails has often others fail after it."""
+    done: list[int] = []
+    for host, call in calls.items():
+        call.add_done_callback(lambda _, host=host: done.append(host))
+    return done
 
 
 def _between_hosts(ends: Sequence[HostEnd]) -> dict[str, float]:
