@@ -121,6 +121,7 @@ class Supervisor:
         for event in self._left_over:
             if event.kind == "row" and event.step <= step:
                 self._record.take(event)
+        log.info("going on after step %d", step)
         self._record.rewind(step)
 
     def _train_once(self, session: HostSession, interrupt: Interrupt) -> TrainSummary:

@@ -70,6 +70,7 @@ def test_a_run_that_loses_a_host_ends_like_one_that_does_not(one_process, tmp_pa
     assert process.wait(PATIENCE_S) == 0, run.output()
     said = r"host 1 \(.*\) was lost while training: its process ended; its last instruction was 1\S+ of"
     assert re.search(said, run.output())
+    assert re.search(r"going on after step (15|20|25)\n", run.output())
     assert is_like(run, one_process)
     summary = run.summary()
     assert summary["status"] == "done"
