@@ -17,6 +17,7 @@ import jax
 from launcher import data
 from launcher.autopar.make_plan import adopt_plan
 from launcher.autopar.plan_file import from_json
+from launcher.autopar.wording import size
 from launcher.errors import ConfigError, LostPeerError
 from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
@@ -51,6 +52,8 @@ from launcher.runtime.shared_clock import SharedClock, over_devices
 from launcher.runtime.shared_store import SharedStore, Writers
 from launcher.runtime.weights import open_weights
 from launcher.runtime.worlds import join, world_grid, worlds
+
+log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.2  # at whether what is received comes
 _LOOK_FOR_S = 2.0  # for the receive that has failed, once a step has
@@ -131,12 +134,16 @@ class HostProcess(Host):
         kinds = [kind for kind in task.cluster.kinds for _ in range(kind.num_hosts)]
         local = None if task.emulated else kinds[task.host].devices_per_host
         join(world, task.host, addresses[world[0]].coordinator, local)
-        return world_grid(world, task.host, task.cluster)
+        return world_grid(world, task.host, task.cluster, emulated=task.emulated)
 
     def _build(self, model: Model, hosts: Sequence[Sequence[int]]) -> LocalExecutor:
         task, start = self._task, self._start
         own = tuple(index for index, lies in enumerate(hosts) if task.host in lies)
         realized = self._planned.realized
+        for index in own:
+            partners = [other for other in hosts[index] if other != task.host]
+            if partners:
+                self._arrivals.partners[realized.program.submesh_of[index]] = partners
         transport = HostTransport(
             hosts, realized.program.submesh_of, task.host, task.num_hosts, self._office,
             lambda: self._progress.doing,
@@ -181,13 +188,18 @@ class HostProcess(Host):
             except jax.errors.JaxRuntimeError as error:
                 raise self._lost(error) from error
         self._progress.phase = "ended"
+        sent, waited_s = self._transport.bytes_sent(), self._arrivals.waited_s
+        log.info(
+            "host %d: %s sent to other stages, %.2f s waited for other hosts at most",
+            self._task.host, size(sum(sent.values())), waited_s,
+        )  # fmt: skip
         return HostEnd(
             host=self._task.host,
             steps=summary.steps,
             stopped=self._agreement.requested,
             summary=summary,
-            bytes_sent=self._transport.bytes_sent(),
-            waited_s=self._arrivals.waited_s,
+            bytes_sent=sent,
+            waited_s=waited_s,
         )
 
     def _lost(self, error: jax.errors.JaxRuntimeError) -> LostPeerError:
@@ -216,9 +228,9 @@ class HostProcess(Host):
         own = [device for device in self._grid[task.host] if device]
         level = logging.INFO if self._speaks else logging.ERROR
         handler = EventLog(self._progress, level)
-        log = logging.getLogger("launcher")
-        log.setLevel(logging.INFO)
-        log.addHandler(handler)
+        everything = logging.getLogger("launcher")
+        everything.setLevel(logging.INFO)
+        everything.addHandler(handler)
         try:
             return train_loop.run(
                 self._executor,
@@ -234,7 +246,7 @@ class HostProcess(Host):
                 stop=self._agreement,
             )
         finally:
-            log.removeHandler(handler)
+            everything.removeHandler(handler)
 
     def _checkpoints(self) -> Checkpoints:
         task = self._task

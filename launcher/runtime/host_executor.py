@@ -41,7 +41,10 @@ class HostExecutor(Executor):
         self._progress.steps_begun = placed.step + 1
         # The norm comes out of the update, the last that a stage does of a step.
         norms = [stage.norm for stage in self.local.stages if stage.norm is not None]
-        self._queue.put((self._num_steps, placed.step + 1, norms or [result.grad_norm]))
+        if not norms:
+            norms = [result.grad_norm]
+            self._progress.stepped(placed.step + 1, result.grad_norm)
+        self._queue.put((self._num_steps, placed.step + 1, norms))
         return result
 
     def _watch(self) -> None:

@@ -44,7 +44,12 @@ class HostProgress(LaunchWatch, Onlooker):
             if leaves:
                 # The others may be large, and would be kept until they have been looked at.
                 smallest = min(leaves, key=lambda leaf: leaf.nbytes)
-                self._arrivals.computed(launch.submesh, smallest)
+                self._arrivals.computed(launch.submesh, str(launch), smallest)
+
+    def stepped(self, step: int, norm: jax.Array) -> None:
+        """A step has been dispatched that is one program."""
+        self.stage, self.doing = 0, f"step {step}"
+        self._arrivals.computed(0, self.doing, norm)
 
     # Of the training loop
 

@@ -48,13 +48,20 @@ def join(world: Sequence[int], host: int, coordinator: str, local_devices: int |
         ) from error
 
 
-def world_grid(world: Sequence[int], host: int, cluster: AnyCluster) -> np.ndarray:
-    """The devices of a world as an array, the cluster's hosts by devices per host; None elsewhere."""
+def world_grid(
+    world: Sequence[int], host: int, cluster: AnyCluster, *, emulated: bool
+) -> np.ndarray:
+    """The devices of a world as an array, the cluster's hosts by devices per host; None elsewhere.
+
+    `emulated`: CPU devices may stand for the cluster's.
+    """
+    platform = jax.local_devices()[0].platform
+    fits = emulated or (platform != "cpu") == cluster.has_accelerators
     widths = [kind.devices_per_host for kind in cluster.kinds for _ in range(kind.num_hosts)]
     grid = np.full((len(widths), max(widths)), None, dtype=object)
     for process, member in enumerate(world):
         own = [device for device in jax.devices() if device.process_index == process]
-        if len(own) < widths[member]:
+        if len(own) < widths[member] or not fits:
             raise ClusterError(
                 f"cluster={cluster.name} has {widths[member]} devices on host {member}, and {len(own)} "
                 f"({own[0].device_kind if own else 'none'}) are there, as host {host} sees it: take the "
