@@ -34,6 +34,8 @@ FORCED: Mapping[str, type] = {
 
 def validate(config: Config) -> None:
     """Raise `ConfigError` for the first value that cannot be, or that contradicts another."""
+    if config.mode == "submit":  # what is submitted trains
+        config = dataclasses.replace(config, mode="train")
     _check_names(config)
     for key, value in _flat("", dataclasses.asdict(config)):
         check_value(key, value)

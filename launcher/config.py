@@ -14,6 +14,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from launcher.slurm_config import SlurmConfig
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -149,6 +151,7 @@ class ClusterConfig:
     groups: list[Any] | None = None
     nominal: bool = False  # the figures are nominal, not measured
     sources: dict[str, str] = field(default_factory=dict)  # figure -> where it comes from
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)  # how it takes jobs
 
 
 @dataclass(kw_only=True)
@@ -339,9 +342,10 @@ class ProfileConfig:
 class Config:
     """Everything a run is told."""
 
-    mode: str  # train | plan | eval | profile
+    mode: str  # train | plan | eval | profile | submit
     seed: int
     debug: bool
+    dry_run: bool  # print the batch script of a job, and submit nothing
     model: ModelConfig
     cluster: ClusterConfig
     # A default, because OmegaConf cannot expand a missing node that has a union (num_microbatches).

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from launcher.errors import ConfigError
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "mode": ("train", "plan", "eval", "profile"),
+    "mode": ("train", "plan", "eval", "profile", "submit"),
     "model.dtype": ("auto", "fp32", "bf16", "fp16", "fp64"),
     "model.attention": ("auto", "plain", "cudnn"),
     "model.second_expert": ("always", "random"),
@@ -21,11 +21,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "optimizer.decay": ("constant", "cosine", "linear"),
     "logger.name": ("wandb", "jsonl"),
     "runtime.name": ("auto", "local", "emulate", "ray"),
-}
-
-# Values that the interface has and this version has not.
-LATER: Mapping[str, tuple[str, ...]] = {
-    "mode": ("submit",),
 }
 
 # The smallest value, and the first that is too large.
@@ -110,10 +105,6 @@ def check_value(key: str, value: object) -> None:
 
 
 def _check_choice(key: str, value: object) -> None:
-    if value in LATER.get(key, ()):
-        raise ConfigError(
-            f"{key}={value} is not in this version yet: take {key}={' or '.join(CHOICES[key])}"
-        )
     if value not in CHOICES[key]:
         raise ConfigError(f"{key}={value} is unknown: take {key}={' or '.join(CHOICES[key])}")
 

@@ -21,6 +21,8 @@ from launcher.errors import ConfigError
 _MOST_DEVICES_PER_HOST = 1024
 # What a file says of its hosts; of several kinds, each group says it.
 _OF_HOSTS = ("hosts", "devices_per_host", "device", "intra_host")
+# What else a file may say; how the cluster takes jobs matters to no plan.
+_OTHERS = ("nominal", "sources", "slurm")
 
 
 def load_cluster(name_or_path: str | Path) -> AnyCluster:
@@ -31,6 +33,7 @@ def load_cluster(name_or_path: str | Path) -> AnyCluster:
 def cluster_from_config(config: ClusterConfig) -> AnyCluster:
     """Return the cluster that a composed config describes."""
     figures = dataclasses.asdict(config)
+    del figures["slurm"]  # how it takes jobs, which no plan depends on
     given = {name: value for name, value in figures.items() if value is not None}
     return _read(Node(value=given, place="cluster"))
 
@@ -54,7 +57,7 @@ def _read(top: Node) -> AnyCluster:
     found = top.entries()
     if "groups" in found and not found["groups"].is_null:
         return _read_groups(top)
-    fields = top.fields(("name", *_OF_HOSTS, "inter_host"), ("groups", "nominal", "sources"))
+    fields = top.fields(("name", *_OF_HOSTS, "inter_host"), ("groups", *_OTHERS))
     return _read_hosts(
         fields,
         name=fields["name"].text(),
@@ -103,7 +106,7 @@ def _read_groups(top: Node) -> AnyCluster:
             node.fail(
                 f"contradicts {groups.place}, which has that for each kind of hosts", "set it there"
             )
-    fields = top.fields(("name", "groups", "inter_host"), (*_OF_HOSTS, "nominal", "sources"))
+    fields = top.fields(("name", "groups", "inter_host"), (*_OF_HOSTS, *_OTHERS))
     name, groups = fields["name"].text(), fields["groups"].items()
     if not groups:
         fields["groups"].fail("has no hosts", "list at least one kind of them, or drop the key")
@@ -138,7 +141,7 @@ def _read_group(node: Node, network: Node, name: str) -> Cluster:
     fields = {"inter_host": network}
     if not own["cluster"].is_null:
         file = _open(own["cluster"].text(), own["cluster"].place)
-        fields |= file.fields(("name", *_OF_HOSTS, "inter_host"), ("nominal", "sources"))
+        fields |= file.fields(("name", *_OF_HOSTS, "inter_host"), _OTHERS)
     fields |= {key: value for key, value in own.items() if key not in fields or not value.is_null}
     for key in _OF_HOSTS:
         if fields[key].is_null:

@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.checks import validate
 from launcher.cli.explain import USER_ERRORS, explain, unknown_key
+from launcher.cli.job_checks import check_job
 from launcher.cli.overrides import check_overrides
 from launcher.cli.yaml_files import check_files
 from launcher.config import Config, conf_dir, register_schemas
@@ -96,7 +97,7 @@ def load(overrides: Sequence[str] = ()) -> Config:
     """Return the config of `python -m launcher <overrides>`, for tests and Python users."""
     line = CommandLine(overrides=tuple(overrides))
     with _loader(line) as loader:
-        return _compose_point(loader, line, line.overrides)[0]
+        return _compose_point(loader, line, line.overrides).config
 
 
 def check(line: CommandLine) -> pathlib.Path | None:
@@ -109,8 +110,10 @@ def check(line: CommandLine) -> pathlib.Path | None:
             points = _sweep_points(loader, line, master) if sweeps else [line.overrides]
         except COMPOSING_ERRORS as error:
             raise explain(error, line.overrides) from error
-        run_dirs = [_compose_point(loader, line, point)[1] for point in points]
-    return None if sweeps else run_dirs[0]
+        found = [_compose_point(loader, line, point) for point in points]
+        for point in found:
+            check_job(point.config, point.settings, sweeps=sweeps)
+    return None if sweeps else found[0].run_dir
 
 
 @contextlib.contextmanager
@@ -184,17 +187,25 @@ def _sweep_points(
     return list(itertools.product(*choices.values()))
 
 
-def _compose_point(
-    loader: ConfigLoader, line: CommandLine, overrides: Sequence[str]
-) -> tuple[Config, pathlib.Path]:
-    """Compose and check one run; return its config and the folder it would write to."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Point:
+    """One run, composed; `settings` are Hydra's, and `run_dir` is where it would write."""
+
+    config: Config
+    run_dir: pathlib.Path
+    settings: DictConfig
+
+
+def _compose_point(loader: ConfigLoader, line: CommandLine, overrides: Sequence[str]) -> _Point:
+    """Compose and check one run."""
     try:
         composed = _load(loader, line, overrides, RunMode.RUN)
         run_dir = _prepare_interpolations(composed)
         task = composed.copy()
         with open_dict(task):
             del task["hydra"]
-        return to_config(task, overrides), run_dir
+        config = to_config(task, overrides)
+        return _Point(config=config, run_dir=run_dir, settings=composed.hydra)
     except COMPOSING_ERRORS as error:
         raise explain(error, overrides) from error
 

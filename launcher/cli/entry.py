@@ -5,7 +5,6 @@ config into typed objects and calls `launcher.main.run`. Nothing here imports JA
 errors answer at once, and `main` sets the environment of emulated devices before JAX starts.
 """
 
-import contextlib
 import logging
 import os
 import pathlib
@@ -20,8 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launcher import __version__, logs
-from launcher.cli import compose, sweep
+from launcher import __version__
+from launcher.cli import compose, jobs, sweep
 from launcher.cli.explain import USER_ERRORS, explain
 from launcher.cli.report import FULL_ERROR, exit_status_of
 from launcher.cli.run_folder import (
@@ -30,12 +29,15 @@ from launcher.cli.run_folder import (
     missing_folders,
     run_dir_override,
     storage_errors,
+    sweep_dir_override,
     take_back,
 )
-from launcher.config import conf_dir, register_schemas
-from launcher.errors import ConfigError, LauncherError, StoppedBySignal
-
-log = logging.getLogger(__name__)
+from launcher.cli.running import run_logged
+from launcher.cli.srun_step import take_part
+from launcher.config import Config, conf_dir, register_schemas
+from launcher.errors import ConfigError, StoppedBySignal
+from launcher.slurm.job_folder import has_job
+from launcher.slurm.step import meeting_folder, step_here
 
 
 def main() -> int:
@@ -43,8 +45,9 @@ def main() -> int:
     inherited = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines of its own and exits with 1
     debug = inherited == "1" or "debug=true" in (argument.lower() for argument in sys.argv)
+    step = step_here(os.environ)
     try:
-        status = exit_status_of(lambda: _answer(debug), debug=debug)
+        status = take_part(step, lambda: exit_status_of(lambda: _answer(debug), debug=debug))
         if status == StoppedBySignal.exit_status:
             _leave_at_once(status)
         return status
@@ -72,6 +75,8 @@ def _answer(debug: bool) -> int:
     if line.only_informs:
         return _inform(line)
     run_dir = compose.check(line)
+    if run_dir is None:
+        _check_alone()
     with storage_errors():
         missing = () if run_dir is None else missing_folders(run_dir)
     task = _Task(line=line, debug=debug, missing=missing)
@@ -83,6 +88,16 @@ def _answer(debug: bool) -> int:
     except SystemExit as stop:  # the task's, to leave out the rest of a sweep
         return stop.code
     return task.exit_status()
+
+
+def _check_alone() -> None:
+    """The points of a sweep have processes of their own, which the other nodes cannot join."""
+    step = step_here(os.environ)
+    if step is not None and step.num_nodes > 1:
+        raise ConfigError(
+            f"--multirun in a step of {step.num_nodes} nodes of Slurm: submit the points as jobs, with "
+            f"hydra/launcher=slurm, or give each its own srun"
+        )
 
 
 def _inform(line: compose.CommandLine) -> int:
@@ -137,6 +152,12 @@ class _Task:
         command = (*self.line.config_flags(), *given, run_dir_override(run_dir))
         return shlex.join(("python", "-m", "launcher", *command))
 
+    def sweep_command(self, sweep_dir: pathlib.Path) -> str:
+        """The command line that submits the points of this sweep that are missing."""
+        given = [text for text in self.line.overrides if not text.startswith("hydra.sweep.dir=")]
+        command = (*self.line.config_flags(), *given, sweep_dir_override(sweep_dir))
+        return shlex.join(("python", "-m", "launcher", "--multirun", *command))
+
     def _run_point(self, settings: DictConfig, run_dir: pathlib.Path) -> None:
         given = OmegaConf.to_container(settings.overrides)  # interpolations are for the point
         command = sweep.command(
@@ -156,32 +177,33 @@ class _Task:
             sys.exit(status)
 
     def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
+        submits = composed.mode == "submit"
+        action = self._submit if submits else self._train
         status = exit_status_of(
-            lambda: _run_logged(composed, run_dir),
+            lambda: action(composed, run_dir),
             debug=self.debug or composed.debug,
             log_file=str(run_dir / LOG_FILE),
             again=self._command(run_dir),
         )
-        if status == ConfigError.exit_status:
+        if status == ConfigError.exit_status or (submits and not has_job(run_dir)):
             take_back(run_dir, self.missing)
         self.statuses.append(status)
 
+    def _train(self, composed: DictConfig, run_dir: pathlib.Path) -> int:
+        return run_logged(lambda: _read(composed, run_dir), run_dir, _meeting())
 
-def _run_logged(composed: DictConfig, run_dir: pathlib.Path) -> int:
-    with contextlib.ExitStack() as stack:
-        with storage_errors():
-            stack.enter_context(logs.logging_to(run_dir / LOG_FILE))
-        try:
-            config = compose.to_config(composed)
-            with storage_errors():
-                (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(composed, resolve=True))
-            # Not at the top: it brings JAX, which help and config errors do not wait for.
-            from launcher.main import run
+    def _submit(self, composed: DictConfig, run_dir: pathlib.Path) -> int:
+        return jobs.submit_one(composed, run_dir, self.line.overrides, self._command(run_dir))
 
-            return run(config, run_dir)
-        except LauncherError as error:
-            log.error("%s", error)
-            raise
-        except Exception:  # to the log file too, then on
-            log.exception("a bug of ours")
-            raise
+
+def _read(composed: DictConfig, run_dir: pathlib.Path) -> Config:
+    config = compose.to_config(composed)
+    with storage_errors():
+        (run_dir / CONFIG_FILE).write_text(OmegaConf.to_yaml(composed, resolve=True))
+    return config
+
+
+def _meeting() -> pathlib.Path | None:
+    """Where this process meets those of the other nodes, if it is one of several."""
+    step = step_here(os.environ)
+    return step and meeting_folder(step, os.environ)

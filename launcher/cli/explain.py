@@ -33,9 +33,6 @@ USER_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError, OverflowError,
 )  # fmt: skip
 
-# Options that the interface has and this version has not.
-LATER_OPTIONS = ("hydra/launcher/slurm",)
-
 _EXPECTED = {
     int: "a whole number",
     float: "a number",
@@ -197,8 +194,6 @@ def _unknown_option(error: MissingConfigException, overrides: Sequence[str]) -> 
         given = "=".join(file.rsplit("/", 1))
     given = given.lstrip("+")
     group, _, option = given.partition("=")
-    if error.missing_cfg_file in LATER_OPTIONS:
-        return f"{given} is not in this version yet: take one of {', '.join(options)}"
     near = difflib.get_close_matches(option, options, n=1)
     hint = f"did you mean {group}={near[0]}? There are" if near else "take one of"
     return f"{given} is unknown: {hint} {', '.join(options)}"

@@ -50,5 +50,14 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
 
 def run_dir_override(run_dir: pathlib.Path) -> str:
     """The override that makes this the run's folder, in Hydra's quoting."""
-    quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-    return f"hydra.run.dir='{quoted}'"
+    return _override("hydra.run.dir", run_dir)
+
+
+def sweep_dir_override(sweep_dir: pathlib.Path) -> str:
+    """The override that makes this the folder of a sweep."""
+    return _override("hydra.sweep.dir", sweep_dir)
+
+
+def _override(key: str, folder: pathlib.Path) -> str:
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
