@@ -1,7 +1,7 @@
 """Hydra's part of `hydra/launcher=slurm`: compose every point of a sweep, and hand all of them over.
 
-Hydra imports this whenever it starts, so what submits (`launcher.cli.jobs`) is imported when there is something to
-submit.
+Hydra imports this whenever it starts, so what submits (`launcher.cli.jobs`) is imported when there is
+something to submit.
 """
 
 from collections.abc import Sequence
@@ -73,13 +73,16 @@ class SlurmLauncher(Launcher):
             runs.append(run_of_point(composed, run_dir))
             shows = shows or composed.dry_run
         sweep_dir = Path(self._config.hydra.sweep.dir)
-        status = submit_runs(
-            runs,
-            sweep_dir,
-            again=self._task.sweep_command(sweep_dir),
-            waits=self._waits,
-            shows=shows,
-        )
+        try:
+            status = submit_runs(
+                runs,
+                sweep_dir,
+                again=self._task.sweep_command(sweep_dir),
+                waits=self._waits,
+                shows=shows,
+            )
+        finally:
+            _take_back(sweep_dir)
         self._task.statuses.append(status)
         return [JobReturn(status=JobStatus.COMPLETED, _return_value=status) for _ in runs]
 
@@ -94,3 +97,16 @@ class SlurmLauncher(Launcher):
             composed.hydra.runtime.output_dir = str(run_dir)
         HydraConfig.instance().set_config(composed)
         return composed, run_dir
+
+
+def _take_back(sweep_dir: Path) -> None:
+    """Remove what Hydra has written for a sweep of which nothing was submitted."""
+    own = sweep_dir / "multirun.yaml"
+    if [path.name for path in sweep_dir.iterdir()] != [own.name]:
+        return
+    own.unlink()
+    for folder in (sweep_dir, *sweep_dir.parents):
+        try:
+            folder.rmdir()
+        except OSError:  # it has something else
+            return

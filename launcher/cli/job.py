@@ -1,8 +1,8 @@
 """`python -m launcher.cli.job FOLDER`: the process of one node of a job, as its batch script starts it.
 
-That of the first node runs the config in the folder, over all nodes; the others join it. Each notes how it ends
-before it does: the batch script, later submissions and people learn from that what became of the job. A run
-that was told to stop ends with 0 here, so that it ends no other node; the note says that it is not done.
+That of the first node runs the config in the folder, over all nodes; the others join it. Each notes how it
+ends before it does: the batch script, later submissions and people learn from that what became of the job. A
+run that was told to stop ends with 0 here, so that it ends no other node; the note says that it is not done.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Submitting from the command line: one run with `mode=submit`, the points of a sweep with `hydra/launcher=slurm`.
+"""Submitting from the command line: one run with `mode=submit`, a sweep's points with `hydra/launcher=slurm`.
 
-A job reads the config that was composed when it was submitted (`cli.job`), and nothing else: neither `conf/` nor
-the command line. What jobs are, and how they are submitted, is `launcher.slurm`'s.
+A job reads the config that was composed when it was submitted (`cli.job`), and nothing else: neither `conf/`
+nor the command line. What jobs are, and how they are submitted, is `launcher.slurm`'s.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """`python -m launcher` as one of several processes of an `srun`: one launcher process for each node.
 
 The first one composes and drives the run; those of other nodes join it. Further processes of a node have
-nothing to do. In a job of ours this is `cli.job`'s; here nobody has prepared a folder, and the processes meet in
-the cache of the user's home.
+nothing to do. In a job of ours this is `cli.job`'s; here nobody has prepared a folder, and the processes meet
+in the cache of the user's home.
 """
 
 import os

@@ -53,7 +53,7 @@ elif [ $status -ne 0 ]; then
   if [ "$(grep -c "^$SLURM_JOB_ID " "$ends/../deaths")" -le MAX_RESTARTS ]; then
     again "$reason"
   else
-    printf '5\\n%s\\n' "$reason, and max_restarts=MAX_RESTARTS: see the files beside this folder" >"$ends/job.failed"
+    printf '5\\n%s\\n' "$reason more than max_restarts=MAX_RESTARTS times" >"$ends/job.failed"
     status=5
   fi
 fi

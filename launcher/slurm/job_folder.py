@@ -5,9 +5,9 @@
     slurm/code/         the code that it runs; of a sweep it lies beside the points
     slurm/ends/         rank-0.done | .stopped | .failed, of the last start
 
-The process of a node notes how it ended before it exits, so that a failure on any node has its reason, and the
-batch script can tell a process that ended from one that died. The files are plain text for bash to read: the
-exit status on the first line, the reason on the second.
+The process of a node notes how it ended before it exits, so that a failure on any node has its reason, and
+the batch script can tell a process that ended from one that died. The files are plain text for bash to read:
+the exit status on the first line, the reason on the second.
 """
 
 import contextlib

@@ -1,13 +1,14 @@
 """Ray over the nodes of a job: its head on the first, a worker on each other one.
 
-Each is a process of `ray start --block`, which ends with what it has started. Nothing here imports Ray, and the
-run that uses it (`runtime.address`) knows nothing of Slurm. Slurm sends the warning ahead of a job's end to
-all processes of a node: Ray's ignore it, as the run needs them to write its checkpoint.
+Each is a process of `ray start --block`, which ends with what it has started. Nothing here imports Ray, and
+the run that uses it (`runtime.address`) knows nothing of Slurm. Slurm sends the warning ahead of a job's end
+to all processes of a node: Ray's ignore it, as the run needs them to write its checkpoint.
 """
 
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,15 @@ from pathlib import Path
 
 from launcher.errors import ClusterError
 from launcher.slurm.job_folder import read_ends
-from launcher.slurm.meeting import Head, Watch, announce, note_joined, wait_for_all, wait_for_head
+from launcher.slurm.meeting import (
+    HEAD_NAME,
+    Head,
+    Watch,
+    announce,
+    note_joined,
+    wait_for_all,
+    wait_for_head,
+)
 from launcher.slurm.step import Step, own_address
 
 START_LIMIT_S, JOIN_LIMIT_S, _END_LIMIT_S = 120.0, 300.0, 20.0
@@ -34,7 +43,7 @@ _DEAF = ("/bin/sh", "-c", 'trap "" USR1 USR2 INT; exec "$@"', "ray")
 
 @dataclass(kw_only=True)
 class RayNode:
-    """A process of `ray start --block`, and what it has said."""
+    """A process of `ray start --block`, what it has said, and its folder of temporary files."""
 
     process: subprocess.Popen
     log: Path
@@ -68,15 +77,11 @@ class RayNode:
         return ""
 
     def end(self) -> None:
-        """End it, with all that it has started."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(_END_LIMIT_S)
-                break
+        """End it, with all that it has started; asked nicely, it would wait half a minute for its tasks."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -101,6 +106,7 @@ def head(step: Step, meeting: Path, num_cpus: int) -> Iterator[str]:
         yield address
     finally:
         node.end()
+        (meeting / HEAD_NAME).unlink(missing_ok=True)  # it has the token
 
 
 def work(step: Step, meeting: Path) -> None:

@@ -1,7 +1,7 @@
 """Submit runs as jobs: all of them are asked about before the first is submitted.
 
-A run whose job is done, waits or is at work is left alone, so that a sweep that was cut short can be submitted
-again as it was. One that is submitted again goes on from its newest checkpoint.
+A run whose job is done, waits or is at work is left alone, so that a sweep that was cut short can be
+submitted again as it was. One that is submitted again goes on from its newest checkpoint.
 """
 
 import time

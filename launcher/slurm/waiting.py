@@ -16,12 +16,13 @@ POLL_S = 5.0
 
 
 def table(jobs: Sequence[Job]) -> str:
-    """The jobs, one a line."""
+    """The jobs, one a line, with the overrides that not all of them have."""
     head = ("job", "state", "run directory", "overrides")
-    rows = [
-        (job.job_id, job.state, _short(job.run.run_dir), " ".join(job.run.overrides))
-        for job in jobs
-    ]
+    shared = set.intersection(*(set(job.run.overrides) for job in jobs))
+    rows = []
+    for job in jobs:
+        own = (text for text in job.run.overrides if text not in shared)
+        rows.append((job.job_id, job.state, _short(job.run.run_dir), " ".join(own)))
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
     return "\n".join(
         "  ".join((*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3])).rstrip()
@@ -40,7 +41,7 @@ def wait(
     """Wait until no job is left in the queue; return the exit status of each, and say what changes."""
     open_jobs = {job.job_id: job for job in jobs if job.state != DONE}
     ends = {job.job_id: 0 for job in jobs if job.state == DONE}
-    before = {job.job_id: job.state for job in jobs}
+    before = {job.job_id: "pending" if job.is_new else job.state for job in jobs}
     while open_jobs:
         states = states_of_jobs()
         for job_id in list(open_jobs):
