@@ -25,8 +25,7 @@ from launcher.slurm.job_request import JobRequest
 NO_SUBMITIT = (
     'submitit is not installed, and jobs are submitted with it: pip install "jax-launcher[slurm]"'
 )
-# submitit asks for it ahead of the time limit; NCCL may use SIGUSR1 itself.
-_WARNING_SIGNAL = "USR2"
+SUBMITIT = "submitit"
 _AFTER = """\
 status=$?
 shopt -s nullglob
@@ -78,7 +77,7 @@ class JobPlace:
 
 def need_submitit() -> None:
     """Raise ClusterError if submitit is not installed."""
-    if importlib.util.find_spec("submitit") is None:
+    if importlib.util.find_spec(SUBMITIT) is None:
         raise ClusterError(NO_SUBMITIT)
 
 

@@ -11,8 +11,8 @@ from launcher.slurm.job_request import JobRequest
 _LIMIT_S = 60.0  # Slurm itself tries for nine seconds
 # Of Slurm's words -> the field that they are about.
 _ABOUT: Mapping[str, str] = {
-    "partition": "partition",
     "account": "account",
+    "partition": "partition",
     "qos": "qos",
     "time limit": "time",
     "feature": "constraint",

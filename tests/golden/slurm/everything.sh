@@ -1,0 +1,68 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --chdir=/home/me
+#SBATCH --constraint='a&b'
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --hold
+#SBATCH --job-name=sweep-0
+#SBATCH --mem=65536M
+#SBATCH --nice=100
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output='/runs/it'"'"'s 5 %/0/slurm/%j_0_log.out'
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=1-00:00:00
+
+# setup
+trap : TERM USR1 USR2  # of the processes; this shell decides what comes after
+ends='/runs/it'"'"'s 5 %/0/slurm/ends'
+mkdir -p "$ends" && rm -f "$ends"/*
+module load cuda
+export NCCL_DEBUG='a b'
+export PYTHONPATH=/runs/code${PYTHONPATH:+:$PYTHONPATH}:/home/me
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output '/runs/it'"'"'s 5 %/0/slurm/%j_%t_log.out' --kill-on-bad-exit=1 --open-mode=append --cpus-per-task=12 '--container-image=a b.sqsh' python -P -u -m launcher.cli.job '/runs/it'"'"'s 5 %/0'
+
+
+# teardown
+status=$?
+shopt -s nullglob
+again() {
+  if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+    echo "launcher: the job is being cancelled, and is not requeued: $1"
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    echo "launcher: requeued: $1"
+  else
+    printf '3\n%s\n' "$1, and Slurm does not requeue the job: submit it again" >"$ends/job.failed"
+  fi
+}
+failed=("$ends"/*.failed) stopped=("$ends"/*.stopped)
+if [ ${#failed[@]} -gt 0 ]; then
+  first=$(ls -tr "${failed[@]}" | head -n 1)
+  read -r status <"$first"
+  echo "launcher: $(basename "$first" .failed): $(tail -n 1 "$first")"
+elif [ $status -eq 0 ] && [ ${#stopped[@]} -gt 0 ]; then
+  status=75
+  again "$(tail -n 1 "${stopped[0]}")"
+elif [ $status -ne 0 ]; then
+  echo "$SLURM_JOB_ID $(date +%s)" >>"$ends/../deaths"
+  reason="a process or a node died without a word (srun ended with status $status)"
+  if [ "$(grep -c "^$SLURM_JOB_ID " "$ends/../deaths")" -le 1 ]; then
+    again "$reason"
+  else
+    printf '5\n%s\n' "$reason more than max_restarts=1 times" >"$ends/job.failed"
+    status=5
+  fi
+fi
+exit $status
