@@ -37,10 +37,13 @@ install_packages() {
     cannot "apt-get cannot install $(echo $missing): $(tail -1 "$dir/apt.log")"
 }
 
-configure() {  # the subnet 10.N.0.0/24 is the cluster's; ports are the usual ones, on its addresses
+configure() {  # the bridge lbrN and its subnet 10.N.0.0/24 are the cluster's
   local nodes=$1 n=100 host; host=$(hostname -s)
-  while ip link show "lbr$n" >/dev/null 2>&1; do n=$((n + 1)); done
   mkdir -p "$dir"/{state,spool,log}
+  until ip link add "lbr$n" type bridge 2>"$dir/log/ip"; do
+    grep -q exists "$dir/log/ip" || cannot "no network bridges here: $(cat "$dir/log/ip")"
+    n=$((n + 1))
+  done
   echo "$n" >"$dir/subnet"
   echo "$nodes" >"$dir/nodes"
   (umask 077; head -c 128 /dev/urandom >"$dir/munge.key")
@@ -52,6 +55,7 @@ configure() {  # the subnet 10.N.0.0/24 is the cluster's; ports are the usual on
   cat >"$dir/slurm.conf" <<END
 ClusterName=tests
 SlurmctldHost=$host(10.$n.0.1)
+SlurmctldPort=$((6800 + n))
 SlurmUser=root
 AuthType=auth/munge
 # cred_expire: so long, rather than two minutes, a requeued job waits before it can start again
@@ -72,7 +76,9 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=10
+MessageTimeout=5
+TCPTimeout=2
+SlurmdTimeout=8
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -120,7 +126,6 @@ up() {
   [ "$(id -u)" = 0 ] || cannot "starting a Slurm cluster needs root"
   configure "$1"
   local n; n=$(cat "$dir/subnet")
-  ip link add "lbr$n" type bridge 2>"$dir/log/ip" || cannot "no network bridges here: $(cat "$dir/log/ip")"
   ip addr add "10.$n.0.1/24" dev "lbr$n"
   ip link set "lbr$n" up
   munged --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
