@@ -6,7 +6,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from launcher.cli.compose import to_config
-from launcher.cli.explain import USER_ERRORS, explain
+from launcher.cli.explain import USER_ERRORS
 from launcher.cli.run_folder import CONFIG_FILE
 from launcher.config import SCHEMAS, Config
 from launcher.errors import ConfigError
@@ -28,7 +28,9 @@ def read_config(run_dir: Path) -> Config:
     try:
         return to_config(_with_schemas(tree))
     except USER_ERRORS as error:
-        raise explain(error, ()) from error
+        raise ConfigError(
+            f"{path} has a value that no run can have ({type(error).__name__}): submit the run again"
+        ) from error
 
 
 def _with_schemas(tree: dict) -> DictConfig:

@@ -9,12 +9,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 from launcher.cli.frozen import read_config
-from launcher.cli.report import exit_status_of, one_line
+from launcher.cli.report import exit_status_of, noting
 from launcher.cli.run_folder import LOG_FILE
 from launcher.cli.running import run_logged
 from launcher.cli.srun_step import join
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     said: list[str] = []
     with SignsOfLife(ends):
         status = exit_status_of(
-            lambda: _noting(said, lambda: run_logged(lambda: read_config(run_dir), run_dir, ends)),
+            noting(said, lambda: run_logged(lambda: read_config(run_dir), run_dir, ends)),
             debug=False,
             log_file=str(run_dir / LOG_FILE),
         )
@@ -55,15 +55,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """Until the run listens itself: there is nothing to lose yet."""
     del frame
     raise StoppedBySignal(signal.Signals(number).name)
-
-
-def _noting(said: list[str], action: Callable[[], int]) -> int:
-    """Keep what the run ends with."""
-    try:
-        return action()
-    except BaseException as error:
-        said.append(one_line(str(error)) or type(error).__name__)
-        raise
 
 
 def _end(run_dir: Path, status: int, reason: str) -> int:

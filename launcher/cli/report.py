@@ -76,6 +76,19 @@ def exit_status_of(
         return _fail_with_bug(log_file)
 
 
+def noting(said: list[str], action: Callable[[], int]) -> Callable[[], int]:
+    """Return the action, after which `said` has what it raised, as one line."""
+
+    def noted() -> int:
+        try:
+            return action()
+        except BaseException as error:
+            said.append(one_line(str(error)) or type(error).__name__)
+            raise
+
+    return noted
+
+
 def _fail(error: LauncherError, *, debug: bool) -> int:
     if debug:
         sys.stderr.write(redacted("".join(traceback.format_exception(error))))

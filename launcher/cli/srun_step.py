@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.cli.report import exit_status_of
+from launcher.cli.report import exit_status_of, noting
 from launcher.slurm import ray_nodes
 from launcher.slurm.job_folder import note_end, read_ends
 from launcher.slurm.meeting import SignsOfLife
@@ -57,8 +57,10 @@ def join(step: Step, meeting: Path) -> int:
         signal.signal(
             number, signal.SIG_IGN
         )  # the first node decides, and may need this one to stop well
-    status = exit_status_of(lambda: ray_nodes.work(step, meeting) or 0, debug=False)
-    note_end(meeting, step.node, "failed" if status else "done", status, "")
+    said: list[str] = []
+    status = exit_status_of(noting(said, lambda: ray_nodes.work(step, meeting) or 0), debug=False)
+    reason = said[-1] if said else ""
+    note_end(meeting, step.node, "failed" if status else "done", status, reason)
     return status
 
 

@@ -39,6 +39,7 @@ _OBJECT_STORE_BYTES = 128 * 2**20  # runs move their data by themselves
 _QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 # The signals that warn of an end, ignored by this shell, are ignored by all that it becomes and starts.
 _DEAF = ("/bin/sh", "-c", 'trap "" USR1 USR2 INT; exec "$@"', "ray")
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 @dataclass(kw_only=True)
@@ -159,7 +160,7 @@ def _start(arguments: tuple[str, ...], ip: str, num_cpus: int, log: Path) -> Ray
     # Short, because Ray's sockets lie in it, and their paths may have 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     command = (
-        *_DEAF, sys.executable, "-m", "ray.scripts.scripts", "start", *arguments,
+        *_DEAF, *_RAY, "start", *arguments,
         f"--node-ip-address={ip}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block",
     )  # fmt: skip

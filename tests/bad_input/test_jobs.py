@@ -56,4 +56,8 @@ def test_slurm_that_is_not_here(refuse, monkeypatch, tmp_path):
 
 def test_submitit_that_is_not_installed(refuse, fake_slurm, monkeypatch):  # noqa: F811
     monkeypatch.setattr("launcher.slurm.batch_script.SUBMITIT", "submitit_of_nobody")
-    refuse(bad(SUBMIT, says='submitit is not installed ... pip install "jax-launcher[slurm]"', status=3))
+    refuse(
+        bad(
+            SUBMIT, says='submitit is not installed ... pip install "jax-launcher[slurm]"', status=3
+        )
+    )

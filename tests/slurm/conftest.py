@@ -14,6 +14,7 @@ from fake_slurm import FakeSlurm, fake_slurm  # noqa: F401
 
 from launcher import cli
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Said:
     """How a command line ended, and what it said."""
@@ -81,7 +82,9 @@ class SlurmCluster:
     def revive(self, node: str) -> None:
         """Start a node again, and wait until it takes jobs."""
         subprocess.run([SCRIPT, "revive", self.folder, node], check=True, capture_output=True)
-        self.wait_until(lambda: "idle" in self.run("sinfo", "-h", "-n", node, "-o", "%T", folder=self.folder))
+        self.wait_until(
+            lambda: "idle" in self.run("sinfo", "-h", "-n", node, "-o", "%T", folder=self.folder)
+        )
 
     def queue(self) -> str:
         """The jobs that are waiting or at work, and where."""

@@ -102,7 +102,9 @@ def test_a_process_that_died_without_a_word_is_started_again_a_few_times(end, fa
     for _ in range(2):
         status, said, _ = end("exit 137")
         assert status == 137
-        assert "requeued: a process or a node died without a word (srun ended with status 137)" in said
+        assert (
+            "requeued: a process or a node died without a word (srun ended with status 137)" in said
+        )
     assert fake_slurm.asked.count(REQUEUE) == 2
     status, _, (failed,) = end("exit 137")
     assert (status, failed.exit_status) == (5, 5)
@@ -116,5 +118,7 @@ def test_what_an_earlier_start_has_noted_is_forgotten(end, tmp_path):
 
 
 def test_the_shell_outlives_what_its_processes_are_told(end):
-    status, said, _ = end("kill -TERM $PPID; sleep 0.1; printf '75\\nSIGTERM\\n' >rank-0.stopped; exit 0")
+    status, said, _ = end(
+        "kill -TERM $PPID; sleep 0.1; printf '75\\nSIGTERM\\n' >rank-0.stopped; exit 0"
+    )
     assert (status, said) == (75, "launcher: requeued: SIGTERM\n")

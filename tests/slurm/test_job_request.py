@@ -72,13 +72,19 @@ def test_times_with_a_unit(time):
         ({"warn_s": 99999}, f"{KEY}.warn_s=99999 is not in 0..65535: correct it"),
         ({"max_restarts": -1}, f"{KEY}.max_restarts=-1 is not in 0..100000: correct it"),
         ({"mem_gb": 0.0}, f"{KEY}.mem_gb=0.0 is no size of a node's memory in GB: give a number"),
-        ({"time": "240"}, f"{KEY}.time=240 is no time of Slurm with a unit that can be told: write"),
+        (
+            {"time": "240"},
+            f"{KEY}.time=240 is no time of Slurm with a unit that can be told: write",
+        ),
         ({"time": "4h"}, f"{KEY}.time=4h is no time of Slurm"),
         ({"partition": ""}, f"{KEY}.partition='' is empty: give a value, or leave it out"),
         ({"qos": "a\nb"}, f"{KEY}.qos='a\\nb' has a character that no line of a batch script has"),
         ({"setup": ["a", "b\nrm c"]}, f"{KEY}.setup='b\\nrm c' has a character that no line"),
         ({"srun": [" "]}, f"{KEY}.srun='' is empty"),
-        ({"env": {"2A": "b"}}, f"{KEY}.env has '2A', which is no name of a variable: write letters"),
+        (
+            {"env": {"2A": "b"}},
+            f"{KEY}.env has '2A', which is no name of a variable: write letters",
+        ),
         ({"env": {"MY_API_KEY": "b"}}, f"{KEY}.env.MY_API_KEY would write a secret to the run's"),
         ({"sbatch": {"time": 3}}, f"{KEY}.sbatch.time=3 has a key of its own: give {KEY}.time"),
         ({"sbatch": {"mem": 3}}, f"{KEY}.sbatch.mem=3 has a key of its own: give {KEY}.mem_gb"),
@@ -95,7 +101,9 @@ def test_what_no_job_can_ask_for(slurm, says):
 
 
 def test_kinds_of_hosts_have_no_one_shape():
-    with pytest.raises(ConfigError, match=r"cluster=v100-a100 has several kinds.*cluster\.slurm\.nodes"):
+    with pytest.raises(
+        ConfigError, match=r"cluster=v100-a100 has several kinds.*cluster\.slurm\.nodes"
+    ):
         job_request(config("cluster=v100-a100"))
 
 

@@ -27,7 +27,9 @@ def rows(out: str) -> list[list[str]]:
 
 
 def test_a_job_has_all_that_it_needs_in_its_folder(command, fake_slurm, tmp_path):
-    said = command("mode=submit", "model=moe", "data=text", "hydra.run.dir=a", "logger.group=g${seed}")
+    said = command(
+        "mode=submit", "model=moe", "data=text", "hydra.run.dir=a", "logger.group=g${seed}"
+    )
     assert (said.status, said.err) == (0, "")
     assert rows(said.out) == [["101", "submitted", "a"]]
     assert "watch: squeue --jobs=101; end: scancel 101; to submit" in said.out
@@ -49,7 +51,9 @@ def test_the_code_is_copied_as_it_is(command, fake_slurm, tmp_path, monkeypatch)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/model.py").write_text("raise ImportError('only copied')")
     monkeypatch.syspath_prepend(tmp_path)
-    said = command("mode=submit", "model=custom", "model.target=mine.model:build", "hydra.run.dir=a")
+    said = command(
+        "mode=submit", "model=custom", "model.target=mine.model:build", "hydra.run.dir=a"
+    )
     assert said.status == 0, said.err
     code = pathlib.Path(read_job(tmp_path / "a")["code"])
     (tmp_path / "mine/model.py").unlink()
@@ -132,7 +136,10 @@ def test_no_point_is_submitted_when_one_is_of_another_run(command, fake_slurm, t
     command(*POINTS)
     said = command(*SWEEP, "seed=0,1,3")
     assert said.status == 2
-    assert "sweep/2 has a run with seed=2, and this one has seed=3: take another hydra.sweep.dir" in said.err
+    assert (
+        "sweep/2 has a run with seed=2, and this one has seed=3: take another hydra.sweep.dir"
+        in said.err
+    )
     assert fake_slurm.submitted == 3
 
 

@@ -1,7 +1,7 @@
 """Stand-ins for Slurm's commands, for what does not need a cluster.
 
-Each is a shell script in a folder that comes first on PATH; they write what they are asked into `asked`, and answer
-what the files beside them say.
+Each is a shell script in a folder that comes first on PATH; they write what they are asked into `asked`, and
+answer what the files beside them say.
 """
 
 import os
