@@ -48,6 +48,10 @@ class LostPeerError(TrainingError):
     """What a host was to get from another one has failed or not come: no verdict on the run."""
 
 
+class NoRestartLeftError(TrainingError):
+    """A host is gone, and the run does not begin anew by itself any more: started again, it goes on."""
+
+
 class StorageError(LauncherError):
     """What a run must write or read back cannot be written or read."""
 

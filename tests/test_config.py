@@ -198,8 +198,6 @@ MISTAKES = [
     (["seed=1,2"], "seed=1,2 has several values: add --multirun"),
     (["seed=range(1,3)"], "add --multirun to sweep over them"),
     (["logger=null"], "(command line: logger=null)"),
-    # What comes with a later version.
-    (["mode=submit"], "mode=submit is not in this version yet: take mode=train or plan"),
     # Checkpoints, and where a run begins.
     (["checkpoint.keep=0"], "checkpoint.keep=0 is less than 1: give checkpoint.keep=1 or more"),
     (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1 is less than 0"),

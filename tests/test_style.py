@@ -9,6 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = sorted((ROOT / "launcher").rglob("*.py"))
+PLUGINS = sorted((ROOT / "hydra_plugins").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_BODY_LINES = 50
@@ -16,11 +17,12 @@ MAX_NESTING = 3
 
 # A module imports from its own room and from rooms further left.
 LAYERS = (
-    ("launcher", "errors"),
+    ("launcher", "errors", "slurm_config"),
     ("config", "regular_file", "secrets"),
     ("logs",),
     ("limits",),
     ("checks",),
+    ("slurm",),
     ("models",),
     ("data",),
     ("autopar",),
@@ -39,10 +41,10 @@ LAYERS = (
 # Packages that only some modules may know.
 CONFIG_PACKAGES = ("hydra", "omegaconf")
 CONFIG_ROOMS = ("config", "main", "cli")
-IN_ONE_MODULE = ("wandb", "ray", "torch", "orbax")
+IN_ONE_MODULE = ("wandb", "ray", "torch", "orbax", "submitit")
 
 # Imported where they are used: heavy, or not needed by every run.
-LAZY = ("wandb", "ray", "torch", "orbax", "sklearn", "PIL", "tokenizers", "pydoc_data")
+LAZY = ("wandb", "ray", "torch", "orbax", "submitit", "sklearn", "PIL", "tokenizers", "pydoc_data")
 
 RELATIVE = "<relative>"
 
@@ -111,11 +113,13 @@ def imports() -> Iterator[tuple[pathlib.Path, str]]:
 
 
 def test_files_open_with_a_docstring():
-    assert not [str(path) for path in MODULES + TESTS if not ast.get_docstring(parse(path))]
+    assert not [
+        str(path) for path in MODULES + PLUGINS + TESTS if not ast.get_docstring(parse(path))
+    ]
 
 
 def test_files_stay_small():
-    lines = {path: path.read_text().count("\n") for path in MODULES + TESTS}
+    lines = {path: path.read_text().count("\n") for path in MODULES + PLUGINS + TESTS}
     assert not [where(path, count) for path, count in lines.items() if count > MAX_FILE_LINES]
 
 
@@ -170,11 +174,11 @@ def test_imports_inside_functions_are_of_heavy_packages():
         for name in imported(node)
     ]
     # The one of our own: it brings JAX, which help and config errors do not wait for.
-    entry = ROOT / "launcher" / "cli" / "entry.py"
+    running = ROOT / "launcher" / "cli" / "running.py"
     assert not [
         where(path, name)
         for path, name in inside
-        if name.partition(".")[0] not in LAZY and (path, name) != (entry, "launcher.main")
+        if name.partition(".")[0] not in LAZY and (path, name) != (running, "launcher.main")
     ]
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.cli.frozen import read_config
-from launcher.cli.report import exit_status_of, noting
+from launcher.cli.report import exit_status_of, noting, reason_of
 from launcher.cli.run_folder import LOG_FILE
 from launcher.cli.running import run_logged
 from launcher.cli.srun_step import join
-from launcher.errors import ConfigError, StoppedBySignal, TrainingError
+from launcher.errors import ConfigError, NoRestartLeftError, StoppedBySignal, TrainingError
 from launcher.slurm.job_folder import ends_folder, note_end, without_progress
 from launcher.slurm.meeting import SignsOfLife
 from launcher.slurm.step import step_here
@@ -41,14 +41,14 @@ def main(arguments: Sequence[str]) -> int:
         return join(step, ends)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, _stop)
-    said: list[str] = []
+    raised: list[BaseException] = []
     with SignsOfLife(ends):
         status = exit_status_of(
-            noting(said, lambda: run_logged(lambda: read_config(run_dir), run_dir, ends)),
+            noting(raised, lambda: run_logged(lambda: read_config(run_dir), run_dir, ends)),
             debug=False,
             log_file=str(run_dir / LOG_FILE),
         )
-        return _end(run_dir, status, said[-1] if said else "")
+        return _end(run_dir, status, raised[-1] if raised else None)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -57,14 +57,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise StoppedBySignal(signal.Signals(number).name)
 
 
-def _end(run_dir: Path, status: int, reason: str) -> int:
+def _end(run_dir: Path, status: int, error: BaseException | None) -> int:
     """Note the end; what was only told to stop is no failure of the step."""
-    ends = ends_folder(run_dir)
+    ends, reason = ends_folder(run_dir), reason_of(error)
     if status == 0:
         note_end(ends, 0, "done", 0, "")
         return 0
     if status != StoppedBySignal.exit_status:
-        note_end(ends, 0, "failed", status, reason)
+        note_end(
+            ends, 0, "lost" if isinstance(error, NoRestartLeftError) else "failed", status, reason
+        )
         return status
     step = _newest_checkpoint(run_dir)
     if without_progress(run_dir, step) < MOST_STOPS:

@@ -76,17 +76,22 @@ def exit_status_of(
         return _fail_with_bug(log_file)
 
 
-def noting(said: list[str], action: Callable[[], int]) -> Callable[[], int]:
-    """Return the action, after which `said` has what it raised, as one line."""
+def noting(raised: list[BaseException], action: Callable[[], int]) -> Callable[[], int]:
+    """Return the action, which appends what it raises to `raised`."""
 
     def noted() -> int:
         try:
             return action()
         except BaseException as error:
-            said.append(one_line(str(error)) or type(error).__name__)
+            raised.append(error)
             raise
 
     return noted
+
+
+def reason_of(error: BaseException | None) -> str:
+    """What ended a run, as one line; nothing for one that ended well."""
+    return (one_line(str(error)) or type(error).__name__) if error else ""
 
 
 def _fail(error: LauncherError, *, debug: bool) -> int:

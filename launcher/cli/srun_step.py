@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.cli.report import exit_status_of, noting
+from launcher.cli.report import exit_status_of, noting, reason_of
 from launcher.slurm import ray_nodes
 from launcher.slurm.job_folder import note_end, read_ends
 from launcher.slurm.meeting import SignsOfLife
@@ -57,9 +57,9 @@ def join(step: Step, meeting: Path) -> int:
         signal.signal(
             number, signal.SIG_IGN
         )  # the first node decides, and may need this one to stop well
-    said: list[str] = []
-    status = exit_status_of(noting(said, lambda: ray_nodes.work(step, meeting) or 0), debug=False)
-    reason = said[-1] if said else ""
+    raised: list[BaseException] = []
+    status = exit_status_of(noting(raised, lambda: ray_nodes.work(step, meeting) or 0), debug=False)
+    reason = reason_of(raised[-1] if raised else None)
     note_end(meeting, step.node, "failed" if status else "done", status, reason)
     return status
 

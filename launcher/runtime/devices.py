@@ -74,9 +74,8 @@ def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
             f"cluster={cluster.name} needs {' and '.join(shapes)} "
             f"({cluster.num_devices} devices), this machine has {len(found)} "
             f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster (several "
-            f"hosts: with Ray on each, and runtime.address=HEAD:6379); submit it with mode=submit (a later "
-            f"version); or rehearse that cluster's shape on this CPU by adding runtime=emulate "
-            f"model.size=tiny"
+            f"hosts: with Ray on each, and runtime.address=HEAD:6379); submit it with mode=submit; or "
+            f"rehearse that cluster's shape on this CPU by adding runtime=emulate model.size=tiny"
         )
     widths = [kind.devices_per_host for kind in cluster.kinds for _ in range(kind.num_hosts)]
     grid, left = np.full((len(widths), max(widths)), None, dtype=object), iter(found)

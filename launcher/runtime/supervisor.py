@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
-from launcher.errors import TrainingError
+from launcher.errors import NoRestartLeftError
 from launcher.runtime.host_contract import HostEvent, HostReady
 from launcher.runtime.host_pool import HostPool, TooFewHostsError
 from launcher.runtime.host_record import HostRecord
@@ -152,7 +152,7 @@ class Supervisor:
         limit = self._policy.max_restarts
         if self._restarts >= limit:
             again = f"it was begun anew {limit} times" if limit else "it is not begun anew"
-            raise TrainingError(
+            raise NoRestartLeftError(
                 f"{lost}; {again} (runtime.max_restarts={limit}): what the host said last is in "
                 f"{self._run.task.run_dir}/hosts; the run goes on from its last checkpoint when it is "
                 f"started again in its folder"
@@ -166,7 +166,7 @@ class Supervisor:
         seats, fewer_hosts = self._run.seats, self._policy.fewer_hosts
         room = self._pool.num_places(seats[0])
         if fewer_hosts is None or not 0 < room < len(seats):
-            raise TrainingError(
+            raise NoRestartLeftError(
                 f"a host was lost, and within {self._patience_s:.0f} s none took its place "
                 f"(replan={'false' if fewer_hosts is None else 'true'}): {error.found}: start the run again "
                 f"in its folder, with replan=true cluster.hosts=N for fewer hosts, and it goes on from its "

@@ -6,7 +6,8 @@ no Python of the nodes' container and sees all of them:
 
 - a process noted a failure: the job fails with that exit status;
 - all were told to stop (time, preemption) and did, with a checkpoint: the job is requeued;
-- one died without a word (a killed process, a lost node): the job is requeued, a few times.
+- one died without a word (a killed process), or lost the others (a crashed node): the job is requeued, a few
+  times.
 
 A job that is being cancelled is not requeued.
 """
@@ -48,11 +49,13 @@ elif [ $status -eq 0 ] && [ ${#stopped[@]} -gt 0 ]; then
   again "$(tail -n 1 "${stopped[0]}")"
 elif [ $status -ne 0 ]; then
   echo "$SLURM_JOB_ID $(date +%s)" >>"$ends/../deaths"
+  lost=("$ends"/*.lost)
   reason="a process or a node died without a word (srun ended with status $status)"
+  [ ${#lost[@]} -eq 0 ] || reason=$(tail -n 1 "${lost[0]}")
   if [ "$(grep -c "^$SLURM_JOB_ID " "$ends/../deaths")" -le MAX_RESTARTS ]; then
     again "$reason"
   else
-    printf '5\\n%s\\n' "$reason more than max_restarts=MAX_RESTARTS times" >"$ends/job.failed"
+    printf '5\\n%s\\n' "$reason; more than max_restarts=MAX_RESTARTS times" >"$ends/job.failed"
     status=5
   fi
 fi

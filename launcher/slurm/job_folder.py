@@ -3,7 +3,7 @@
     job.json            job id, when and from where it was submitted
     slurm/              batch script and output, one file for each node (submitit's names)
     slurm/code/         the code that it runs; of a sweep it lies beside the points
-    slurm/ends/         rank-0.done | .stopped | .failed, of the last start
+    slurm/ends/         rank-0.done | .stopped | .lost | .failed, of the last start
 
 The process of a node notes how it ended before it exits, so that a failure on any node has its reason, and
 the batch script can tell a process that ended from one that died. The files are plain text for bash to read:
@@ -17,13 +17,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 JOB_NAME, FOLDER_NAME = "job.json", "slurm"
 ENDS_NAME, CODE_NAME, STOPS_NAME = "ends", "code", "stops.json"
 _LARGEST_BYTES = 2**20
 
-End = Literal["done", "stopped", "failed"]
+End = Literal["done", "stopped", "lost", "failed"]
+ENDS = get_args(End)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def read_ends(folder: Path) -> tuple[RankEnd, ...]:
     for path in folder.glob("*.*"):
         name, _, end = path.name.partition(".")
         rank = name.removeprefix("rank-")
-        if end not in ("done", "stopped", "failed") or not (rank.isdigit() or name == "job"):
+        if end not in ENDS or not (rank.isdigit() or name == "job"):
             continue
         with contextlib.suppress(OSError, ValueError, UnicodeDecodeError):
             status, _, reason = path.read_text().partition("\n")

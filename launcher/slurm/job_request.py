@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from launcher.config import ClusterConfig, Config
 from launcher.errors import ConfigError
-from launcher.secrets import is_secret_name
+from launcher.secrets import check_no_secret, is_secret_name
 from launcher.slurm_config import SlurmConfig
 
 CLUSTER_KEY, SWEEP_KEY = "cluster.slurm", "hydra.launcher"
@@ -151,6 +151,7 @@ def _check_texts(key: str, value: object) -> None:
     for text in texts:
         if not isinstance(text, str):
             continue
+        check_no_secret(key, text)
         if not text.strip():
             raise ConfigError(f"{key}='' is empty: give a value, or leave it out")
         if not text.isprintable():

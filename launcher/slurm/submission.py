@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import ClusterError
+from launcher.errors import ClusterError, ConfigError
 from launcher.slurm.batch_script import JobPlace, batch_command, batch_script, make_executor
 from launcher.slurm.code_copy import copy_code
 from launcher.slurm.commands import need_slurm, refused, states_of_jobs, test_request
@@ -69,6 +69,7 @@ def left_alone(runs: Sequence[Run]) -> Mapping[Path, Job]:
     states = states_of_jobs() if known else {}
     found = {}
     for run in runs:
+        _check_path(run.run_dir)
         check_same_run(run.run_dir / CONFIG_NAME, run.config_text)
         job_id = str(known[run.run_dir]["job_id"]) if run.run_dir in known else None
         if job_id in states:
@@ -76,6 +77,15 @@ def left_alone(runs: Sequence[Run]) -> Mapping[Path, Job]:
         elif job_id and is_done(run.run_dir) and not _has_more(run):
             found[run.run_dir] = Job(run=run, job_id=job_id, state=DONE)
     return found
+
+
+def _check_path(run_dir: Path) -> None:
+    """Slurm replaces what follows a % in the names of output files."""
+    if "%" in str(run_dir):
+        raise ConfigError(
+            f"{run_dir} has a %, which Slurm takes for a sign of its own: take another folder "
+            f"(hydra.sweep.dir, hydra.run.dir)"
+        )
 
 
 def _has_more(run: Run) -> bool:

@@ -108,8 +108,14 @@ def test_a_process_that_died_without_a_word_is_started_again_a_few_times(end, fa
     assert fake_slurm.asked.count(REQUEUE) == 2
     status, _, (failed,) = end("exit 137")
     assert (status, failed.exit_status) == (5, 5)
-    assert failed.reason.endswith("more than max_restarts=2 times")
+    assert failed.reason.endswith("(srun ended with status 137); more than max_restarts=2 times")
     assert fake_slurm.asked.count(REQUEUE) == 2
+
+
+def test_a_run_that_has_lost_its_hosts_is_started_again_with_its_reason(end, fake_slurm):
+    status, said, _ = end("printf '5\\nhost 1 was lost\\n' >rank-0.lost; exit 5")
+    assert (status, said) == (5, "launcher: requeued: host 1 was lost\n")
+    assert REQUEUE in fake_slurm.asked
 
 
 def test_what_an_earlier_start_has_noted_is_forgotten(end, tmp_path):

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from launcher.cli import compose, job
 from launcher.cli.frozen import read_config
-from launcher.errors import ConfigError, StoppedBySignal, TrainingError
+from launcher.errors import ConfigError, NoRestartLeftError, StoppedBySignal, TrainingError
 from launcher.slurm.job_folder import ends_folder, is_done, note_end, read_ends
 
 STEP = {
@@ -72,6 +72,11 @@ def test_a_run_that_fails_says_why(run, tmp_path, capsys):
     )
     assert capsys.readouterr().err == "launcher: loss is nan in step 3\n"
     assert not is_done(tmp_path)
+
+
+def test_a_run_that_has_lost_a_host_can_be_started_again(run):
+    status, (end,) = run(raising(NoRestartLeftError("host 1 was lost")))
+    assert (status, end.end, end.exit_status) == (5, "lost", 5)
 
 
 def test_a_bug_is_a_failure_too(run):

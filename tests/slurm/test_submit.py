@@ -132,6 +132,22 @@ def test_a_folder_of_another_run_is_left_alone(command, fake_slurm, tmp_path, te
     assert fake_slurm.submitted == 0
 
 
+def test_a_folder_that_slurm_would_rename(command, fake_slurm):
+    said = command("mode=submit", "hydra.run.dir='50%'")
+    assert said.status == 2
+    assert "50% has a %, which Slurm takes for a sign of its own: take another folder" in said.err
+    assert fake_slurm.submitted == 0
+
+
+def test_a_secret_reaches_no_batch_script(command, fake_slurm, monkeypatch):
+    monkeypatch.setenv("LAB_API_KEY", "very-secret-0815")
+    said = command(*POINTS, "hydra.launcher.setup=[export X=${oc.env:LAB_API_KEY}]")
+    assert said.status == 2
+    assert "hydra.launcher.setup" in said.err
+    assert "holds the secret of the environment variable LAB_API_KEY" in said.err
+    assert fake_slurm.submitted == 0
+
+
 def test_no_point_is_submitted_when_one_is_of_another_run(command, fake_slurm, tmp_path):
     command(*POINTS)
     said = command(*SWEEP, "seed=0,1,3")

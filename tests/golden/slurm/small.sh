@@ -43,11 +43,13 @@ elif [ $status -eq 0 ] && [ ${#stopped[@]} -gt 0 ]; then
   again "$(tail -n 1 "${stopped[0]}")"
 elif [ $status -ne 0 ]; then
   echo "$SLURM_JOB_ID $(date +%s)" >>"$ends/../deaths"
+  lost=("$ends"/*.lost)
   reason="a process or a node died without a word (srun ended with status $status)"
+  [ ${#lost[@]} -eq 0 ] || reason=$(tail -n 1 "${lost[0]}")
   if [ "$(grep -c "^$SLURM_JOB_ID " "$ends/../deaths")" -le 3 ]; then
     again "$reason"
   else
-    printf '5\n%s\n' "$reason more than max_restarts=3 times" >"$ends/job.failed"
+    printf '5\n%s\n' "$reason; more than max_restarts=3 times" >"$ends/job.failed"
     status=5
   fi
 fi
