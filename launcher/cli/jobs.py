@@ -39,7 +39,7 @@ def run_of_point(composed: DictConfig, run_dir: Path) -> Run:
     with open_dict(task):
         del task["hydra"]
     if task.logger.group is None:
-        task.logger.group = "/".join(sweep_dir.parts[-2:])
+        task.logger.group = "/".join(sweep_dir.absolute().parts[-2:])
     return _make_run(
         task,
         run_dir,

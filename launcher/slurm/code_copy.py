@@ -4,7 +4,7 @@ A job may start days later, and again after every preemption. It runs a copy, no
 no repository on the nodes, works for an installed package too, and has what was not committed. The commit and
 whether the tree was clean are noted beside it, to say what it is a copy of.
 
-Copied are this package and the top package of `model.target`. Left out: other packages, whose versions are
+Copied are this package, with the files of clusters, and the top package of `model.target`. Left out: other packages, whose versions are
 noted, and data.
 """
 
@@ -16,11 +16,12 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+from launcher.config import conf_dir
 from launcher.errors import ConfigError
 
 VERSIONS_NAME = "versions.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ray")
-_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git", "outputs", "multirun", ".venv")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".git")
 _GIT_LIMIT_S = 10.0
 _LARGEST_BYTES = 200 * 2**20  # of the user's code: more is data that lies beside it
 
@@ -34,6 +35,8 @@ def copy_code(folder: Path, targets: Iterable[str]) -> None:
     own = Path(__file__).resolve().parents[1]
     tops = {"launcher": own} | dict(filter(None, map(_top, targets)))
     folder.mkdir(parents=True, exist_ok=True)
+    if not conf_dir().is_relative_to(own):  # of a checkout, where it lies beside the package
+        shutil.copytree(conf_dir(), folder / "conf")
     for name, source in tops.items():
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=_LEFT_OUT, dirs_exist_ok=True)

@@ -68,6 +68,7 @@ def left_alone(runs: Sequence[Run]) -> Mapping[Path, Job]:
     known = {run.run_dir: job for run in runs if (job := read_job(run.run_dir)) is not None}
     states = states_of_jobs() if known else {}
     found = {}
+    _check_apart(runs)
     for run in runs:
         _check_path(run.run_dir)
         check_same_run(run.run_dir / CONFIG_NAME, run.config_text)
@@ -77,6 +78,16 @@ def left_alone(runs: Sequence[Run]) -> Mapping[Path, Job]:
         elif job_id and is_done(run.run_dir) and not _has_more(run):
             found[run.run_dir] = Job(run=run, job_id=job_id, state=DONE)
     return found
+
+
+def _check_apart(runs: Sequence[Run]) -> None:
+    folders = [run.run_dir for run in runs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError(
+                f"{folders.count(folder)} points of the sweep have the folder {folder}: give each its own, "
+                f"such as hydra.sweep.subdir='${{hydra.job.num}}'"
+            )
 
 
 def _check_path(run_dir: Path) -> None:

@@ -59,6 +59,8 @@ def test_the_code_is_copied_as_it_is(command, fake_slurm, tmp_path, monkeypatch)
     (tmp_path / "mine/model.py").unlink()
     assert (code / "mine/model.py").is_file()
     assert (code / "launcher/cli/job.py").is_file()
+    found = [code / "conf", code / "launcher/conf"]
+    assert any((folder / "cluster/cpu8.yaml").is_file() for folder in found)
     assert not list(code.rglob("__pycache__"))
     versions = json.loads((code / "versions.json").read_text())
     assert versions["mine"] == {"from": str(tmp_path / "mine"), "commit": None, "is_clean": None}
@@ -86,7 +88,7 @@ def test_a_sweep_is_a_table_and_each_point_a_job(command, fake_slurm, tmp_path):
     for seed in range(3):
         config = yaml.safe_load((tmp_path / f"sweep/{seed}/config.yaml").read_text())
         assert (config["seed"], config["train"]["steps"]) == (seed, 7)
-        assert config["logger"]["group"] == "sweep"
+        assert config["logger"]["group"] == f"{tmp_path.name}/sweep"
     # One copy of the code for all, and one question to Slurm for jobs that ask for the same.
     assert len({read_job(tmp_path / f"sweep/{seed}")["code"] for seed in range(3)}) == 1
     assert sum("--test-only" in line for line in fake_slurm.asked) == 1
@@ -139,9 +141,17 @@ def test_a_folder_that_slurm_would_rename(command, fake_slurm):
     assert fake_slurm.submitted == 0
 
 
+def test_points_that_would_share_a_folder(command, fake_slurm):
+    said = command(*POINTS, "hydra.sweep.subdir=same")
+    assert said.status == 2
+    assert "3 points of the sweep have the folder" in said.err
+    assert "hydra.sweep.subdir='${hydra.job.num}'" in said.err
+    assert fake_slurm.submitted == 0
+
+
 def test_a_secret_reaches_no_batch_script(command, fake_slurm, monkeypatch):
     monkeypatch.setenv("LAB_API_KEY", "very-secret-0815")
-    said = command(*POINTS, "hydra.launcher.setup=[export X=${oc.env:LAB_API_KEY}]")
+    said = command(*POINTS, "hydra.launcher.setup=['export X=${oc.env:LAB_API_KEY}']")
     assert said.status == 2
     assert "hydra.launcher.setup" in said.err
     assert "holds the secret of the environment variable LAB_API_KEY" in said.err
