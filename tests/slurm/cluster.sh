@@ -89,6 +89,7 @@ END
   # The first process of a node: with it, everything on the node ends.
   cat >"$dir/node" <<END
 #!/bin/sh
+cd /
 hostname "\$1"
 mount --bind "$dir/hosts" /etc/hosts
 mount --bind "$dir/resolv.conf" "\$(readlink -f /etc/resolv.conf)"

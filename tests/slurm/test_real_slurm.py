@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -190,4 +191,18 @@ def test_a_job_of_two_nodes_that_loses_one_goes_on_with_another(slurm, tmp_path,
         slurm.revive(second)
     assert steps(run) == list(range(1, 2001))
     assert "going on after step" in output(run)
+    slurm_leaves_nothing(slurm)
+
+
+@pytest.mark.slow
+def test_a_job_of_two_nodes_is_preempted_and_both_stop_after_the_same_step(slurm, tmp_path, noting):
+    run = tmp_path / "run"
+    more = ("cluster.slurm.nodes=2", "train.steps=1000", "checkpoint.every_steps=100")
+    slurm.launcher(*TWO_HOSTS, *SUBMIT, *more, folder=tmp_path)
+    slurm.wait_until(lambda: len(steps(run)) >= 150)
+    slurm.run("srun", "--partition=urgent", "--exclusive", "--nodes=3", "true", folder=tmp_path)
+    slurm.wait_until(lambda: not slurm.queue())
+    (stopped,) = re.findall(r"launcher: requeued: SIGUSR2 after step (\d+) of 1000", output(run))
+    assert f"going on after step {stopped}, from" in output(run)
+    assert steps(run) == list(range(1, 1001))
     slurm_leaves_nothing(slurm)
