@@ -4,8 +4,8 @@ A job may start days later, and again after every preemption. It runs a copy, no
 no repository on the nodes, works for an installed package too, and has what was not committed. The commit and
 whether the tree was clean are noted beside it, to say what it is a copy of.
 
-Copied are this package, with the files of clusters, and the top package of `model.target`. Left out: other packages, whose versions are
-noted, and data.
+Copied are this package, with the files of clusters, and the top package of `model.target`. Left out: other
+packages, whose versions are noted, and data.
 """
 
 import importlib.metadata
