@@ -65,7 +65,9 @@ def _with_first(array: jax.Array, turn: jax.Array) -> jax.Array:
     """The same array, its first element by way of the turn, written in place: a copy would take memory."""
     origin = (0,) * array.ndim
     first = lax.slice(array, origin, (1,) * array.ndim)
-    return lax.dynamic_update_slice(array, jnp.where(turn < 0, jnp.zeros_like(first), first), origin)
+    return lax.dynamic_update_slice(
+        array, jnp.where(turn < 0, jnp.zeros_like(first), first), origin
+    )
 
 
 def _any_element(array: jax.Array) -> jax.Array:

@@ -114,7 +114,9 @@ def test_a_batch_that_no_microbatch_makes_even(cpu8):
 def test_more_stages_than_layers(cpu8):
     many = replace(cpu8, num_hosts=100)
     # One sample is shared by the tensor axis of one host, of 4 devices.
-    with pytest.raises(InfeasiblePlanError, match=r"400 devices are 100 stages, .* 99 layers; set a"):
+    with pytest.raises(
+        InfeasiblePlanError, match=r"400 devices are 100 stages, .* 99 layers; set a"
+    ):
         check_stages(options("auto"), many, num_layers=99, microbatch_size=1)
     check_stages(options("auto"), many, num_layers=100, microbatch_size=1)
     check_stages(options("auto"), many, num_layers=50, microbatch_size=2)
