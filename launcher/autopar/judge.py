@@ -16,8 +16,8 @@ from launcher.autopar.simulator import Durations
 from launcher.autopar.stage_table import StageChoice
 from launcher.autopar.step_clock import StepClock
 
-# Microbatches per submesh: until time grows evenly, and then. Of random stages a few in a hundred take longer,
-# and are then judged by a thousandth or two too fast or slow.
+# Microbatches per submesh: until time grows evenly, and then. Of random stages a few in a hundred take longer
+# for that, and are judged by a thousandth or two too fast or slow.
 _WARM_UP, _SPAN = 6, 4
 _MANY, _WARM_UP_OF_MANY, _SPAN_OF_MANY = 48, 4, 1  # submeshes whose program is long in the making
 
