@@ -17,8 +17,8 @@ MAX_NESTING = 3
 # A module imports from its own room and from rooms further left.
 LAYERS = (
     ("launcher", "errors"),
-    ("config", "regular_file", "secrets"),
-    ("logs",),
+    ("config", "early_stop", "regular_file", "secrets", "small_file"),
+    ("logs", "run_lock", "run_state"),
     ("limits",),
     ("checks",),
     ("models",),

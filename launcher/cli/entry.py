@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launcher import __version__, logs
+from launcher import __version__, early_stop, logs, run_lock
 from launcher.cli import compose, sweep
 from launcher.cli.explain import USER_ERRORS, explain
 from launcher.cli.report import FULL_ERROR, exit_status_of
@@ -34,12 +34,14 @@ from launcher.cli.run_folder import (
 )
 from launcher.config import conf_dir, register_schemas
 from launcher.errors import ConfigError, LauncherError, StoppedBySignal
+from launcher.run_state import note_end
 
 log = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
+    early_stop.hand_over_ctrl_c()
     inherited = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines of its own and exits with 1
     debug = inherited == "1" or "debug=true" in (argument.lower() for argument in sys.argv)
@@ -74,7 +76,9 @@ def _answer(debug: bool) -> int:
     run_dir = compose.check(line)
     with storage_errors():
         missing = () if run_dir is None else missing_folders(run_dir)
-    task = _Task(line=line, debug=debug, missing=missing)
+        # Before Hydra, which writes into the folder of whatever else runs there.
+        lock = run_lock.take(run_dir) if run_dir and not missing else None
+    task = _Task(line=line, debug=debug, missing=missing, lock=lock)
     try:
         with storage_errors():  # of making the run's folder, since the task itself raises nothing
             _hand_to_hydra(task)
@@ -82,6 +86,8 @@ def _answer(debug: bool) -> int:
         raise explain(error, line.overrides) from error
     except SystemExit as stop:  # the task's, to leave out the rest of a sweep
         return stop.code
+    finally:
+        task.let_go()
     return task.exit_status()
 
 
@@ -117,6 +123,7 @@ class _Task:
     line: compose.CommandLine
     debug: bool
     missing: tuple[pathlib.Path, ...]  # folders that this run will make
+    lock: run_lock.RunLock | None  # on the folder of a run, if that was there before
     statuses: list[int] = field(default_factory=list)
 
     def __call__(self, composed: DictConfig) -> None:
@@ -155,22 +162,44 @@ class _Task:
         if status in sweep.STOPPED_STATUSES:
             sys.exit(status)
 
+    def let_go(self) -> None:
+        """Give the folder of a run free."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
     def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
-        status = exit_status_of(
-            lambda: _run_logged(composed, run_dir),
-            debug=self.debug or composed.debug,
-            log_file=str(run_dir / LOG_FILE),
-            again=self._command(run_dir),
-        )
+        debug = self.debug or composed.debug
+        status = exit_status_of(lambda: self._run_alone(composed, run_dir, debug), debug=debug)
+        self.let_go()
         if status == ConfigError.exit_status:
             take_back(run_dir, self.missing)
         self.statuses.append(status)
 
 
-def _run_logged(composed: DictConfig, run_dir: pathlib.Path) -> int:
+    def _run_alone(self, composed: DictConfig, run_dir: pathlib.Path, debug: bool) -> int:
+        """Run when the folder is held: what is noted there until then is another run's."""
+        if self.lock is None:
+            with storage_errors():
+                self.lock = run_lock.take(run_dir)
+        only_plans = composed.mode == "plan"
+        return exit_status_of(
+            lambda: _run_logged(composed, run_dir, self.lock.left_by),
+            debug=debug,
+            log_file=str(run_dir / LOG_FILE),
+            again=self._command(run_dir),
+            note=lambda status, line: note_end(run_dir, status, line, only_plans=only_plans),
+        )
+
+
+def _run_logged(
+    composed: DictConfig, run_dir: pathlib.Path, left_by: run_lock.Holder | None
+) -> int:
     with contextlib.ExitStack() as stack:
         with storage_errors():
             stack.enter_context(logs.logging_to(run_dir / LOG_FILE))
+        if left_by is not None:
+            log.warning("this folder was left by %s, which died here", left_by)
         try:
             config = compose.to_config(composed)
             with storage_errors():

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator
 
 from launcher.errors import StorageError
+from launcher.run_state import STATE_NAME
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "launcher.log"
@@ -39,7 +40,7 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
     """
     if not missing:
         return
-    for name in (CONFIG_FILE, LOG_FILE, *HYDRA_FILES):
+    for name in (CONFIG_FILE, LOG_FILE, STATE_NAME, *HYDRA_FILES):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / ".hydra", run_dir, *missing[1:]):
         try:
