@@ -1,17 +1,17 @@
 """One run in a folder at a time.
 
-Two runs in one folder would mix their rows, and remove one another's checkpoints. Who works in a folder holds
-`.lock`, which says who that is:
+Two runs in one folder would mix their rows, and remove one another's checkpoints. Who works in a
+folder holds `.lock`, which says who that is:
 
-- On one host, and wherever the file system tells all hosts of locks, the kernel's lock on the file decides. It
-  ends with its process, however that ends, so a killed run blocks nobody.
-- Where locks are not told to other hosts (NFS mounted with nolock, some parallel file systems), the file's time
-  decides, which its holder moves every few seconds: a file of another host that stands still while it is watched
-  was left behind. No clocks are compared.
+- On one host, and wherever the file system tells all hosts of locks, the kernel's lock on the file
+  decides. It ends with its process, however that ends, so a killed run blocks nobody.
+- Where locks are not told to other hosts (NFS mounted with nolock, some parallel file systems), the
+  file's time decides, which its holder moves every few seconds: a file of another host that stands
+  still while it is watched was left behind. No clocks are compared.
 - Where there are no locks at all, a holder of the same host is looked for by its process.
 
-Left out: two hosts that begin in the same second, on a file system that keeps their locks apart; and a process that
-stands still for long (SIGSTOP) on another host, which looks like one that has died.
+Left out: two hosts that begin in the same second, on a file system that keeps their locks apart; and
+a process that stands still for long (SIGSTOP) on another host, which looks like one that has died.
 """
 
 import contextlib
@@ -169,9 +169,7 @@ def _is_same(path: Path, file: BinaryIO) -> bool:
         return False
 
 
-def _is_at_work(
-    path: Path, file: BinaryIO, holder: Holder, sleep: Callable[[float], None]
-) -> bool:
+def _is_at_work(path: Path, file: BinaryIO, holder: Holder, sleep: Callable[[float], None]) -> bool:
     """Whether who wrote into the file works on, though its lock was not in the way."""
     if holder.is_here:
         # Where there are locks, ours is proof that it does not.
@@ -206,9 +204,7 @@ def _read(file: BinaryIO) -> Holder | None:
 
 def _write(file: BinaryIO) -> None:
     pid = os.getpid()
-    holder = Holder(
-        host=socket.gethostname(), pid=pid, started=_started(pid), since_s=time.time()
-    )
+    holder = Holder(host=socket.gethostname(), pid=pid, started=_started(pid), since_s=time.time())
     file.truncate(0)
     file.write(json.dumps(asdict(holder)).encode() + b"\n")
     file.flush()

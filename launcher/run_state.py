@@ -1,7 +1,7 @@
 """What a run is doing, in `state.json` of its folder, for `python -m launcher.status` and other readers.
 
-A run notes what it begins, and how it ends. One whose process dies notes no end: that nobody holds the folder any
-more (`run_lock`) tells it apart from one that is still at work.
+A run notes what it begins, and how it ends. One whose process dies notes no end: that nobody holds
+the folder any more (`run_lock`) tells it apart from one that is still at work.
 """
 
 import json
@@ -41,7 +41,11 @@ def note_phase(run_dir: Path, phase: Phase) -> None:
 
 def note_end(run_dir: Path, exit_status: int, reason: str | None, *, only_plans: bool) -> None:
     """Note how a run ended."""
-    names: dict[int, End] = {0: "planned" if only_plans else "done", 75: "stopped", 130: "interrupted"}
+    names: dict[int, End] = {
+        0: "planned" if only_plans else "done",
+        75: "stopped",
+        130: "interrupted",
+    }
     state = names.get(exit_status, "failed")
     _note(
         run_dir,

@@ -23,11 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from launcher import __version__, early_stop, logs, run_lock
 from launcher.cli import compose, sweep
 from launcher.cli.explain import USER_ERRORS, explain
-from launcher.cli.report import FULL_ERROR, exit_status_of
+from launcher.cli.report import FULL_ERROR, exit_status_of, one_line
 from launcher.cli.run_folder import (
     CONFIG_FILE,
     LOG_FILE,
     missing_folders,
+    override,
     run_dir_override,
     storage_errors,
     take_back,
@@ -88,6 +89,7 @@ def _answer(debug: bool) -> int:
         return stop.code
     finally:
         task.let_go()
+        task.compare_points()
     return task.exit_status()
 
 
@@ -125,12 +127,14 @@ class _Task:
     missing: tuple[pathlib.Path, ...]  # folders that this run will make
     lock: run_lock.RunLock | None  # on the folder of a run, if that was there before
     statuses: list[int] = field(default_factory=list)
+    sweep_dir: pathlib.Path | None = None
+    points: list[pathlib.Path] = field(default_factory=list)  # the folders of a sweep's runs so far
 
     def __call__(self, composed: DictConfig) -> None:
         settings = HydraConfig.get()
         run_dir = pathlib.Path(settings.runtime.output_dir)
         if settings.mode == RunMode.MULTIRUN:
-            self._run_point(settings, run_dir)
+            self._run_point(composed, settings, run_dir)
         else:
             self._run_here(composed, run_dir)
 
@@ -144,10 +148,14 @@ class _Task:
         command = (*self.line.config_flags(), *given, run_dir_override(run_dir))
         return shlex.join(("python", "-m", "launcher", *command))
 
-    def _run_point(self, settings: DictConfig, run_dir: pathlib.Path) -> None:
+    def _run_point(self, composed: DictConfig, settings: DictConfig, run_dir: pathlib.Path) -> None:
+        self.sweep_dir = pathlib.Path(settings.sweep.dir)
+        self.points.append(run_dir)
         given = OmegaConf.to_container(settings.overrides)  # interpolations are for the point
+        is_ungrouped = composed.logger.name == "wandb" and composed.logger.group is None
+        group = (override("logger.group", sweep.group_of(self.sweep_dir)),) * is_ungrouped
         command = sweep.command(
-            (*given["hydra"], *given["task"]),
+            (*given["hydra"], *given["task"], *group),
             flags=self.line.config_flags(),
             run_dir=run_dir,
             number=settings.job.num,
@@ -168,6 +176,19 @@ class _Task:
             self.lock.release()
             self.lock = None
 
+    def compare_points(self) -> None:
+        """Print the table of a sweep, and write its comparison; what fails there ends no sweep."""
+        if self.sweep_dir is None:
+            return
+        # Not at the top: it brings JAX, which help and config errors do not wait for.
+        from launcher.status.report import report
+
+        found = report(self.sweep_dir, self.points)
+        sys.stdout.write("".join(f"{line}\n" for line in found.lines))
+        sys.stdout.flush()
+        for error in found.errors:
+            sys.stderr.write(f"launcher: {one_line(str(error))}\n")
+
     def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
         debug = self.debug or composed.debug
         status = exit_status_of(lambda: self._run_alone(composed, run_dir, debug), debug=debug)
@@ -175,7 +196,6 @@ class _Task:
         if status == ConfigError.exit_status:
             take_back(run_dir, self.missing)
         self.statuses.append(status)
-
 
     def _run_alone(self, composed: DictConfig, run_dir: pathlib.Path, debug: bool) -> int:
         """Run when the folder is held: what is noted there until then is another run's."""

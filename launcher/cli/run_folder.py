@@ -51,5 +51,10 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
 
 def run_dir_override(run_dir: pathlib.Path) -> str:
     """The override that makes this the run's folder, in Hydra's quoting."""
-    quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-    return f"hydra.run.dir='{quoted}'"
+    return override("hydra.run.dir", str(run_dir))
+
+
+def override(key: str, text: str) -> str:
+    """An override with any text as its value, in Hydra's quoting."""
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"
