@@ -33,7 +33,7 @@ from launcher.cli.run_folder import (
     storage_errors,
     take_back,
 )
-from launcher.config import conf_dir, register_schemas
+from launcher.config import conf_dir
 from launcher.errors import ConfigError, LauncherError, StoppedBySignal
 from launcher.run_state import note_end
 
@@ -110,7 +110,7 @@ def _inform(line: compose.CommandLine) -> int:
 
 
 def _hand_to_hydra(task: Callable[[DictConfig], None]) -> None:
-    register_schemas()
+    compose.prepare()
     hydra.main(
         version_base=compose.VERSION_BASE,
         config_path=str(conf_dir()),

@@ -40,6 +40,18 @@ class Run:
         """What it is: the values that differ, or the folder where none do."""
         return " ".join(f"{key}={value}" for key, value in self.values.items()) or self.name
 
+    @property
+    def peak_bytes(self) -> float | None:
+        """The most that a device is to hold, as the plan says."""
+        stages = self.files.plan.get("predicted", {})
+        peaks = stages.get("peak_bytes_per_device") if isinstance(stages, Mapping) else None
+        known = (
+            [peak for peak in peaks if isinstance(peak, int | float)]
+            if isinstance(peaks, list)
+            else []
+        )
+        return max(known, default=None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -61,7 +73,7 @@ def compare(
     columns = differing([(files.folder, files.config) for files, _ in runs])
     found = [
         Run(
-            name=str(files.folder.relative_to(top)),
+            name=str(files.folder.absolute().relative_to(top.absolute())),
             values={column: values[at] for column, values in columns.items()},
             files=files,
             standing=standing,
@@ -129,7 +141,7 @@ def _fields(run: Run, place: int) -> dict[str, object]:
         "samples_per_s": per_s if unit == "samples" else None,
         "predicted_samples_per_s": samples_per_s(run),
         "predicted_bubble_fraction": number(plan, "predicted", "bubble_fraction"),
-        "predicted_peak_bytes_per_device": number(summary, "predicted_peak_bytes_per_device"),
+        "predicted_peak_bytes_per_device": run.peak_bytes,
         "measured_peak_bytes_per_device": number(summary, "measured_peak_bytes_per_device"),
         "model_size": text(plan, "model", "size"),
         "stages": len(stages) if isinstance(stages, list) else None,

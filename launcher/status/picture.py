@@ -82,7 +82,7 @@ def _draw_bars(runs: Sequence[Run], drawn: Sequence[Run], top: float) -> str:
     ]
     longest_s = max(times, default=1.0)
     wide = _WIDTH - _LEFT - _RIGHT
-    parts = [svg.text(_LEFT, top + 6, "a step: bar measured, line predicted", "faint")]
+    parts = [svg.text(_LEFT, top, "a step: bar measured, line predicted", "faint")]
     for at, run in enumerate(runs):
         y = top + _GAP * (at + 1)
         colour = _COLOURS[drawn.index(run)] if run in drawn else "idle"

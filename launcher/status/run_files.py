@@ -82,7 +82,7 @@ def read_run(folder: Path) -> RunFiles:
         job=trees[JOB_NAME],
         rows=rows,
         eval_row=eval_row,
-        curve=_curve(folder / METRICS_NAME),
+        curve=_curve(folder / METRICS_NAME, rows[-1:]),
         holder=holder,
         is_held=is_held,
         damaged=tuple(damaged),
@@ -163,7 +163,7 @@ def _row(line: bytes) -> Tree:
     return row if isinstance(row, Mapping) and isinstance(row.get("step"), int) else {}
 
 
-def _curve(path: Path) -> tuple[tuple[int, float], ...]:
+def _curve(path: Path, last: tuple[Tree, ...]) -> tuple[tuple[int, float], ...]:
     """Losses over the whole run: of a long file only the lines at evenly spaced places are read."""
     try:
         with open_regular(path) as file:
@@ -172,7 +172,7 @@ def _curve(path: Path) -> tuple[tuple[int, float], ...]:
             rows = [_row_after(file, place) for place in places]
     except OSError:
         return ()
-    known = {row["step"]: number(row, "loss") for row in rows if row}
+    known = {row["step"]: number(row, "loss") for row in (*rows, *last) if row}
     return tuple(sorted((step, loss) for step, loss in known.items() if loss is not None))
 
 

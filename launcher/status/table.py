@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from launcher.autopar.wording import size
 from launcher.runtime.progress_text import duration, loss_text, rate
-from launcher.status.comparison import Comparison, Run
+from launcher.status.comparison import Comparison, Run, samples_per_s
 from launcher.status.standing import Standing
 
 _LONGEST_VALUE, _LONGEST_DETAIL = 28, 160
-_HEADS = ("state", "step", "loss", "eval loss", "speed", "measured", "predicted")
+_HEADS = ("state", "step", "loss", "eval loss", "speed", "measured", "predicted", "memory")
 _MOST_RUNS = 40
 
 
@@ -15,7 +16,7 @@ def table(comparison: Comparison, *, most: int = _MOST_RUNS) -> list[str]:
     """The lines of the table; of a long one the first runs, which are the best."""
     shown = comparison.runs[:most]
     rows = [("run", *comparison.columns, *_HEADS)]
-    rows += [(run.name, *run.values.values(), *_cells(run.standing)) for run in shown]
+    rows += [(run.name, *run.values.values(), *_cells(run)) for run in shown]
     lines = _aligned(rows)
     rest = len(comparison.runs) - len(shown)
     if rest > 0:
@@ -33,18 +34,22 @@ def details(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.name}: {_short(said, _LONGEST_DETAIL)}{status}; log: {standing.log}"
 
 
-def _cells(standing: Standing) -> tuple[str, ...]:
+def _cells(run: Run) -> tuple[str, ...]:
+    standing, promised = run.standing, samples_per_s(run)
     steps = "" if standing.steps is None else f"{standing.step}/{standing.steps}"
-    per_s = standing.per_s
+    speed = "" if standing.per_s is None else f"{rate(standing.per_s)} {standing.unit}/s"
+    if standing.state == "planned" and promised is not None:
+        speed = f"{rate(promised)} samples/s"
     failed = standing.state == "failed" and standing.exit_status
     return (
         f"failed ({standing.exit_status})" if failed else standing.state,
         steps,
         "" if standing.loss is None else loss_text(standing.loss),
         "" if standing.eval_loss is None else loss_text(standing.eval_loss),
-        "" if per_s is None else f"{rate(per_s)} {standing.unit}/s",
+        speed,
         "" if standing.measured_step_s is None else duration(standing.measured_step_s),
         _predicted(standing),
+        "" if run.peak_bytes is None else size(run.peak_bytes),
     )
 
 

@@ -42,7 +42,11 @@ class Folder:
             "schedule": "1f1b",
             "model": {"size": "tiny"},
             "stages": [{}, {}],
-            "predicted": {"step_s": step_s, "bubble_fraction": 0.25},
+            "predicted": {
+                "step_s": step_s,
+                "bubble_fraction": 0.25,
+                "peak_bytes_per_device": [2**20, 3 * 2**20],
+            },
         }
         (self.path / "plan.json").write_text(json.dumps(plan))
         return self
