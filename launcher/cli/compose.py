@@ -35,7 +35,7 @@ from launcher.cli.overrides import check_overrides
 from launcher.cli.yaml_files import check_files
 from launcher.config import Config, conf_dir, register_schemas
 from launcher.errors import ConfigError
-from launcher.secrets import check_no_secret
+from launcher.secrets import check_no_literal, check_no_secret
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -238,6 +238,7 @@ def to_config(task: DictConfig, overrides: Sequence[str] = ()) -> Config:
     _reject_unknown_keys(task, "", overrides)
     validate(config)
     check_no_secret("", dataclasses.asdict(config))
+    check_no_literal("", dataclasses.asdict(config))
     return config
 
 
