@@ -31,8 +31,8 @@ CASES = [
     bad(f"logger.entity={KEY}", says=f"logger.entity holds ... {BROUGHT_IN}"),
     bad(f"hydra.run.dir=runs/{KEY}", says=f"hydra.run.dir holds ... {BROUGHT_IN}"),
     bad("hydra.run.dir=runs/${oc.env:WANDB_API_KEY}", says=f"hydra.run.dir holds ... {BROUGHT_IN}"),
-    bad("+model.args={secret: '${oc.env:WANDB_API_KEY}'}", "model=custom", "model.target=a:b",
-        says=f"model.args.secret holds ... {BROUGHT_IN}"),
+    bad("+model.args={key: '${oc.env:WANDB_API_KEY}'}", "model=custom", "model.target=a:b",
+        says=f"model.args.key holds ... {BROUGHT_IN}"),
     bad("train.steps=${oc.env:WANDB_API_KEY}", says="'<WANDB_API_KEY>' ... or write the value"),
     bad(f"mode={KEY}x", says=f"mode holds ... {BROUGHT_IN}"),
     bad("+hydra.job.env_set.WANDB_API_KEY=x", says="hydra.job.env_set.WANDB_API_KEY would write a "
