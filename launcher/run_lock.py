@@ -77,7 +77,9 @@ class RunLock:
         self._beat.start()
 
     def release(self) -> None:
-        """Let go of the folder, and leave nothing in it."""
+        """Let go of the folder, and leave nothing in it; the second time nothing happens."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self._beat.join()
         with contextlib.suppress(OSError):

@@ -79,6 +79,10 @@ def test_what_is_let_go_leaves_nothing(tmp_path, other):
     assert lock.left_by is None
     lock.release()
     assert list(tmp_path.iterdir()) == []
+    second = take(tmp_path)
+    lock.release()  # again
+    assert holder_of(tmp_path)[1] is True
+    second.release()
     assert holder_of(tmp_path) == (None, False)
 
 

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from launcher import __version__, early_stop, logs, run_lock
 from launcher.cli import compose, sweep
 from launcher.cli.explain import USER_ERRORS, explain
+from launcher.cli.held import run_held
 from launcher.cli.report import FULL_ERROR, exit_status_of, one_line
 from launcher.cli.run_folder import (
     CONFIG_FILE,
@@ -35,7 +36,6 @@ from launcher.cli.run_folder import (
 )
 from launcher.config import conf_dir
 from launcher.errors import ConfigError, LauncherError, StoppedBySignal
-from launcher.run_state import note_end
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def _answer(debug: bool) -> int:
     except SystemExit as stop:  # the task's, to leave out the rest of a sweep
         return stop.code
     finally:
-        task.let_go()
+        if lock is not None:  # Hydra may have failed before there was a run
+            lock.release()
         task.compare_points()
     return task.exit_status()
 
@@ -170,12 +171,6 @@ class _Task:
         if status in sweep.STOPPED_STATUSES:
             sys.exit(status)
 
-    def let_go(self) -> None:
-        """Give the folder of a run free."""
-        if self.lock is not None:
-            self.lock.release()
-            self.lock = None
-
     def compare_points(self) -> None:
         """Print the table of a sweep, and write its comparison; what fails there ends no sweep."""
         if self.sweep_dir is None:
@@ -190,26 +185,17 @@ class _Task:
             sys.stderr.write(f"launcher: {one_line(str(error))}\n")
 
     def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
-        debug = self.debug or composed.debug
-        status = exit_status_of(lambda: self._run_alone(composed, run_dir, debug), debug=debug)
-        self.let_go()
+        status = run_held(
+            lambda left_by: _run_logged(composed, run_dir, left_by),
+            run_dir,
+            self.lock,
+            debug=self.debug or composed.debug,
+            again=self._command(run_dir),
+            only_plans=composed.mode == "plan",
+        )
         if status == ConfigError.exit_status:
             take_back(run_dir, self.missing)
         self.statuses.append(status)
-
-    def _run_alone(self, composed: DictConfig, run_dir: pathlib.Path, debug: bool) -> int:
-        """Run when the folder is held: what is noted there until then is another run's."""
-        if self.lock is None:
-            with storage_errors():
-                self.lock = run_lock.take(run_dir)
-        only_plans = composed.mode == "plan"
-        return exit_status_of(
-            lambda: _run_logged(composed, run_dir, self.lock.left_by),
-            debug=debug,
-            log_file=str(run_dir / LOG_FILE),
-            again=self._command(run_dir),
-            note=lambda status, line: note_end(run_dir, status, line, only_plans=only_plans),
-        )
 
 
 def _run_logged(

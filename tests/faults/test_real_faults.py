@@ -140,7 +140,7 @@ def in_a_namespace(folder: pathlib.Path, script: str) -> subprocess.CompletedPro
 
 
 FULL = """
-mkdir small; mount -t tmpfs -o size=600k none small
+mkdir small; mount -t tmpfs -o size=560k none small
 $RUN || echo ended with $?
 ls small
 mount -o remount,size=100m small
