@@ -88,7 +88,6 @@ def _run(config: Config, run_dir: Path) -> int:
             written = run_profile(find_cluster(config), config.profile, run_dir, progress)
         log.info("%s", written)
         return 0
-    note_phase(run_dir, "planning")
     setup = make_setup(config, run_dir, Console())
     if config.mode == "train" and setup.start.step >= config.train.steps:
         log.info(
@@ -99,6 +98,7 @@ def _run(config: Config, run_dir: Path) -> int:
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once
+    note_phase(run_dir, "planning")
     planned = make_plan(setup)
     reporter.report(planned, other)
     if config.plan.audit:
