@@ -98,7 +98,6 @@ def _run(config: Config, run_dir: Path) -> int:
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once
-    note_phase(run_dir, "planning")
     planned = make_plan(setup)
     reporter.report(planned, other)
     if config.plan.audit:
@@ -321,6 +320,7 @@ def make_plan(setup: Setup) -> Planned:
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
             return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+        note_phase(setup.run_dir, "planning")
         if setup.start.resumes and setup.options.num_microbatches is None:
             try:
                 return find_plan(setup.model, setup.cluster, as_begun(setup), progress)
