@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from functools import partial
 from pathlib import Path
 
@@ -199,6 +199,7 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
+            _check_room(temporary, num_bytes)
             _write_into(temporary, manifest, arrays)
             if final.exists():  # damaged: a whole one is not written again
                 shutil.rmtree(final)
@@ -242,6 +243,12 @@ class CheckpointStore:
         return self.folder / f".{path.name}.{os.getpid()}.tmp"
 
 
+def _check_room(folder: Path, num_bytes: int) -> None:
+    """Raise OSError before anything is written: the library below Orbax litters stderr on a full disk."""
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -256,7 +263,9 @@ def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarra
     except OSError:
         raise
     except Exception as error:  # of the library below Orbax, which has no type for a full disk
-        raise OSError(_first_line(error)) from error
+        why = _first_line(error)
+        code = ENOSPC if "RESOURCE_EXHAUSTED" in why else EIO
+        raise OSError(code, why) from error
     (folder / PLAN_NAME).write_text(manifest.run.plan)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
