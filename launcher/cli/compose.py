@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.checks import validate
+from launcher.cli import own_folders
 from launcher.cli.explain import USER_ERRORS, explain, unknown_key
 from launcher.cli.job_checks import check_job
 from launcher.cli.overrides import check_overrides
 from launcher.cli.yaml_files import check_files
 from launcher.config import Config, conf_dir, register_schemas
 from launcher.errors import ConfigError
-from launcher.secrets import check_no_secret
+from launcher.secrets import check_no_literal, check_no_secret
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -93,6 +95,12 @@ def _reject_arguments(message: str) -> NoReturn:
     )
 
 
+def prepare() -> None:
+    """Tell Hydra of our schemas, and of the folders that a user keeps configs in."""
+    register_schemas()
+    own_folders.register()
+
+
 def load(overrides: Sequence[str] = ()) -> Config:
     """Return the config of `python -m launcher <overrides>`, for tests and Python users."""
     line = CommandLine(overrides=tuple(overrides))
@@ -100,8 +108,8 @@ def load(overrides: Sequence[str] = ()) -> Config:
         return _compose_point(loader, line, line.overrides).config
 
 
-def check(line: CommandLine) -> pathlib.Path | None:
-    """Check every config that a command line stands for; return its folder, None for a sweep."""
+def check(line: CommandLine) -> "Point | None":
+    """Check every config that a command line stands for; return its only one, None for a sweep."""
     check_overrides(line.overrides)
     with _loader(line) as loader:
         try:
@@ -113,7 +121,7 @@ def check(line: CommandLine) -> pathlib.Path | None:
         found = [_compose_point(loader, line, point) for point in points]
         for point in found:
             check_job(point.config, point.settings, sweeps=sweeps)
-    return None if sweeps else found[0].run_dir
+    return None if sweeps else found[0]
 
 
 @contextlib.contextmanager
@@ -121,7 +129,9 @@ def _loader(line: CommandLine) -> Iterator[ConfigLoader]:
     """Build the loader that Hydra's entry point would build for this command line."""
     if line.config_path is not None:
         check_files(pathlib.Path(line.config_path), line.config_name or CONFIG_NAME, line.overrides)
-    register_schemas()
+    for folder in own_folders.checked(os.environ, line.overrides):
+        check_files(folder, line.config_name or CONFIG_NAME, line.overrides)
+    prepare()
     version.setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(
         calling_file=None,
@@ -188,7 +198,7 @@ def _sweep_points(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Point:
+class Point:
     """One run, composed; `settings` are Hydra's, and `run_dir` is where it would write."""
 
     config: Config
@@ -196,7 +206,7 @@ class _Point:
     settings: DictConfig
 
 
-def _compose_point(loader: ConfigLoader, line: CommandLine, overrides: Sequence[str]) -> _Point:
+def _compose_point(loader: ConfigLoader, line: CommandLine, overrides: Sequence[str]) -> Point:
     """Compose and check one run."""
     try:
         composed = _load(loader, line, overrides, RunMode.RUN)
@@ -205,7 +215,7 @@ def _compose_point(loader: ConfigLoader, line: CommandLine, overrides: Sequence[
         with open_dict(task):
             del task["hydra"]
         config = to_config(task, overrides)
-        return _Point(config=config, run_dir=run_dir, settings=composed.hydra)
+        return Point(config=config, run_dir=run_dir, settings=composed.hydra)
     except COMPOSING_ERRORS as error:
         raise explain(error, overrides) from error
 
@@ -239,6 +249,7 @@ def to_config(task: DictConfig, overrides: Sequence[str] = ()) -> Config:
     _reject_unknown_keys(task, "", overrides)
     validate(config)
     check_no_secret("", dataclasses.asdict(config))
+    check_no_literal("", dataclasses.asdict(config))
     return config
 
 

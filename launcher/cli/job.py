@@ -9,13 +9,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launcher import run_lock
 from launcher.cli.frozen import read_config
-from launcher.cli.report import exit_status_of, noting, reason_of
-from launcher.cli.run_folder import LOG_FILE
+from launcher.cli.held import run_held
+from launcher.cli.report import noting, reason_of
 from launcher.cli.running import run_logged
 from launcher.cli.srun_step import join
 from launcher.errors import ConfigError, NoRestartLeftError, StoppedBySignal, TrainingError
@@ -43,12 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, _stop)
     raised: list[BaseException] = []
     with SignsOfLife(ends):
-        status = exit_status_of(
-            noting(raised, lambda: run_logged(lambda: read_config(run_dir), run_dir, ends)),
-            debug=False,
-            log_file=str(run_dir / LOG_FILE),
+        status = run_held(
+            lambda left_by: noting(raised, _run(run_dir, left_by))(), run_dir, debug=False
         )
         return _end(run_dir, status, raised[-1] if raised else None)
+
+
+def _run(run_dir: Path, left_by: run_lock.Holder | None) -> Callable[[], int]:
+    return lambda: run_logged(lambda: read_config(run_dir), run_dir, left_by, ends_folder(run_dir))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

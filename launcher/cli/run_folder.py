@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator
 
 from launcher.errors import StorageError
+from launcher.run_state import STATE_NAME
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "launcher.log"
@@ -39,7 +40,7 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
     """
     if not missing:
         return
-    for name in (CONFIG_FILE, LOG_FILE, *HYDRA_FILES):
+    for name in (CONFIG_FILE, LOG_FILE, STATE_NAME, *HYDRA_FILES):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / ".hydra", run_dir, *missing[1:]):
         try:
@@ -50,14 +51,15 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
 
 def run_dir_override(run_dir: pathlib.Path) -> str:
     """The override that makes this the run's folder, in Hydra's quoting."""
-    return _override("hydra.run.dir", run_dir)
+    return override("hydra.run.dir", str(run_dir))
 
 
 def sweep_dir_override(sweep_dir: pathlib.Path) -> str:
     """The override that makes this the folder of a sweep."""
-    return _override("hydra.sweep.dir", sweep_dir)
+    return override("hydra.sweep.dir", str(sweep_dir))
 
 
-def _override(key: str, folder: pathlib.Path) -> str:
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+def override(key: str, text: str) -> str:
+    """An override with any text as its value, in Hydra's quoting."""
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{quoted}'"

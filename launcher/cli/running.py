@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
-from launcher import logs
+from launcher import logs, run_lock
 from launcher.cli.run_folder import LOG_FILE, storage_errors
 from launcher.config import Config
 from launcher.errors import LauncherError
@@ -19,17 +19,23 @@ log = logging.getLogger(__name__)
 
 
 def run_logged(
-    make_config: Callable[[], Config], run_dir: pathlib.Path, meeting: pathlib.Path | None = None
+    make_config: Callable[[], Config],
+    run_dir: pathlib.Path,
+    left_by: run_lock.Holder | None,
+    meeting: pathlib.Path | None,
 ) -> int:
     """Run, and return the exit status.
 
     Args:
         make_config: called when the log file is open, so that what is wrong about it stands there too.
+        left_by: who has died in the folder, if somebody has.
         meeting: where the processes of a job step meet; None: this one is alone.
     """
     with contextlib.ExitStack() as stack:
         with storage_errors():
             stack.enter_context(logs.logging_to(run_dir / LOG_FILE))
+        if left_by is not None:
+            log.warning("this folder was left by %s, which died here", left_by)
         try:
             config = stack.enter_context(_over_nodes(make_config(), meeting))
             # Not at the top: it brings JAX, which help and config errors do not wait for.

@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
     write_config(tmp_path)
 
     def do(action):
-        def run_logged(make_config, run_dir, meeting):
+        def run_logged(make_config, run_dir, left_by, meeting):
             make_config()
             return action()
 
