@@ -2,7 +2,11 @@
 
 import sys
 
-from launcher.cli import main
+from launcher import early_stop
+
+early_stop.listen()
+
+from launcher.cli import main  # noqa: E402 - importing takes a moment, in which a signal may come
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -187,7 +187,7 @@ class TextDataConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class TokensDataConfig(DataConfig):
-    """A memory-mapped file of token ids."""
+    """A file of token ids."""
 
     name: str = "tokens"
     valid_fraction: float = 0.05  # of the samples, held out for the validation loss

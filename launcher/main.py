@@ -38,6 +38,7 @@ from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.on_hosts import HostsJob, train_on_hosts
 from launcher.outputs import find_sampler, make_meter, make_sinks
 from launcher.resume import Start, check_start, find_start, make_checkpoints, plan_to_keep
+from launcher.run_state import note_phase
 from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
 from launcher.runtime.compilation_cache import use_cache
 from launcher.runtime.compile_all import Compilation
@@ -82,15 +83,14 @@ class Setup:
 
 def run(config: Config, run_dir: Path) -> int:
     """Run what the config says, write into `run_dir`, and return the exit status."""
-    # What can be gone on with listens to schedulers from the start; the rest just ends.
-    goes_on = config.mode in ("train", "eval")
-    with stop_at_once() if goes_on else contextlib.nullcontext():
+    with stop_at_once():
         return _run(config, run_dir)
 
 
 def _run(config: Config, run_dir: Path) -> int:
     use_cache(config.runtime.compilation_cache)
     if config.mode == "profile":
+        note_phase(run_dir, "measuring")
         with phase(Console(), "measuring") as progress:
             written = run_profile(find_cluster(config), config.profile, run_dir, progress)
         log.info("%s", written)
@@ -170,6 +170,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     """Compile the plan, and train."""
     config, model, optimizer = setup.config, setup.model, setup.optimizer
     start, plan, name = setup.start, planned.plan, setup.dataset.name
+    note_phase(setup.run_dir, "compiling")
     with phase(setup.console, "compiling") as progress:
         local = LocalExecutor(
             planned.realized, model, optimizer, grid, seed=config.seed, progress=progress,
@@ -184,6 +185,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     log.info("%s", local.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("training on %s", name)
+    note_phase(setup.run_dir, "training")
     setup.goodput.went_back(start.progress.step_s if start.resumes else 0.0)
     setup.goodput.ready(local.compilation.wall_s)
     with contextlib.closing(watched(local, setup, planned, meter)) as executor:
@@ -277,11 +279,13 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             "model.weights is not given: these are the initial weights of seed=%d", config.seed
         )
         values = initial_values(model, config.seed)
+    note_phase(setup.run_dir, "compiling")
     with phase(setup.console, "compiling") as progress:
         evaluation = Evaluation(planned.realized, model, setup.optimizer, grid, values, progress)
     log.info("%s", evaluation.compilation)
     meter = make_meter(planned, model, setup.cluster, emulated=emulates(config))
     log.info("evaluating on %s", setup.dataset.name)
+    note_phase(setup.run_dir, "evaluating")
     if start.checkpoint is not None:
         step = start.checkpoint.manifest.step
     else:
@@ -323,6 +327,7 @@ def make_plan(setup: Setup) -> Planned:
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
             return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+        note_phase(setup.run_dir, "planning")
         if setup.start.resumes and setup.options.num_microbatches is None:
             try:
                 return find_plan(setup.model, setup.cluster, as_begun(setup), progress)

@@ -290,7 +290,7 @@ def test_a_sweep_reads_the_same_config_folders(launch, tmp_path):
     assert "steps: 3" in (only_folder(tmp_path, "multirun/*/*/1") / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_stopped_sweep_waits_for_its_point(environment, tmp_path, sent, status):
     process = subprocess.Popen(
         [sys.executable, "-m", "launcher", "--multirun", "seed=0,1"],

@@ -5,6 +5,7 @@ are the user's input; a model that needs more memory than there is has no feasib
 that the mode allows. Values are found by trying them (`space.fits`), one key at a time.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from launcher.autopar.restrictions import expert_counts
 from launcher.autopar.schedules import require_groups
 from launcher.autopar.space import (
     PlanOptions,
+    devices_by_kind,
     divisors,
     experts_fit,
     fits,
@@ -24,7 +26,7 @@ from launcher.autopar.space import (
     virtual_stages,
 )
 from launcher.autopar.wording import count, either
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, InfeasiblePlanError
 
 _MOST_VALUES = 6
 
@@ -163,6 +165,25 @@ def check_groups(options: PlanOptions) -> None:
             f"of the parallel.pp={options.pp} submeshes that parallel.schedule=interleaved groups them by; "
             f"set train.global_batch={_next_multiple(options.global_batch, options.pp)}, or another "
             f"parallel.pp, or parallel.schedule=1f1b"
+        )
+
+
+def check_stages(
+    options: PlanOptions, cluster: AnyCluster, num_layers: int, microbatch_size: int
+) -> None:
+    """Raise `InfeasiblePlanError` where so many stages are needed that there are not enough layers."""
+    largest: dict[int, int] = {}
+    for view in stage_views(options, cluster):
+        if microbatch_size % view.data == 0:
+            largest[view.kind] = max(view.num_devices, largest.get(view.kind, 0))
+    totals = devices_by_kind(options, cluster)
+    fewest = sum(math.ceil(totals[kind] / number) for kind, number in largest.items())
+    if fewest > num_layers:
+        raise InfeasiblePlanError(
+            f"a microbatch of {count(microbatch_size, 'sample')} "
+            f"(parallel.num_microbatches={options.global_batch // microbatch_size}) is shared by at most "
+            f"{count(max(largest.values()), 'device')}, so {count(sum(totals), 'device')} are "
+            f"{fewest} stages, and the model has {count(num_layers, 'layer')}; set a smaller number"
         )
 
 

@@ -16,18 +16,21 @@ from launcher.autopar.simulator import Durations
 from launcher.autopar.stage_table import StageChoice
 from launcher.autopar.step_clock import StepClock
 
-_WARM_UP, _SPAN = 6, 4  # microbatches per submesh: until time grows evenly, and then
+# Microbatches per submesh: until time grows evenly, and then. Of random stages a few in a hundred take longer
+# for that, and are judged by a thousandth or two too fast or slow.
+_WARM_UP, _SPAN = 6, 4
+_MANY, _WARM_UP_OF_MANY, _SPAN_OF_MANY = 48, 4, 1  # submeshes whose program is long in the making
 
 
 def judged_s(
     stages: Sequence[StageChoice], schedule: AbstractSchedule, num_microbatches: int,
-    transfer_s: Callable[[int], float], *, warm_up: int = _WARM_UP,
+    transfer_s: Callable[[int], float], *, warm_up: int | None = None,
 ) -> float:  # fmt: skip
     """The step time of some stages.
 
     Args:
         transfer_s: seconds per microbatch for what crosses a cut, both ways.
-        warm_up: microbatches per submesh until the others all add the same time.
+        warm_up: microbatches per submesh until the others all add the same time, if it is known.
     """
     durations = _durations(stages, transfer_s)
 
@@ -35,7 +38,10 @@ def judged_s(
         return _clock(schedule, len(stages), count).step_s(durations)
 
     submeshes = len(stages) // schedule.virtual_stages
-    few, more = warm_up * submeshes, (warm_up + _SPAN) * submeshes
+    is_long = submeshes >= _MANY and schedule.virtual_stages == 1
+    usual, span = (_WARM_UP_OF_MANY, _SPAN_OF_MANY) if is_long else (_WARM_UP, _SPAN)
+    few = (warm_up or usual) * submeshes
+    more = few + span * submeshes
     if num_microbatches <= more:
         return play(num_microbatches)
     few_s, more_s = play(few), play(more)

@@ -23,6 +23,7 @@ from launcher.autopar.advice import (
     check_experts,
     check_groups,
     check_kinds,
+    check_stages,
     memory_cures,
 )
 from launcher.autopar.arrangement import Arranged, Arrangement, Arranger
@@ -372,6 +373,7 @@ def _layers(
     check_experts(options, cluster, layered)
     least = (space.num_submeshes or 0) * min(v for _, v in space.schedules)
     if least <= len(layered.layers):
+        check_stages(options, cluster, len(layered.layers), microbatch_size)
         return layered
     many = (options.virtual_stages or 1) > 1
     key = "parallel.pp x parallel.virtual_stages" if many else "parallel.pp"

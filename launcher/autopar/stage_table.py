@@ -90,17 +90,20 @@ class Pieces:
 
     def ranges(self) -> Iterator[tuple[int, int, int]]:
         """The (first, last, submesh) beside which pieces and devices can be used up."""
-        reach, axis = self._tilings(), self.axis
+        num_reaching, axis = self._tilings().cumsum(axis=0), self.axis
         everything = axis.all_devices
+        submeshes = np.flatnonzero(axis.has_room[:, everything])
+        rest = everything - axis.takes[submeshes]
         for start, end in itertools.combinations(range(self.num_pieces + 1), 2):
             behind = self.num_pieces - end
             fewest, most = (start > 0) + (behind > 0), start + behind  # other stages
             if self.num_stages is not None:
                 fewest, most = max(fewest, self.num_stages - 1), min(most, self.num_stages - 1)
-            for submesh in np.flatnonzero(axis.has_room[:, everything]).tolist():
-                rest = everything - axis.takes[submesh]
-                if reach[fewest : most + 1, rest].any():
-                    yield self.cuts[start], self.cuts[end], submesh
+            if fewest > most:
+                continue
+            before = num_reaching[fewest - 1, rest] if fewest else 0
+            for submesh in submeshes[num_reaching[most, rest] > before].tolist():
+                yield self.cuts[start], self.cuts[end], submesh
 
     def _tilings(self) -> np.ndarray:
         """`result[n, d]`: whether n submeshes can take d devices, or leave some of them idle."""

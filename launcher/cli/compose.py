@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from launcher.checks import validate
+from launcher.cli import own_folders
 from launcher.cli.explain import USER_ERRORS, explain, unknown_key
 from launcher.cli.overrides import check_overrides
 from launcher.cli.yaml_files import check_files
 from launcher.config import Config, conf_dir, register_schemas
 from launcher.errors import ConfigError
-from launcher.secrets import check_no_secret
+from launcher.secrets import check_no_literal, check_no_secret
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -92,6 +94,12 @@ def _reject_arguments(message: str) -> NoReturn:
     )
 
 
+def prepare() -> None:
+    """Tell Hydra of our schemas, and of the folders that a user keeps configs in."""
+    register_schemas()
+    own_folders.register()
+
+
 def load(overrides: Sequence[str] = ()) -> Config:
     """Return the config of `python -m launcher <overrides>`, for tests and Python users."""
     line = CommandLine(overrides=tuple(overrides))
@@ -118,7 +126,9 @@ def _loader(line: CommandLine) -> Iterator[ConfigLoader]:
     """Build the loader that Hydra's entry point would build for this command line."""
     if line.config_path is not None:
         check_files(pathlib.Path(line.config_path), line.config_name or CONFIG_NAME, line.overrides)
-    register_schemas()
+    for folder in own_folders.checked(os.environ, line.overrides):
+        check_files(folder, line.config_name or CONFIG_NAME, line.overrides)
+    prepare()
     version.setbase(VERSION_BASE)
     search_path = create_automatic_config_search_path(
         calling_file=None,
@@ -228,6 +238,7 @@ def to_config(task: DictConfig, overrides: Sequence[str] = ()) -> Config:
     _reject_unknown_keys(task, "", overrides)
     validate(config)
     check_no_secret("", dataclasses.asdict(config))
+    check_no_literal("", dataclasses.asdict(config))
     return config
 
 

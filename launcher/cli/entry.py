@@ -20,19 +20,21 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from launcher import __version__, logs
+from launcher import __version__, early_stop, logs, run_lock
 from launcher.cli import compose, sweep
 from launcher.cli.explain import USER_ERRORS, explain
-from launcher.cli.report import FULL_ERROR, exit_status_of
+from launcher.cli.held import run_held
+from launcher.cli.report import FULL_ERROR, exit_status_of, one_line
 from launcher.cli.run_folder import (
     CONFIG_FILE,
     LOG_FILE,
     missing_folders,
+    override,
     run_dir_override,
     storage_errors,
     take_back,
 )
-from launcher.config import conf_dir, register_schemas
+from launcher.config import conf_dir
 from launcher.errors import ConfigError, LauncherError, StoppedBySignal
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ log = logging.getLogger(__name__)
 
 def main() -> int:
     """Run the command line and return the exit status."""
+    early_stop.hand_over_ctrl_c()
     inherited = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # or Hydra prints several lines of its own and exits with 1
     debug = inherited == "1" or "debug=true" in (argument.lower() for argument in sys.argv)
@@ -74,7 +77,9 @@ def _answer(debug: bool) -> int:
     run_dir = compose.check(line)
     with storage_errors():
         missing = () if run_dir is None else missing_folders(run_dir)
-    task = _Task(line=line, debug=debug, missing=missing)
+        # Before Hydra, which writes into the folder of whatever else runs there.
+        lock = run_lock.take(run_dir) if run_dir and not missing else None
+    task = _Task(line=line, debug=debug, missing=missing, lock=lock)
     try:
         with storage_errors():  # of making the run's folder, since the task itself raises nothing
             _hand_to_hydra(task)
@@ -82,6 +87,10 @@ def _answer(debug: bool) -> int:
         raise explain(error, line.overrides) from error
     except SystemExit as stop:  # the task's, to leave out the rest of a sweep
         return stop.code
+    finally:
+        if lock is not None:  # Hydra may have failed before there was a run
+            lock.release()
+        task.compare_points()
     return task.exit_status()
 
 
@@ -102,7 +111,7 @@ def _inform(line: compose.CommandLine) -> int:
 
 
 def _hand_to_hydra(task: Callable[[DictConfig], None]) -> None:
-    register_schemas()
+    compose.prepare()
     hydra.main(
         version_base=compose.VERSION_BASE,
         config_path=str(conf_dir()),
@@ -117,13 +126,16 @@ class _Task:
     line: compose.CommandLine
     debug: bool
     missing: tuple[pathlib.Path, ...]  # folders that this run will make
+    lock: run_lock.RunLock | None  # on the folder of a run, if that was there before
     statuses: list[int] = field(default_factory=list)
+    sweep_dir: pathlib.Path | None = None
+    points: list[pathlib.Path] = field(default_factory=list)  # the folders of a sweep's runs so far
 
     def __call__(self, composed: DictConfig) -> None:
         settings = HydraConfig.get()
         run_dir = pathlib.Path(settings.runtime.output_dir)
         if settings.mode == RunMode.MULTIRUN:
-            self._run_point(settings, run_dir)
+            self._run_point(composed, settings, run_dir)
         else:
             self._run_here(composed, run_dir)
 
@@ -137,10 +149,14 @@ class _Task:
         command = (*self.line.config_flags(), *given, run_dir_override(run_dir))
         return shlex.join(("python", "-m", "launcher", *command))
 
-    def _run_point(self, settings: DictConfig, run_dir: pathlib.Path) -> None:
+    def _run_point(self, composed: DictConfig, settings: DictConfig, run_dir: pathlib.Path) -> None:
+        self.sweep_dir = pathlib.Path(settings.sweep.dir)
+        self.points.append(run_dir)
         given = OmegaConf.to_container(settings.overrides)  # interpolations are for the point
+        is_ungrouped = composed.logger.name == "wandb" and composed.logger.group is None
+        group = (override("logger.group", sweep.group_of(self.sweep_dir)),) * is_ungrouped
         command = sweep.command(
-            (*given["hydra"], *given["task"]),
+            (*given["hydra"], *given["task"], *group),
             flags=self.line.config_flags(),
             run_dir=run_dir,
             number=settings.job.num,
@@ -155,22 +171,41 @@ class _Task:
         if status in sweep.STOPPED_STATUSES:
             sys.exit(status)
 
+    def compare_points(self) -> None:
+        """Print the table of a sweep, and write its comparison; what fails there ends no sweep."""
+        if self.sweep_dir is None:
+            return
+        # Not at the top: it brings JAX, which help and config errors do not wait for.
+        from launcher.status.report import report
+
+        found = report(self.sweep_dir, self.points)
+        sys.stdout.write("".join(f"{line}\n" for line in found.lines))
+        sys.stdout.flush()
+        for error in found.errors:
+            sys.stderr.write(f"launcher: {one_line(str(error))}\n")
+
     def _run_here(self, composed: DictConfig, run_dir: pathlib.Path) -> None:
-        status = exit_status_of(
-            lambda: _run_logged(composed, run_dir),
+        status = run_held(
+            lambda left_by: _run_logged(composed, run_dir, left_by),
+            run_dir,
+            self.lock,
             debug=self.debug or composed.debug,
-            log_file=str(run_dir / LOG_FILE),
             again=self._command(run_dir),
+            only_plans=composed.mode == "plan",
         )
         if status == ConfigError.exit_status:
             take_back(run_dir, self.missing)
         self.statuses.append(status)
 
 
-def _run_logged(composed: DictConfig, run_dir: pathlib.Path) -> int:
+def _run_logged(
+    composed: DictConfig, run_dir: pathlib.Path, left_by: run_lock.Holder | None
+) -> int:
     with contextlib.ExitStack() as stack:
         with storage_errors():
             stack.enter_context(logs.logging_to(run_dir / LOG_FILE))
+        if left_by is not None:
+            log.warning("this folder was left by %s, which died here", left_by)
         try:
             config = compose.to_config(composed)
             with storage_errors():

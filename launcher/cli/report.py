@@ -48,43 +48,52 @@ def _shortened(text: str, longest: int) -> str:
 
 
 def exit_status_of(
-    action: Callable[[], int], *, debug: bool, log_file: str | None = None, again: str | None = None
+    action: Callable[[], int],
+    *,
+    debug: bool,
+    log_file: str | None = None,
+    again: str | None = None,
+    note: Callable[[int, str | None], None] = lambda status, line: None,
 ) -> int:
     """Run `action`; turn what it raises into one line on stderr and an exit status.
 
     Args:
         again: the command with which a run that a signal stopped goes on.
+        note: is told the status and the line, if there is one.
     """
     try:
-        return action()
+        status, line = action(), None
     except LauncherError as error:
-        return _fail(error, debug=debug)
+        status, line = _failure(error, debug=debug)
     except OSError as error:
-        if error.errno not in STORAGE_ERRNOS:
-            return _fail_with_bug(log_file)
-        return _fail(
-            StorageError(f"{error}: free some space, or take another hydra.run.dir"), debug=debug
-        )
+        status, line = _failed_file(error, debug=debug, log_file=log_file)
     except StoppedBySignal as stop:
         cure = f"; to go on: {again}" if again else ""
-        sys.stderr.write(f"launcher: stopped by {stop}{cure}\n")
-        return stop.exit_status
+        status, line = stop.exit_status, f"stopped by {stop}{cure}"
     except KeyboardInterrupt:
-        sys.stderr.write("launcher: stopped by Ctrl-C\n")
-        return INTERRUPTED_STATUS
+        status, line = INTERRUPTED_STATUS, "stopped by Ctrl-C"
     except Exception:  # whatever it is, the user learns where to report it
-        return _fail_with_bug(log_file)
+        status, line = _bug(log_file)
+    note(status, line)
+    if line is not None:
+        sys.stderr.write(f"launcher: {line}\n")
+    return status
 
 
-def _fail(error: LauncherError, *, debug: bool) -> int:
+def _failure(error: LauncherError, *, debug: bool) -> tuple[int, str]:
     if debug:
         sys.stderr.write(redacted("".join(traceback.format_exception(error))))
-    sys.stderr.write(f"launcher: {one_line(str(error))}\n")
-    return error.exit_status
+    return error.exit_status, one_line(str(error))
 
 
-def _fail_with_bug(log_file: str | None) -> int:
+def _failed_file(error: OSError, *, debug: bool, log_file: str | None) -> tuple[int, str]:
+    if error.errno not in STORAGE_ERRNOS:
+        return _bug(log_file)
+    cure = "free some space, or take another hydra.run.dir"
+    return _failure(StorageError(f"{error}: {cure}"), debug=debug)
+
+
+def _bug(log_file: str | None) -> tuple[int, str]:
     sys.stderr.write(redacted(traceback.format_exc()))
     attachment = f", with the lines above and {log_file}" if log_file else ", with the lines above"
-    sys.stderr.write(f"launcher: this is a bug of ours: please report it{attachment}\n")
-    return BUG_STATUS
+    return BUG_STATUS, f"this is a bug of ours: please report it{attachment}"

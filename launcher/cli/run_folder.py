@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterator
 
 from launcher.errors import StorageError
+from launcher.run_state import STATE_NAME
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "launcher.log"
@@ -39,7 +40,7 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
     """
     if not missing:
         return
-    for name in (CONFIG_FILE, LOG_FILE, *HYDRA_FILES):
+    for name in (CONFIG_FILE, LOG_FILE, STATE_NAME, *HYDRA_FILES):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / ".hydra", run_dir, *missing[1:]):
         try:
@@ -50,5 +51,10 @@ def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
 
 def run_dir_override(run_dir: pathlib.Path) -> str:
     """The override that makes this the run's folder, in Hydra's quoting."""
-    quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
-    return f"hydra.run.dir='{quoted}'"
+    return override("hydra.run.dir", str(run_dir))
+
+
+def override(key: str, text: str) -> str:
+    """An override with any text as its value, in Hydra's quoting."""
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{quoted}'"

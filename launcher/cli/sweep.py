@@ -25,6 +25,11 @@ STOPPED_STATUSES = (
 )
 
 
+def group_of(sweep_dir: pathlib.Path) -> str:
+    """The W&B group of a sweep whose points are given none: the end of its folder's path."""
+    return "/".join(sweep_dir.absolute().parts[-2:])
+
+
 def command(
     overrides: Sequence[str], *, flags: Sequence[str], run_dir: pathlib.Path, number: int
 ) -> list[str]:

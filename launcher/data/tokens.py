@@ -1,4 +1,4 @@
-"""Token files: a 64-byte header and the ids, read through a memory map.
+"""Token files: a 64-byte header and the ids, of which only what a batch needs is read.
 
     offset  size  field (little-endian)
          0     8  magic, the bytes LAUNCHTK
@@ -16,7 +16,6 @@ lies beyond the vocabulary is found at once among the first 67 million, else whe
 """
 
 import contextlib
-import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ import numpy as np
 
 from launcher.config import TokensDataConfig
 from launcher.data.dataset import Dataset
+from launcher.data.stored_ids import OpenFile, StoredIds
 from launcher.data.tokenizer import id_dtype
 from launcher.data.windows import TokenWindows, cut_windows, window_length
 from launcher.errors import ConfigError, StorageError
@@ -38,7 +38,7 @@ VERSION = 1
 HEADER_BYTES = 64
 LARGEST_VOCAB_SIZE = 2**32
 # So many are looked at when the file is opened, in less than a second.
-_CHECKED_IDS = 2**26
+_CHECKED_IDS, _READ_IDS = 2**26, 2**22
 
 _FIELDS = struct.Struct("<8sIIQQ28x")
 _CHECKSUM = struct.Struct("<I")
@@ -51,7 +51,7 @@ class TokenFile:
 
     path: Path
     vocab_size: int
-    ids: np.ndarray  # (num_ids,) memory-mapped
+    ids: StoredIds
 
 
 def build_tokens(config: TokensDataConfig, model: Model, seed: int) -> Dataset:
@@ -81,7 +81,9 @@ def build_tokens(config: TokensDataConfig, model: Model, seed: int) -> Dataset:
         train=train,
         valid=valid,
     )
-    windows.check_ids(file.ids[:_CHECKED_IDS])
+    checked = file.ids[:_CHECKED_IDS]
+    for begin in range(0, len(checked), _READ_IDS):
+        windows.check_ids(checked[begin : begin + _READ_IDS].read())
     return windows
 
 
@@ -89,22 +91,25 @@ def open_tokens(path: Path) -> TokenFile:
     """Check a token file's header against the file, and map its ids."""
     try:
         with open_regular(path) as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            header = stream.read(HEADER_BYTES)
+            header, file = stream.read(HEADER_BYTES), OpenFile(stream)
     except OSError as error:
         raise ConfigError(
             f"cannot read the token file {path}: {error.strerror}: correct data.path"
         ) from error
     id_bytes, num_ids, vocab_size = _read_header(path, header)
     expected_bytes = HEADER_BYTES + num_ids * id_bytes
-    if file_bytes != expected_bytes:
+    if file.num_bytes != expected_bytes:
         raise ConfigError(
-            f"the token file {path} has {file_bytes} bytes, and its header promises "
+            f"the token file {path} has {file.num_bytes} bytes, and its header promises "
             f"{expected_bytes}: it was cut short or added to; copy or convert it again"
         )
-    dtype = np.dtype(f"<u{id_bytes}")
-    # An empty map is an error of the operating system, not of the file.
-    ids = np.memmap(path, dtype, "r", HEADER_BYTES, (num_ids,)) if num_ids else np.zeros(0, dtype)
+    ids = StoredIds(
+        path=path,
+        file=file,
+        dtype=np.dtype(f"<u{id_bytes}"),
+        offset_bytes=HEADER_BYTES,
+        count=num_ids,
+    )
     return TokenFile(path=path, vocab_size=vocab_size, ids=ids)
 
 

@@ -2,8 +2,8 @@
 
 The array is cut once, into a head for training and a tail that is held out; each part is read in
 windows of S inputs and their S targets, one token further on, so windows are S + 1 long and lie S
-apart. No token of the tail is ever seen in training, as input or as target. The array may be a
-memory map of any size: only the rows of a batch are read.
+apart. No token of the tail is ever seen in training, as input or as target. The array may lie in a
+file of any size: only the rows of a batch are read.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import numpy as np
 
 from launcher.data.dataset import TOKEN_LEAVES, Dataset, held_out, wanted_leaves, wrong_leaf
 from launcher.data.order import sample_indices
+from launcher.data.stored_ids import StoredIds, StoredWindows
 from launcher.data.tokenizer import Tokenizer
 from launcher.errors import ConfigError
 from launcher.models.model import Model
@@ -26,8 +27,8 @@ class TokenWindows(Dataset):
     seed: int
     vocab_size: int  # of the data: every id is below it
     dtypes: dict[str, np.dtype]  # of the leaves that the model takes
-    train: np.ndarray  # (windows, S + 1) overlapping view
-    valid: np.ndarray  # (windows, S + 1) overlapping view
+    train: np.ndarray | StoredWindows  # (windows, S + 1) overlapping view
+    valid: np.ndarray | StoredWindows  # (windows, S + 1) overlapping view
     tokenizer: Tokenizer | None = None  # that the ids are from, where it is known
 
     def batch(self, step: int, batch_size: int, split: str = "train") -> dict[str, np.ndarray]:
@@ -64,8 +65,8 @@ def window_length(option: str, model: Model) -> tuple[int, dict[str, np.dtype]]:
 
 
 def cut_windows(
-    ids: np.ndarray, length: int, valid_fraction: float, source: str
-) -> tuple[np.ndarray, np.ndarray]:
+    ids: np.ndarray | StoredIds, length: int, valid_fraction: float, source: str
+) -> tuple[np.ndarray | StoredWindows, np.ndarray | StoredWindows]:
     """Cut token ids into training and held-out windows, at least one of each."""
     needed = 2 * (length + 1)
     num_valid = max(held_out(len(ids), valid_fraction), length + 1)
@@ -78,5 +79,7 @@ def cut_windows(
     return _windows(ids[:cut], length), _windows(ids[cut:], length)
 
 
-def _windows(ids: np.ndarray, length: int) -> np.ndarray:
+def _windows(ids: np.ndarray | StoredIds, length: int) -> np.ndarray | StoredWindows:
+    if isinstance(ids, StoredIds):
+        return StoredWindows(ids=ids, length=length)
     return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length]

@@ -22,7 +22,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from functools import partial
 from pathlib import Path
 
@@ -247,6 +247,7 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
+            _check_room(temporary, num_bytes)
             _write_into(temporary, manifest, arrays)
             self.commit(temporary, final, keep=keep)
         except OSError as error:
@@ -294,6 +295,12 @@ class CheckpointStore:
         return self.folder / f".{path.name}.{os.getpid()}.tmp"
 
 
+def _check_room(folder: Path, num_bytes: int) -> None:
+    """Raise OSError before anything is written: the library below Orbax litters stderr on a full disk."""
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -318,7 +325,9 @@ def _store_arrays(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
     except OSError:
         raise
     except Exception as error:  # of the library below Orbax, which has no type for a full disk
-        raise OSError(_first_line(error)) from error
+        why = _first_line(error)
+        code = ENOSPC if "RESOURCE_EXHAUSTED" in why else EIO
+        raise OSError(code, why) from error
     sync_all(place)
 
 

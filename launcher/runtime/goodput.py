@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from launcher.small_file import write_if_possible
+
 GOODPUT_NAME = "goodput.json"
 KINDS = (
     "step_s", "start_s", "compile_s", "restart_s", "data_s", "evaluation_s", "checkpoint_s", "lost_s",
@@ -93,12 +95,7 @@ class Goodput:
         if self._path is None:
             return
         account = {"began_s": self._began_s, "until_s": self._written_s, **self._spent_s}
-        beside = self._path.with_suffix(".tmp")
-        try:
-            beside.write_text(json.dumps(account) + "\n")
-            beside.replace(self._path)
-        except OSError:
-            return
+        write_if_possible(self._path, json.dumps(account) + "\n")
 
 
 def _read(path: Path | None) -> Mapping[str, float] | None:

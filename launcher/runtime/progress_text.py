@@ -73,7 +73,7 @@ def describe_speed(row: Row, meter: Meter) -> str:
     """Write throughput, TFLOP/s per device and MFU of a training row or of a summary."""
     mfu = row["mfu"]
     parts = (
-        f"{_si(row[meter.throughput_key])} {meter.sample_unit}/s",
+        f"{rate(row[meter.throughput_key])} {meter.sample_unit}/s",
         f"{_number(row['tflops_per_device'], '.3g')} TFLOP/s/device",
         "MFU ?" if mfu is None else f"MFU {100 * mfu:.1f} %",
     )
@@ -117,6 +117,17 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest_s:02} s"
     return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def rate(value: float | None) -> str:
+    """Write a number with a prefix: `950`, `12.3k`, `1.23M`."""
+    if value is None:
+        return "?"
+    for least, prefix in _SI_PREFIXES:
+        # From 999.5 on, three digits would round up into the next prefix.
+        if value >= 0.9995 * least:
+            return f"{_three_digits(value / least)}{prefix}"
+    return _three_digits(value)
 
 
 def _describe_promise(summary: TrainSummary, meter: Meter) -> str:
@@ -176,16 +187,6 @@ def _shortest(path: Path) -> Path:
 
 def _number(value: float | None, form: str) -> str:
     return "?" if value is None else format(value, form)
-
-
-def _si(value: float | None) -> str:
-    if value is None:
-        return "?"
-    for least, prefix in _SI_PREFIXES:
-        # From 999.5 on, three digits would round up into the next prefix.
-        if value >= 0.9995 * least:
-            return f"{_three_digits(value / least)}{prefix}"
-    return _three_digits(value)
 
 
 def _three_digits(value: float) -> str:

@@ -62,12 +62,12 @@ class WandbSink(Sink):
                 _warn("start", error, FALLS_BACK if mode == "online" else TRAINS_ON)
 
     def write(self, row: Row) -> None:
-        """Log a row under its step, leaving out what is unknown."""
+        """Log a row, leaving out what is unknown; its step is one of its numbers."""
         if self._run is None:
             return
         known = {name: value for name, value in row.items() if value is not None}
         try:
-            self._run.log(known, step=row["step"])
+            self._run.log(known)
         except Exception as error:
             self._give_up("log", error)
 
@@ -107,6 +107,9 @@ def _start(settings: WandbRun, mode: str | None):
             "finish_timeout": FINISH_TIMEOUT_S,
         },
     )
+    # W&B's own steps never go back: it would drop the rows of a run that does (`Sink.rewind`).
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
     run.summary.update(settings.plan.as_row())
     _note_id(settings, run.id)
     if run.offline:

@@ -6,11 +6,17 @@ from dataclasses import replace
 import pytest
 
 from launcher import models
-from launcher.autopar.advice import check_batch, check_degrees, check_experts, memory_cures
+from launcher.autopar.advice import (
+    check_batch,
+    check_degrees,
+    check_experts,
+    check_stages,
+    memory_cures,
+)
 from launcher.autopar.realize import layered_model
 from launcher.autopar.space import PlanOptions, fits
 from launcher.config import MoeConfig
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, InfeasiblePlanError
 
 
 def options(mode, **fields):
@@ -103,6 +109,17 @@ def test_a_batch_that_no_microbatch_makes_even(cpu8):
     implied = refusal(check_batch, options("auto", global_batch=12, tp=1, pp=1), cpu8)
     assert "data axis of 8 devices (parallel=auto, parallel.tp=1, parallel.pp=1)" in implied
     check_batch(options("auto", global_batch=12), cpu8)
+
+
+def test_more_stages_than_layers(cpu8):
+    many = replace(cpu8, num_hosts=100)
+    # One sample is shared by the tensor axis of one host, of 4 devices.
+    with pytest.raises(
+        InfeasiblePlanError, match=r"400 devices are 100 stages, .* 99 layers; set a"
+    ):
+        check_stages(options("auto"), many, num_layers=99, microbatch_size=1)
+    check_stages(options("auto"), many, num_layers=100, microbatch_size=1)
+    check_stages(options("auto"), many, num_layers=50, microbatch_size=2)
 
 
 def test_experts_are_there_and_can_be_divided(cpu8, tiny_gpt):

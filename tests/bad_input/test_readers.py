@@ -151,7 +151,7 @@ def check_tokens(path: pathlib.Path, data: bytes) -> None:
         refused(error, ConfigError)
         return
     assert isinstance(file, TokenFile)
-    assert 64 + file.ids.nbytes == len(data)
+    assert 64 + file.ids.read().nbytes == len(data)
     assert 1 <= file.vocab_size <= 2**32
 
 

@@ -12,7 +12,7 @@ from bad_inputs import bad
 from launcher import logs
 from launcher.cli.report import exit_status_of
 from launcher.errors import ConfigError
-from launcher.secrets import check_no_secret, is_secret_name, redacted
+from launcher.secrets import check_no_literal, check_no_secret, is_secret_name, redacted
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,6 +38,40 @@ CASES = [
     bad("+hydra.job.env_set.WANDB_API_KEY=x", says="hydra.job.env_set.WANDB_API_KEY would write a "
         "secret ... set WANDB_API_KEY in the environment"),
 ]  # fmt: skip
+
+
+LITERAL = (
+    "looks like a key or a password ... leave it out, and read it from an environment variable"
+)
+OWN = ("model=custom", "model.target=a:b")
+LITERALS = {
+    "{api_key: abcd1234}": "model.args.api_key",
+    "{db: {password: 'correct horse'}}": "model.args.db.password",
+    "{tokens: [a, sk-abcdefghijklmnopqrstuvwx]}": "model.args.tokens[1]",
+    "{hub_token: f00ba4f00ba4f00ba4}": "model.args.hub_token",
+    "{note: 'use hf_abcdefghijklmnopqrstuvwx here'}": "model.args.note",
+    "{aws: AKIAABCDEFGHIJKLMNOP}": "model.args.aws",
+    "{pem: '-----BEGIN RSA PRIVATE KEY-----'}": "model.args.pem",
+}
+
+
+@pytest.mark.parametrize("arguments", LITERALS)
+def test_a_secret_that_stands_in_the_config_is_refused_and_not_shown(arguments, refuse, capsys):
+    refuse(bad(*OWN, f"+model.args={arguments}", says=f"{LITERALS[arguments]} {LITERAL}"))
+    shown = "".join(capsys.readouterr())
+    assert not [
+        word for word in ("abcd1234", "horse", "sk-", "f00", "hf_", "AKIA") if word in shown
+    ]
+
+
+HARMLESS = {
+    "label_key": "input_ids", "eos_token": "<|endoftext|>", "pad_token": "[PAD0123456789AB]",
+    "max_token": 512, "primary_key": "id", "password": "", "tokenizer": "gpt2-medium-2019-11-05",
+}  # fmt: skip
+
+
+def test_what_only_has_such_a_name_is_let_through():
+    check_no_literal("model.args", HARMLESS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

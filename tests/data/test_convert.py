@@ -49,7 +49,7 @@ def test_a_bpe_is_saved_beside_its_ids(folder: Path, out: Path) -> None:
     file = open_tokens(out)
     tokenizer = load_tokenizer(out.with_name("out.tokens.tokenizer.json"))
     assert file.vocab_size == tokenizer.vocab_size == 300
-    assert tokenizer.backend.decode(file.ids.tolist()) == TEXT + "\n\n" + TEXT.upper()
+    assert tokenizer.backend.decode(file.ids.read().tolist()) == TEXT + "\n\n" + TEXT.upper()
 
 
 def test_a_given_tokenizer_is_used(folder: Path, out: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_given_tokenizer_is_used(folder: Path, out: Path, tmp_path: Path) -> N
     saved = str(out) + ".tokenizer.json"
     convert([str(folder / "1.txt")], tmp_path / "again", saved)
     np.testing.assert_array_equal(
-        open_tokens(tmp_path / "again").ids, load_tokenizer(Path(saved)).encode(TEXT)
+        open_tokens(tmp_path / "again").ids.read(), load_tokenizer(Path(saved)).encode(TEXT)
     )
 
 
@@ -69,7 +69,7 @@ def test_arrays_are_joined(
     np.save(tmp_path / "b.npy", np.asarray([9, 8], np.uint16))
     convert([str(tmp_path / "*.npy")], out, vocab_size=vocab_size)
     file = open_tokens(out)
-    assert file.ids.tolist() == [0, 1, 2, 3, 4, 5, 9, 8]
+    assert file.ids.read().tolist() == [0, 1, 2, 3, 4, 5, 9, 8]
     assert file.vocab_size == expected
 
 

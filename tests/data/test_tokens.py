@@ -1,5 +1,7 @@
 """Token files: what is written reads back, and no damaged file is read as if it were whole."""
 
+import errno
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from launcher import data
 from launcher.config import TokensDataConfig
 from launcher.data import tokens
 from launcher.data.tokens import HEADER_BYTES, open_tokens, write_tokens
+from launcher.data.windows import cut_windows
 from launcher.errors import ConfigError, StorageError
 
 VOCAB_SIZES = (1, 255, 256, 257, 65536, 65537, 2**31)
@@ -43,8 +46,50 @@ def test_ids_read_back(vocab_size: int, draw: st.DataObject, tmp_path: Path) -> 
     count = write_tokens(path, (np.asarray(chunk, np.int64) for chunk in chunks), vocab_size)
     file = open_tokens(path)
     assert file.vocab_size == vocab_size
-    assert file.ids.tolist() == [value for chunk in chunks for value in chunk]
+    assert file.ids.read().tolist() == [value for chunk in chunks for value in chunk]
     assert count == len(file.ids)
+
+
+@_property
+@given(num_ids=st.integers(22, 200), length=st.integers(1, 10), cut=st.floats(0.01, 0.9))
+def test_windows_of_a_file_are_those_of_an_array(num_ids, length, cut, tmp_path: Path) -> None:
+    path = tmp_path / "ids.tokens"
+    write_tokens(path, (np.arange(num_ids),), 300)
+    stored = cut_windows(open_tokens(path).ids, length, cut, "file")
+    for ours, known in zip(
+        stored, cut_windows(np.arange(num_ids), length, cut, "array"), strict=True
+    ):
+        assert len(ours) == len(known)
+        np.testing.assert_array_equal(ours[np.arange(len(known))], known)
+
+
+def test_a_file_that_is_cut_short_under_a_run_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ids.tokens"
+    write_tokens(path, (np.arange(100),), 300)
+    train, _ = cut_windows(open_tokens(path).ids, 10, 0.2, "file")
+    os.truncate(path, 64 + 2 * 35)
+    assert train[np.array([2])].tolist() == [list(range(20, 31))]
+    with pytest.raises(
+        StorageError,
+        match=r"ids\.tokens was cut short while it was read: it has 134 bytes, and ids are wanted at byte "
+        r"134 \(data\.path=.*goes on from its last checkpoint",
+    ):
+        train[np.array([2, 3])]
+
+
+def test_a_file_that_cannot_be_read_any_more_is_named(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "ids.tokens"
+    write_tokens(path, (np.arange(100),), 300)
+    ids = open_tokens(path).ids
+
+    def preadv(*_: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(
+        StorageError, match=r"ids\.tokens at byte 64, Stale file handle \(data\.path="
+    ):
+        ids.read()
 
 
 @_property
@@ -94,7 +139,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     path = tmp_path / "ids.tokens"
     path.write_bytes(_header(id_bytes=2, count=3, vocab=700) + struct.pack("<3H", 5, 600, 1))
     file = open_tokens(path)
-    assert file.ids.tolist() == [5, 600, 1]
+    assert file.ids.read().tolist() == [5, 600, 1]
     write_tokens(tmp_path / "ours", (np.asarray([5, 600, 1]),), 700)
     assert (tmp_path / "ours").read_bytes() == path.read_bytes()
 

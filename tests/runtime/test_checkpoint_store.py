@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -188,8 +189,19 @@ def test_a_library_that_fails_is_a_storage_error(store, monkeypatch):
         raise ValueError("RESOURCE_EXHAUSTED: no room\nand a page of stack")
 
     monkeypatch.setattr(checkpoint_store, "write_arrays", fails)
-    with pytest.raises(StorageError, match="ValueError: RESOURCE_EXHAUSTED: no room"):
+    with pytest.raises(
+        StorageError, match="ValueError: RESOURCE_EXHAUSTED: no room; .* bytes needed"
+    ):
         save(store, 20)
+
+
+def test_nothing_is_written_where_there_is_no_room(store, monkeypatch):
+    usage = SimpleNamespace(free=sum(array.nbytes for array in arrays(20).values()) - 1)
+    monkeypatch.setattr(checkpoint_store.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(checkpoint_store, "write_arrays", lambda *given: pytest.fail("it is tried"))
+    with pytest.raises(StorageError, match=rf"No space left.* bytes needed, {usage.free} free"):
+        save(store, 20)
+    assert list(store.folder.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

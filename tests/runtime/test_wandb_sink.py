@@ -1,10 +1,13 @@
 """The W&B sink: what it sends, when it is offline, and that none of W&B's failures gets out."""
 
 import dataclasses
+import json
 import logging
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +47,7 @@ class FakeWandb:
         self.broken = broken
         self.inits = []
         self.rows = []
+        self.metrics = []
         self.summary_row = {}
         self.exit_code = None
         self.offline = True
@@ -58,9 +62,12 @@ class FakeWandb:
         self.offline = kwargs["mode"] == "offline"
         return self
 
-    def log(self, row, step):
+    def define_metric(self, name, step_metric=None):
+        self.metrics.append((name, step_metric))
+
+    def log(self, row):
         self._break("log")
-        self.rows.append((step, row))
+        self.rows.append(row)
 
     def finish(self, exit_code):
         self._break("finish")
@@ -117,7 +124,8 @@ def test_rows_and_both_halves_of_the_summary_arrive(monkeypatch, tmp_path):
     assert (init["dir"], init["mode"], init["project"]) == (str(tmp_path), "offline", "launcher")
     assert (init["entity"], init["group"], init["tags"]) == (None, "sweep", ["a", "b"])
     assert init["config"] == {"seed": 0, "model": {"name": "gpt"}}
-    assert wandb.rows == [(1, {"step": 1, "loss": 2.0}), (2, {"step": 2, "loss": 1.5})]
+    assert wandb.rows == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    assert wandb.metrics == [("step", None), ("*", "step")]
     assert (wandb.summary_row["predicted_step_s"], wandb.summary_row["measured_step_s"]) == (
         0.25,
         0.5,
@@ -248,8 +256,41 @@ logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stre
 sink = WandbSink(make_run(Path(sys.argv[1])))
 sink.write({"step": 1, "loss": 2.0, "mfu": None})
 sink.write({"step": 1, "eval_loss": 2.5})
+sink.write({"step": 2, "loss": 3.0, "mfu": None})
+sink.rewind(1)
+sink.write({"step": 2, "loss": 1.5, "mfu": None})
 sink.finish(SUMMARY)
 """
+
+
+def records(data: bytes) -> Iterator[bytes]:
+    """The records of LevelDB's log format, which W&B's files have behind 7 bytes of their own."""
+    at, record = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block is filled up
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def history(run_file: Path) -> list[dict]:
+    """The rows of an offline run, as W&B will upload them."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for data in records(run_file.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        items = record.history.item if record.HasField("history") else []
+        names = [(item.key or item.nested_key[0], json.loads(item.value_json)) for item in items]
+        row = {name: value for name, value in names if not name.startswith("_")}
+        rows += [row] if row else []
+    return rows
 
 
 def test_the_real_wandb_offline(tmp_path):
@@ -273,6 +314,12 @@ def test_the_real_wandb_offline(tmp_path):
     assert "WARNING" not in result.stdout, result.stdout
     assert "W&B logs offline" in result.stdout
     (run_file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert history(run_file) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "eval_loss": 2.5},
+        {"step": 2, "loss": 3.0},
+        {"step": 2, "loss": 1.5},  # of a run that went back
+    ]
     data = run_file.read_bytes()
     for name in (b"eval_loss", b"predicted_step_s", b"measured_step_s", b"solver_s"):
         assert name in data

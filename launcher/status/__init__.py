@@ -1,0 +1,1 @@
+"""How runs are doing, from their files alone: `python -m launcher.status DIR`, and the end of a sweep."""
