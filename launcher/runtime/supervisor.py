@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from launcher.errors import TrainingError
+from launcher.run_state import note_phase
 from launcher.runtime.host_contract import HostReady
 from launcher.runtime.host_pool import HostPool, TooFewHostsError
 from launcher.runtime.host_record import HostRecord
@@ -107,10 +108,12 @@ class Supervisor:
         return replace(self._run, task=replace(self._run.task, started_s=time.time()))
 
     def _bring_up(self, session: HostSession) -> None:
-        count = len(self._run.seats)
+        count, run_dir = len(self._run.seats), self._run.task.run_dir
+        note_phase(run_dir, "compiling")
         text = "starting 1 host" if count == 1 else f"starting {count} hosts"
         with self._phase(text) as progress:
             ready = session.bring_up(self._patience_s, progress)
+        note_phase(run_dir, "training")
         for host in ready:
             log.info("host %d (%s): %s", host.host, session.place(host.host), host.text)
         if self._recorded is self._run:
