@@ -110,6 +110,12 @@ def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
     assert why in line
 
 
+def test_a_host_that_is_lost_between_steps(caplog):
+    supervise(World(faults=(Fault(host=1, kind="dies", step=6),), doing="saving"), Told())
+    (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
+    assert re.search(r"; it was saving its part of stage 1 after step \d, and it had done \d", line)
+
+
 def test_no_step_counts_that_not_every_host_has_done():
     """Host 2 never does step 7, and the others have; nor is it told when the run then fails."""
     world, told = World(faults=(Fault(host=2, kind="dies", step=6),)), Told()
