@@ -113,7 +113,8 @@ class FakeHost(Host):
             events, self.events = tuple(self.events), []
             return HostBeat(
                 host=self.host, phase=self.phase, steps_begun=self.begun, steps_done=self.steps_done,
-                stage=self.host, doing=self.world.doing or (f"{self.host}F0" if self.begun else ""), events=events,
+                stage=self.host, events=events,
+                doing=self.world.doing or (f"{self.host}F0" if self.begun else ""),
             )  # fmt: skip
 
     def hold(self) -> int:
