@@ -16,6 +16,7 @@ import jax
 
 from launcher import data
 from launcher.autopar.make_plan import adopt_plan
+from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import from_json
 from launcher.autopar.wording import size
 from launcher.errors import ConfigError, LostPeerError
@@ -95,7 +96,7 @@ class HostProcess(Host):
         given = from_json(task.plan_text, source="plan.json")
         hosts = [stage.hosts for stage in given.stages]
         grid = self._join_world(hosts, addresses)
-        if any(len(set(lies)) < task.num_hosts for lies in hosts):
+        if _crosses_hosts(given, task.num_hosts):
             transfers = [address.transfer for address in addresses]
             self._office = PostOffice(task.host, transfers, self._arrivals)
         model = build_model(config, task.cluster, given, emulated=task.emulated)
@@ -316,6 +317,13 @@ class HostProcess(Host):
         self._arrivals.close()
         if self._executor is not None:
             self._executor.close()
+
+
+def _crosses_hosts(plan: Plan, num_hosts: int) -> bool:
+    """Whether something goes from one process to another that is no collective."""
+    submeshes = {(stage.hosts, stage.devices) for stage in plan.stages}
+    is_shared = all(len(set(hosts)) == num_hosts for hosts, _ in submeshes)
+    return num_hosts > 1 and not (is_shared and len(submeshes) == 1)
 
 
 def _check(task: HostTask) -> None:

@@ -19,6 +19,7 @@ from launcher.config import Config
 from launcher.host_process import HostProcess
 from launcher.models.model import Model
 from launcher.outputs import make_meter, make_sinks
+from launcher.resume import own_store
 from launcher.runtime.checkpoint_manifest import Progress
 from launcher.runtime.goodput import Goodput
 from launcher.runtime.host_contract import HostReady, HostTask
@@ -73,6 +74,7 @@ def train_on_hosts(job: HostsJob, on_fewer: Callable[[int], HostsJob]) -> TrainS
         max_restarts=runtime.max_restarts,
         heartbeat_s=runtime.heartbeat_s,
         fewer_hosts=fewer if job.config.replan and len(job.cluster.kinds) == 1 else None,
+        saved_step=lambda: max(own_store(job.config, job.run_dir).steps(), default=0),
     )
     with RayPool(address, len(run.seats), log_path) as pool:
         with phase(job.console, f"joining Ray at {address}" if address else "starting Ray"):

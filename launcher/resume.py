@@ -87,9 +87,14 @@ class Start:
         return values(self.checkpoint.arrays, model) if self.checkpoint else None
 
 
+def own_store(config: Config, run_dir: Path) -> CheckpointStore:
+    """Where a run's own checkpoints are."""
+    return CheckpointStore(Path(config.checkpoint.dir or run_dir / FOLDER_NAME))
+
+
 def find_start(config: Config, run_dir: Path) -> Start:
     """Look for the checkpoint that the config asks for, and read it."""
-    own = CheckpointStore(Path(config.checkpoint.dir or run_dir / FOLDER_NAME))
+    own = own_store(config, run_dir)
     if config.mode not in ("train", "eval"):
         return Start(store=own)
     if config.mode == "train":

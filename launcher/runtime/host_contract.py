@@ -137,6 +137,11 @@ class HostBeat:
     waited_s: float = 0.0
     events: tuple[HostEvent, ...] = ()
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether it is at an instruction, and not at what steps say nothing of."""
+        return self.doing[:1].isdigit()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostEnd:

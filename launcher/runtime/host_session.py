@@ -197,10 +197,11 @@ class HostSession:
             return f"; its stages: {stages}" if stages else ""
         waited = f", waiting for {beat.waiting_for}" if beat.waiting_for else ""
         stage = "" if beat.stage is None else f" of stage {beat.stage}"
-        return (
-            f"; its last instruction was {beat.doing}{stage} in step {max(beat.steps_begun, 1)}{waited}, "
-            f"and it had done {beat.steps_done} steps"
-        )
+        step = max(beat.steps_begun, 1)
+        what = f"its last instruction was {beat.doing}{stage} in step {step}"
+        if not beat.is_in_step:
+            what = f"it was {beat.doing} its part{stage} after step {step}"
+        return f"; {what}{waited}, and it had done {beat.steps_done} steps"
 
     def _how_far(self) -> str:
         told = (beat for beat in self._beats.newest if beat is not None)

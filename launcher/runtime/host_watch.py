@@ -16,7 +16,6 @@ Time in which the supervisor itself did not run (a suspended laptop) is nobody's
 more than a heartbeat counts.
 """
 
-import re
 import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -28,7 +27,6 @@ SILENT_BEATS, SLOW_STEPS, LONGEST_RESTS = 10, 10, 3
 UNMEASURED_LIMIT_S, PREPARING_LIMIT_S, PREPARING_SILENCE = 600.0, 1800.0, 6
 _MEDIAN_OF = 100
 _HEARD_BEATS = 3  # since the last one that was answered
-_INSTRUCTION = re.compile(r"\d")  # begins with its stage, such as 2F0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,8 +128,7 @@ class HostWatch:
     def _is_unmeasured(self) -> bool:
         """Whether a host does something that steps say nothing of, or no step is done."""
         return not self._steps_s or any(
-            beat is not None and beat.doing and not _INSTRUCTION.match(beat.doing)
-            for beat in self._beats
+            beat is not None and beat.doing and not beat.is_in_step for beat in self._beats
         )
 
     def _measure_steps(self) -> None:

@@ -19,7 +19,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from launcher.errors import NoRestartLeftError
-from launcher.runtime.host_contract import HostEvent, HostReady
+from launcher.run_state import note_phase
+from launcher.runtime.host_contract import HostReady
 from launcher.runtime.host_pool import HostPool, TooFewHostsError
 from launcher.runtime.host_record import HostRecord
 from launcher.runtime.host_session import HostLostError, HostRun, HostSession
@@ -40,11 +41,13 @@ class Policy:
 
     Attributes:
         fewer_hosts: gives the same run, planned anew for so many; None: it must not be.
+        saved_step: the step of the newest checkpoint, 0 without one.
     """
 
     max_restarts: int
     heartbeat_s: float
     fewer_hosts: Callable[[int], HostRun] | None
+    saved_step: Callable[[], int]
 
 
 class Supervisor:
@@ -59,7 +62,7 @@ class Supervisor:
         self._open_record = open_record
         self._record: HostRecord | None = None
         self._recorded: HostRun | None = None
-        self._left_over: tuple[HostEvent, ...] = ()
+        self._session: HostSession | None = None
         self._restarts = 0
 
     def run(self) -> TrainSummary:
@@ -70,7 +73,7 @@ class Supervisor:
         try:
             summary, interrupt = self._train()
         except BaseException as error:
-            self._pool.kill()
+            self._end_all()
             if self._record is not None:
                 self._record.finish_despite(error)
             raise
@@ -80,9 +83,9 @@ class Supervisor:
 
     def _train(self) -> tuple[TrainSummary, Interrupt]:
         while True:
-            session = HostSession(self._pool, self._this_start(), self._policy.heartbeat_s)
+            self._session = HostSession(self._pool, self._this_start(), self._policy.heartbeat_s)
             try:
-                self._bring_up(session)
+                self._bring_up(self._session)
             except TooFewHostsError as error:
                 self._go_on_with_fewer(error)
                 continue
@@ -92,8 +95,9 @@ class Supervisor:
             try:
                 # Until here a signal ends the run at once; from here it leaves a note, and a checkpoint.
                 with Interrupt() as interrupt:
-                    summary = self._train_once(session, interrupt)
-                    return self._record.finish(summary, interrupt.status), interrupt
+                    summary = self._train_once(self._session, interrupt)
+                    record, self._record = self._record, None
+                    return record.finish(summary, interrupt.status), interrupt
             except HostLostError as lost:
                 self._begin_anew(lost)
 
@@ -104,41 +108,42 @@ class Supervisor:
         return replace(self._run, task=replace(self._run.task, started_s=time.time()))
 
     def _bring_up(self, session: HostSession) -> None:
-        count = len(self._run.seats)
+        count, run_dir = len(self._run.seats), self._run.task.run_dir
+        note_phase(run_dir, "compiling")
         text = "starting 1 host" if count == 1 else f"starting {count} hosts"
         with self._phase(text) as progress:
             ready = session.bring_up(self._patience_s, progress)
+        note_phase(run_dir, "training")
         for host in ready:
             log.info("host %d (%s): %s", host.host, session.place(host.host), host.text)
         if self._recorded is self._run:
-            self._go_back(ready[0].first_step)
+            log.info("going on after step %d", ready[0].first_step)
+            self._record.rewind(ready[0].first_step)
         else:
             self._record = self._open_record(self._run, ready)
             self._recorded = self._run
-
-    def _go_back(self, step: int) -> None:
-        """To the checkpoint, which all hosts have written: what was reported up to there counts."""
-        for event in self._left_over:
-            if event.kind == "row" and event.step <= step:
-                self._record.take(event)
-        log.info("going on after step %d", step)
-        self._record.rewind(step)
 
     def _train_once(self, session: HostSession, interrupt: Interrupt) -> TrainSummary:
         try:
             return session.train(self._record, interrupt)
         except HostLostError as lost:
-            self._left_over = session.left_over
-            self._log_left_over()
             # A scheduler may have ended the host too: what was asked for counts.
             done, planned = self._record.num_steps, self._record.planned_steps
             interrupt.raise_if_requested(f"after step {done} of {planned}, in which {lost}")
             raise
 
-    def _log_left_over(self) -> None:
-        """Lines of steps that may not count may still say what went wrong."""
-        for event in self._left_over:
-            if event.kind == "log":
+    def _end_all(self) -> None:
+        """End all hosts, and count what they have still reported.
+
+        Rows of steps that a checkpoint has: all hosts have done those, and they are not done again. Lines for
+        the log in any case: they may say what went wrong.
+        """
+        self._pool.kill()
+        left_over = self._session.left_over if self._session else ()
+        self._session = None
+        saved_step = self._policy.saved_step() if left_over else 0
+        for event in left_over:
+            if event.kind == "log" or (event.kind == "row" and event.step <= saved_step):
                 self._record.take(event)
 
     @property
@@ -148,7 +153,7 @@ class Supervisor:
 
     def _begin_anew(self, lost: HostLostError) -> None:
         """End all hosts; the next start goes on from the last checkpoint, if there is to be one."""
-        self._pool.kill()
+        self._end_all()
         limit = self._policy.max_restarts
         if self._restarts >= limit:
             again = f"it was begun anew {limit} times" if limit else "it is not begun anew"

@@ -62,7 +62,9 @@ def supervise(world: World, told: Told, *, max_restarts: int = 3, fewer=None):
         begun = Begun(planned_steps=world.steps, first_step=ready[0].first_step, progress=None)
         return HostRecord([told], METER, begun, Goodput)
 
-    policy = Policy(max_restarts=max_restarts, heartbeat_s=HEARTBEAT_S, fewer_hosts=fewer)
+    policy = Policy(max_restarts=max_restarts, heartbeat_s=HEARTBEAT_S, fewer_hosts=fewer,
+        saved_step=lambda: world.checkpoint,
+    )  # fmt: skip
     phase = lambda text: contextlib.nullcontext(lambda state: None)  # noqa: E731
     try:
         with stop_at_once():
@@ -108,6 +110,12 @@ def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
     assert why in line
 
 
+def test_a_host_that_is_lost_between_steps(caplog):
+    supervise(World(faults=(Fault(host=1, kind="dies", step=6),), doing="saving"), Told())
+    (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
+    assert re.search(r"; it was saving its part of stage 1 after step \d, and it had done \d", line)
+
+
 def test_no_step_counts_that_not_every_host_has_done():
     """Host 2 never does step 7, and the others have; nor is it told when the run then fails."""
     world, told = World(faults=(Fault(host=2, kind="dies", step=6),)), Told()
@@ -116,6 +124,16 @@ def test_no_step_counts_that_not_every_host_has_done():
     assert told.steps == all_steps(world)[: len(told.steps)]
     assert len(told.steps) <= 6
     assert [s.status for s in told.summaries] == ["failed"]
+    assert told.summaries[0].steps == len(told.steps)
+
+
+def test_what_a_checkpoint_has_is_told_also_of_a_run_that_ends():
+    """Whoever goes on from it makes these steps no more."""
+    world, told = World(faults=(Fault(host=1, kind="dies", step=9),)), Told()
+    with pytest.raises(TrainingError):
+        supervise(world, told, max_restarts=0)
+    assert world.checkpoint == 8
+    assert told.steps[:8] == all_steps(world)[:8]
     assert told.summaries[0].steps == len(told.steps)
 
 
@@ -260,5 +278,19 @@ def test_what_a_sink_cannot_write_ends_the_run():
         def write(self, row) -> None:
             raise TrainingError("disk full")
 
+    told = Full()
     with pytest.raises(TrainingError, match="disk full"):
-        supervise(World(), Full())
+        supervise(World(), told)
+    assert len(told.summaries) == 1
+
+
+def test_a_summary_that_cannot_be_written_is_not_written_again():
+    class Full(Told):
+        def finish(self, summary) -> None:
+            super().finish(summary)
+            raise TrainingError("disk full")
+
+    told = Full()
+    with pytest.raises(TrainingError, match="disk full"):
+        supervise(World(), told)
+    assert [summary.status for summary in told.summaries] == ["done"]

@@ -46,6 +46,7 @@ class World:
     checkpoint_every: int = 4
     faults: tuple[Fault, ...] = ()
     checkpoint: int = 0
+    doing: str = ""  # instead of instructions
     starts: int = -1
     room: list[int] = field(default_factory=lambda: [99])  # hosts that there is room for, by start
     done: dict[int, int] = field(default_factory=dict)
@@ -112,7 +113,8 @@ class FakeHost(Host):
             events, self.events = tuple(self.events), []
             return HostBeat(
                 host=self.host, phase=self.phase, steps_begun=self.begun, steps_done=self.steps_done,
-                stage=self.host, doing=f"{self.host}F0" if self.begun else "", events=events,
+                stage=self.host, events=events,
+                doing=self.world.doing or (f"{self.host}F0" if self.begun else ""),
             )  # fmt: skip
 
     def hold(self) -> int:
