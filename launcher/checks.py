@@ -46,6 +46,7 @@ def validate(config: Config) -> None:
     _check_end(config)
     _check_profile(config)
     _check_resume(config)
+    _check_runtime(config)
 
 
 def _check_names(config: Config) -> None:
@@ -306,6 +307,43 @@ def _check_profile(config: Config) -> None:
             "runtime=emulate contradicts mode=profile, which would measure this CPU in place of "
             f"cluster={config.cluster.name}: leave it out, or take cluster=cpu8"
         )
+
+
+def _check_runtime(config: Config) -> None:
+    """Who runs the plan, and what several processes cannot do yet."""
+    runtime = config.runtime
+    address = f"runtime.address={runtime.address}"
+    is_given = runtime.address not in (None, "auto")
+    if is_given and not _is_host_and_port(runtime.address):
+        raise ConfigError(
+            f"{address} is not of the form host:port: give that of the head node, such as "
+            f"runtime.address=10.0.0.1:6379 (`ray status` on it shows it), auto or null"
+        )
+    if is_given and runtime.name in ("local", "emulate"):
+        raise ConfigError(
+            f"{address} contradicts runtime={runtime.name}, which runs in this process: leave it out, or "
+            f"take runtime=ray"
+        )
+    if runtime.name != "ray":
+        return
+    if config.mode in ("eval", "profile"):
+        raise ConfigError(
+            f"runtime=ray contradicts mode={config.mode}, which runs in one process: leave it out"
+        )
+    for key, steps in (
+        ("train.trace_steps", config.train.trace_steps),
+        ("train.profile_steps", config.train.profile_steps),
+    ):
+        if steps:
+            raise ConfigError(
+                f"{key}={_list(steps)} contradicts runtime=ray, as only the steps of one process are "
+                f"watched: leave it out, or take runtime=emulate"
+            )
+
+
+def _is_host_and_port(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    return bool(colon and host) and "/" not in address and port.isdecimal() and int(port) < 2**16
 
 
 def _reject_heads(hidden: int, heads: int) -> None:

@@ -271,8 +271,11 @@ class LoggerConfig:
 class RuntimeConfig:
     """What executes the plan."""
 
-    name: str  # auto | local | emulate
+    name: str  # auto | local | emulate | ray
     compilation_cache: str = "auto"  # auto | off | a folder
+    address: str | None = "auto"  # of Ray: host:port | auto (RAY_ADDRESS, if set) | null (its own)
+    max_restarts: int = 3  # how often a run begins anew that has lost a host
+    heartbeat_s: float = 1.0  # between two looks at every host; ten without a sign: it is lost
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,10 @@ class TrainingError(LauncherError):
     exit_status = 5
 
 
+class LostPeerError(TrainingError):
+    """What a host was to get from another one has failed or not come: no verdict on the run."""
+
+
 class StorageError(LauncherError):
     """What a run must write or read back cannot be written or read."""
 

@@ -20,7 +20,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "data.tokenizer": ("bytes", "bpe"),
     "optimizer.decay": ("constant", "cosine", "linear"),
     "logger.name": ("wandb", "jsonl"),
-    "runtime.name": ("auto", "local", "emulate"),
+    "runtime.name": ("auto", "local", "emulate", "ray"),
 }
 
 # Values that the interface has and this version has not.
@@ -80,6 +80,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "checkpoint.every_steps": ALSO_NONE,
     "checkpoint.every_minutes": (0, 10**6),
     "checkpoint.keep": COUNTS,
+    "runtime.max_restarts": ALSO_NONE,
+    "runtime.heartbeat_s": (0.1, 3601),
 }
 
 # Fields that name files and folders.

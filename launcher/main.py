@@ -15,20 +15,27 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from launcher import data, models
+from launcher import data
 from launcher.autopar.budget import check_tokens
 from launcher.autopar.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
 from launcher.autopar.plan import Plan
 from launcher.autopar.plan_file import read_plan
-from launcher.autopar.planned_model import as_planned, describe_model
 from launcher.autopar.space import PlanOptions
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
-from launcher.inputs import emulates, find_cluster, plan_options
+from launcher.inputs import (
+    build_model,
+    emulates,
+    find_cluster,
+    plan_options,
+    runs_on_hosts,
+    train_settings,
+)
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
+from launcher.on_hosts import HostsJob, train_on_hosts
 from launcher.outputs import find_sampler, make_meter, make_sinks
 from launcher.resume import Start, check_start, find_start, make_checkpoints, plan_to_keep
 from launcher.run_state import note_phase
@@ -105,6 +112,9 @@ def _run(config: Config, run_dir: Path) -> int:
     if config.mode == "plan":
         reporter.write_summary(planned)
         return 0
+    if runs_on_hosts(config, cluster):
+        train_on_hosts(hosts_job(setup, planned), partial(plan_for_fewer, setup))
+        return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
     if config.mode == "eval":
         evaluate(setup, planned, grid)
@@ -113,14 +123,19 @@ def _run(config: Config, run_dir: Path) -> int:
     return 0
 
 
-def make_setup(config: Config, run_dir: Path, console: Console) -> Setup:
-    """Build everything but the plan; what the user got wrong about it is found here."""
+def make_setup(
+    config: Config, run_dir: Path, console: Console, cluster: AnyCluster | None = None
+) -> Setup:
+    """Build everything but the plan; what the user got wrong about it is found here.
+
+    `cluster` is that of the config, where it has been found already.
+    """
     goodput = Goodput(run_dir if config.mode == "train" else None)
-    cluster = find_cluster(config)
+    cluster = cluster or find_cluster(config)
     start = find_start(config, run_dir)
     from_file = config.parallel.name == "from_file"
     given = read_plan(Path(config.parallel.path)) if from_file else None
-    model = build_model(config, cluster, given or start.plan)
+    model = build_model(config, cluster, given or start.plan, emulated=emulates(config))
     check_tokens(config.train.tokens, model)
     optimizer = build_optimizer(config.optimizer, config.train.steps, model.dtype)
     computes = config.mode != "plan"
@@ -177,7 +192,7 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
         train_loop.run(
             executor,
             setup.dataset,
-            train_settings(config, planned, start),
+            train_settings(config, planned.plan, start),
             meter,
             sinks_of(setup, planned, meter, config.train.steps, local.compilation),
             learning_rate=optimizer.schedule,
@@ -186,6 +201,34 @@ def train(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
             goodput=setup.goodput,
             at_end=make_end(setup, planned, local.arrays),
         )
+
+
+def hosts_job(setup: Setup, planned: Planned) -> HostsJob:
+    """What the processes of the hosts carry out, who read the checkpoint themselves."""
+    if setup.start.checkpoint is not None:
+        setup.start.checkpoint.release()
+    return HostsJob(
+        config=setup.config,
+        run_dir=setup.run_dir,
+        started_s=setup.goodput.started_s,
+        console=setup.console,
+        cluster=setup.cluster,
+        model=setup.model,
+        planned=planned,
+        metrics=make_reporter(setup).metrics(planned),
+        progress=setup.start.progress,
+    )
+
+
+def plan_for_fewer(setup: Setup, num_hosts: int) -> HostsJob:
+    """The same run from its last checkpoint, on so many hosts."""
+    asked = dataclasses.replace(setup.config.cluster, hosts=num_hosts)
+    config = dataclasses.replace(setup.config, cluster=asked)
+    cluster = setup.cluster.replace(hosts=num_hosts)
+    setup = make_setup(config, setup.run_dir, setup.console, cluster)
+    planned = make_plan(setup)
+    make_reporter(setup).report(planned, None)
+    return hosts_job(setup, planned)
 
 
 def first_weights(setup: Setup) -> Values | None:
@@ -250,28 +293,13 @@ def evaluate(setup: Setup, planned: Planned, grid: np.ndarray) -> None:
     evaluation_run.run(
         evaluation,
         setup.dataset,
-        dataclasses.replace(train_settings(config, planned, start), steps=step, first_step=step),
+        dataclasses.replace(
+            train_settings(config, planned.plan, start), steps=step, first_step=step
+        ),
         meter,
         sinks_of(setup, planned, meter, step, evaluation.compilation),
         explain_memory=explain_memory(planned, grid),
         at_end=make_end(setup, planned, evaluation.arrays),
-    )
-
-
-def train_settings(config: Config, planned: Planned, start: Start) -> train_loop.TrainSettings:
-    """How long to train from where, and when to evaluate."""
-    watched_steps = {*config.train.trace_steps, *config.train.profile_steps}
-    return train_loop.TrainSettings(
-        steps=config.train.steps,
-        global_batch=planned.plan.global_batch,
-        eval_every=config.train.eval_every,
-        eval_batches=config.train.eval_batches,
-        first_step=start.step,
-        progress=start.progress,
-        nonfinite_steps=config.train.nonfinite_steps,
-        max_rollbacks=config.train.max_rollbacks,
-        # What is written after a watched step holds up the next one.
-        untypical_steps=frozenset(step + late for step in watched_steps for late in (0, 1)),
     )
 
 
@@ -292,27 +320,6 @@ def make_end(
 def explain_memory(planned: Planned, grid: np.ndarray) -> Callable[[BaseException], TrainingError]:
     """What to say when a device's memory is used up and nobody knows by which instruction."""
     return partial(memory_error, plan=planned.plan, doing=None, devices=[d for d in grid.flat if d])
-
-
-def build_model(config: Config, cluster: AnyCluster, given: Plan | None) -> Model:
-    """The model; what is left open is as in the given plan, or decided by the cluster."""
-    emulated = emulates(config) or not cluster.has_accelerators
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "fp32" if emulated else cluster.default_dtype
-    if dtype == "fp64":
-        jax.config.update("jax_enable_x64", True)
-    resolved = models.resolve(
-        as_planned(config.model, given),
-        memory_bytes=cluster.memory_bytes,
-        has_accelerator=cluster.has_accelerators,
-        dtype=dtype,
-        without_cudnn=cluster.without_cudnn,
-        prefer_plain=emulated and given is None,
-    )
-    model = models.build(resolved)
-    log.info("model: %s", describe_model(model))
-    return model
 
 
 def make_plan(setup: Setup) -> Planned:
@@ -365,7 +372,7 @@ def audit_plan(
 
     With `mode=plan`, CPU devices stand for the cluster's.
     """
-    stand_in = emulates(config) or config.mode == "plan"
+    stand_in = emulates(config) or config.mode == "plan" or runs_on_hosts(config, cluster)
     grid = devices.acquire(cluster, emulated=stand_in)
     with phase(console, "auditing") as progress:
         audits = plan_audit.audit_plan(planned.realized, model, optimizer, grid, progress)

@@ -27,7 +27,14 @@ from launcher.runtime.checkpoint_store import (
     CheckpointStore,
     read_checkpoint,
 )
-from launcher.runtime.checkpointer import Checkpointer, Checkpoints, NoCheckpoints, SaveSettings
+from launcher.runtime.checkpointer import (
+    Checkpointer,
+    Checkpoints,
+    NoCheckpoints,
+    Onlooker,
+    SaveSettings,
+)
+from launcher.runtime.shared_store import SharedStore, Writers
 from launcher.runtime.training_state import check_arrays, values
 
 log = logging.getLogger(__name__)
@@ -80,9 +87,14 @@ class Start:
         return values(self.checkpoint.arrays, model) if self.checkpoint else None
 
 
+def own_store(config: Config, run_dir: Path) -> CheckpointStore:
+    """Where a run's own checkpoints are."""
+    return CheckpointStore(Path(config.checkpoint.dir or run_dir / FOLDER_NAME))
+
+
 def find_start(config: Config, run_dir: Path) -> Start:
     """Look for the checkpoint that the config asks for, and read it."""
-    own = CheckpointStore(Path(config.checkpoint.dir or run_dir / FOLDER_NAME))
+    own = own_store(config, run_dir)
     if config.mode not in ("train", "eval"):
         return Start(store=own)
     if config.mode == "train":
@@ -220,9 +232,11 @@ def plan_to_keep(start: Start, config: Config, cluster: AnyCluster) -> Plan | No
 
 def make_checkpoints(
     start: Start, config: Config, model: Model, plan: Plan, dataset_name: str,
-    arrays: Callable[[], Mapping[str, jax.Array]],
+    arrays: Callable[[], Mapping[str, jax.Array]], *,
+    writers: Writers | None = None, since: Callable[[], float] | None = None,
+    onlooker: Onlooker | None = None,
 ) -> Checkpoints:  # fmt: skip
-    """What writes the checkpoints of a run."""
+    """What writes the checkpoints of a run; `writers` and `since` are for hosts that do it together."""
     asked = config.checkpoint
     if not asked.writes:
         return NoCheckpoints()
@@ -248,4 +262,7 @@ def make_checkpoints(
         keep=asked.keep,
         best=asked.best,
     )
-    return Checkpointer(start.store, settings, run, arrays, first_step=start.step)
+    store = SharedStore(start.store, writers) if writers else start.store
+    return Checkpointer(
+        store, settings, run, arrays, first_step=start.step, since=since, onlooker=onlooker
+    )

@@ -221,7 +221,6 @@ MISTAKES = [
     # What mode=profile measures.
     (["mode=profile", "runtime=emulate"], "runtime=emulate contradicts mode=profile"),
     (["profile.name=mine"], "profile.name=mine contradicts mode=train, which measures nothing"),
-    (["runtime=ray"], "runtime=ray is not in this version yet"),
     # Virtual stages.
     (["parallel.virtual_stages=2"], "parallel.virtual_stages=2 contradicts parallel.schedule=null"),
     (

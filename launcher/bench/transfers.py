@@ -103,8 +103,8 @@ def _measure(case: Case, source: Mesh, target: Mesh, num_bytes: int) -> tuple[Fi
     wanted = NamedSharding(target, to_partition_spec(case.target, 2, _NAMES))
 
     def channel_of(crossing: Crossing) -> Callable[[jax.Array], jax.Array]:
-        channel = InProcess().channel("activation", source, target, {0: crossing})
-        return lambda value: channel.receive(channel.send({0: value}))[0]
+        channel = InProcess().channel("activation", (0, 1), source, target, {0: crossing})
+        return lambda value: channel.hand_over({0: value})[0]
 
     def plain(value: jax.Array) -> jax.Array:
         return jax.device_put(value, wanted)

@@ -34,7 +34,7 @@ USER_ERRORS = (
 )  # fmt: skip
 
 # Options that the interface has and this version has not.
-LATER_OPTIONS = ("runtime/ray", "hydra/launcher/slurm")
+LATER_OPTIONS = ("hydra/launcher/slurm",)
 
 _EXPECTED = {
     int: "a whole number",

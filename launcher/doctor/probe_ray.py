@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launcher.doctor.ray_session import cluster_address
+from launcher.runtime.ray_pool import ray_address
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     import ray
 
     (folder,) = arguments
-    address = cluster_address(os.environ)
+    address = ray_address("auto", os.environ)
     if address:
         ray.init(address=address, log_to_driver=False)
     else:

@@ -1,7 +1,6 @@
 """Ray: can a session be started here, or the cluster of RAY_ADDRESS be reached?"""
 
 import json
-import secrets
 import sys
 import tempfile
 import time
@@ -11,12 +10,11 @@ from urllib.parse import urlsplit
 from launcher.doctor.commands import Outcome, Runner
 from launcher.doctor.findings import Finding, failed, ok
 from launcher.doctor.wording import counted
+from launcher.runtime.ray_pool import QUIETLY, own_token, ray_address
 
 LIMIT_S = 60.0
 CONNECT_LIMIT_S = 3.0
 PROBE = (sys.executable, "-m", "launcher.doctor.probe_ray")
-# No figures about its use leave the machine, and no hint about GPUs is mixed into the output.
-QUIETLY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
 def check_ray(
@@ -30,7 +28,7 @@ def check_ray(
         connect: opens a connection to a host and port within some seconds; returns what is in the
             way, or None. Ray itself tries for minutes.
     """
-    address = cluster_address(environment)
+    address = ray_address("auto", environment) or ""
     server = urlsplit(address if "//" in address else f"//{address}")
     if server.hostname and server.port:
         obstacle = connect(server.hostname, server.port, CONNECT_LIMIT_S)
@@ -42,7 +40,7 @@ def check_ray(
         prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
     ) as folder:
         start = time.perf_counter()
-        outcome = run((*PROBE, folder), LIMIT_S, QUIETLY if address else QUIETLY | _own_token())
+        outcome = run((*PROBE, folder), LIMIT_S, QUIETLY if address else QUIETLY | own_token())
         wall_s = time.perf_counter() - start
     if outcome is None or outcome.status != 0:
         reason = _reason(outcome)
@@ -54,17 +52,6 @@ def check_ray(
         yield ok(f"the Ray cluster of RAY_ADDRESS={address} answers: {extent}")
     else:
         yield ok(f"a local Ray session starts, runs a task and ends ({wall_s:.1f} s)")
-
-
-def cluster_address(environment: Mapping[str, str]) -> str:
-    """Return the address of a cluster that is to be used; "" where runs start their own session."""
-    address = environment.get("RAY_ADDRESS", "")
-    return "" if address == "local" else address
-
-
-def _own_token() -> Mapping[str, str]:
-    """A token for one session; without one Ray makes a lasting one in the home folder."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _reason(outcome: Outcome | None) -> str:

@@ -1,5 +1,7 @@
 """The programs of every stage of a realized plan, on the devices that the plan gives it."""
 
+from collections.abc import Collection
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,13 +13,18 @@ from launcher.runtime.stage_programs import StagePrograms
 
 
 def build_programs(
-    realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray
-) -> list[StagePrograms]:
-    """Build the programs of all stages, not compiled yet; `grid` are hosts by devices per host."""
-    return [
-        _programs(realized, index, model, optimizer, grid, split="backward_weight" in needed)
+    realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
+    stages: Collection[int] | None = None,
+) -> dict[int, StagePrograms]:  # fmt: skip
+    """Build the programs of some stages (None: all), not compiled yet, by stage.
+
+    `grid` are hosts by devices per host.
+    """
+    return {
+        index: _programs(realized, index, model, optimizer, grid, split="backward_weight" in needed)
         for index, needed in enumerate(needed_programs(realized.program, realized.wiring))
-    ]
+        if stages is None or index in stages
+    }
 
 
 def _programs(

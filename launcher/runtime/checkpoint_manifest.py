@@ -6,6 +6,7 @@ Reading is strict: a manifest of which one byte has changed is none.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,15 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 
 FORMAT_VERSION = 1
+ARRAYS_NAME = "arrays"
+_FOLDER = re.compile(rf"{ARRAYS_NAME}(-\d{{4,}})?")
+
+
+def host_folder(host: int) -> str:
+    """Where a host has its arrays, of those that write one checkpoint together."""
+    return f"{ARRAYS_NAME}-{host:04d}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceEntry:
+    """A block of an array of which several hosts have written parts; `start` is its first index."""
+
+    folder: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    checksum: str
+
+    def stored_name(self, array: str) -> str:
+        """Its name among the arrays of its folder."""
+        return f"{array}@{','.join(map(str, self.start))}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayEntry:
-    """One array as it was meant to be written."""
+    """One array as it was meant to be written.
+
+    Attributes:
+        folder: where it is whole.
+        pieces: of one that is not; its checksum is that of theirs.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     checksum: str
+    folder: str = ARRAYS_NAME
+    pieces: tuple[PieceEntry, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -135,17 +164,21 @@ def from_text(text: str) -> Manifest:
 def _check(manifest: Manifest) -> None:
     """Raise ValueError for what no launcher has written, whatever its checksum says."""
     progress = manifest.progress
+    pieces = [piece for entry in manifest.arrays.values() for piece in entry.pieces]
     numbers = (progress.loss, progress.best_loss, progress.eval_loss, manifest.eval_loss)
     counts = (
         manifest.step, manifest.samples, progress.skipped_steps, progress.skipped_in_a_row,
         *progress.left_out, *(length for entry in manifest.arrays.values() for length in entry.shape),
         *(entry.num_bytes for entry in manifest.files.values()),
+        *(count for piece in pieces for count in (*piece.start, *piece.shape)),
     )  # fmt: skip
+    folders = [entry.folder for entry in (*manifest.arrays.values(), *pieces)]
     texts = (manifest.run.plan, manifest.run.dataset, *(e.dtype for e in manifest.arrays.values()))
     checks = {
         "a number": all(v is None or type(v) in (int, float) for v in (*numbers, progress.step_s)),
         "a count": all(type(count) is int and count >= 0 for count in counts),
         "a text": all(isinstance(text, str) for text in texts),
+        "a folder of arrays": all(isinstance(f, str) and _FOLDER.fullmatch(f) for f in folders),
         "a path inside it": all(map(_is_inside, (*manifest.files, *manifest.arrays))),
     }
     wrong = [what for what, holds in checks.items() if not holds]
@@ -160,16 +193,22 @@ def _is_inside(name: str) -> bool:
 
 def _manifest(body: dict[str, Any]) -> Manifest:
     run = body["run"]
-    arrays = {
-        name: ArrayEntry(**entry | {"shape": tuple(entry["shape"])})
-        for name, entry in body["arrays"].items()
-    }
+    arrays = {name: array_entry(entry) for name, entry in body["arrays"].items()}
     files = {name: FileEntry(**entry) for name, entry in body["files"].items()}
     run_entry = RunEntry(**run | {"model": ModelEntry(**run["model"])})
     progress = Progress(**body["progress"] | {"left_out": tuple(body["progress"]["left_out"])})
     return Manifest(
         **body | {"run": run_entry, "progress": progress, "arrays": arrays, "files": files}
     )
+
+
+def array_entry(body: dict[str, Any]) -> ArrayEntry:
+    """An entry that JSON has made lists of."""
+    pieces = tuple(
+        PieceEntry(**piece | {key: tuple(piece[key]) for key in ("start", "shape")})
+        for piece in body.get("pieces", ())
+    )
+    return ArrayEntry(**body | {"shape": tuple(body["shape"]), "pieces": pieces})
 
 
 def dtype_of(entry: ArrayEntry) -> np.dtype:

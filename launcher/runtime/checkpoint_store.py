@@ -19,12 +19,14 @@ import math
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from launcher.autopar.atomic_file import write_atomically
@@ -32,6 +34,7 @@ from launcher.errors import StorageError
 from launcher.regular_file import open_regular, read_regular
 from launcher.runtime.checkpoint_arrays import checksum, read_arrays, write_arrays
 from launcher.runtime.checkpoint_manifest import (
+    ARRAYS_NAME,
     ArrayEntry,
     FileEntry,
     Manifest,
@@ -39,16 +42,12 @@ from launcher.runtime.checkpoint_manifest import (
     from_text,
     to_text,
 )
+from launcher.runtime.host_copies import to_host
 from launcher.runtime.metrics import to_json
 
 log = logging.getLogger(__name__)
 
-MANIFEST_NAME, PLAN_NAME, ARRAYS_NAME, BEST_NAME = (
-    "manifest.json",
-    "plan.json",
-    "arrays",
-    "best.json",
-)
+MANIFEST_NAME, PLAN_NAME, BEST_NAME = "manifest.json", "plan.json", "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,}|best\.json)\.\d+\.tmp")
 _KEY = "checkpoint.dir"
@@ -94,19 +93,61 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint and compare every array with its checksum; StorageError names what is damaged."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    shapes = {name: (dtype_of(entry), entry.shape) for name, entry in manifest.arrays.items()}
-    place = folder / ARRAYS_NAME
+    return Checkpoint(path=folder, manifest=manifest, arrays=read_whole(folder, manifest.arrays))
+
+
+def read_whole(folder: Path, entries: Mapping[str, ArrayEntry]) -> dict[str, np.ndarray]:
+    """Read arrays, whole or in pieces, from the folders that they are in."""
+    stored: dict[str, np.ndarray] = {}
+    for name, there in _by_folder(entries).items():
+        stored |= read_verified(folder / name, there)
+    return {name: _whole(folder, name, entry, stored) for name, entry in entries.items()}
+
+
+def _by_folder(arrays: Mapping[str, ArrayEntry]) -> dict[str, dict[str, ArrayEntry]]:
+    """What each folder has, whole arrays and pieces, under the names that they have there."""
+    found: dict[str, dict[str, ArrayEntry]] = defaultdict(dict)
+    for name, entry in arrays.items():
+        if not entry.pieces:
+            found[entry.folder][name] = entry
+        for piece in entry.pieces:
+            found[piece.folder][piece.stored_name(name)] = ArrayEntry(
+                dtype=entry.dtype, shape=piece.shape, checksum=piece.checksum, folder=piece.folder
+            )
+    return found
+
+
+def read_verified(place: Path, entries: Mapping[str, ArrayEntry]) -> dict[str, np.ndarray]:
+    """Read the arrays of a folder, and compare each with its checksum."""
+    shapes = {name: (dtype_of(entry), entry.shape) for name, entry in entries.items()}
     try:
         arrays = dict(read_arrays(place, shapes))
     except Exception as error:  # Orbax has no type of its own for what it cannot read
         raise _damaged(place, _first_line(error)) from error
-    for name, entry in manifest.arrays.items():
+    for name, entry in entries.items():
         array = arrays[name]
-        found = ArrayEntry(dtype=array.dtype.name, shape=array.shape, checksum=checksum(array))
+        found = ArrayEntry(
+            dtype=array.dtype.name, shape=array.shape, checksum=checksum(array), folder=entry.folder
+        )
         if found != entry:
             raise _damaged(place, f"{name} is {found} with checksum {found.checksum}, and {entry} "
                            f"with {entry.checksum} was written")  # fmt: skip
-    return Checkpoint(path=folder, manifest=manifest, arrays=arrays)
+    return arrays
+
+
+def _whole(folder: Path, name: str, entry: ArrayEntry, stored: dict[str, np.ndarray]) -> np.ndarray:
+    """An array, of its pieces if it has some; these are let go."""
+    if not entry.pieces:
+        return stored[name]
+    size = sum(math.prod(piece.shape) for piece in entry.pieces)
+    if size != math.prod(entry.shape):
+        raise _damaged(folder / MANIFEST_NAME, f"the pieces of {name} have {size} entries, and it "
+                       f"has {math.prod(entry.shape)}")  # fmt: skip
+    whole = np.empty(entry.shape, dtype_of(entry))
+    for piece in entry.pieces:
+        block = tuple(slice(b, b + n) for b, n in zip(piece.start, piece.shape, strict=True))
+        whole[block] = stored.pop(piece.stored_name(name))
+    return whole
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -114,7 +155,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         path = folder / name
         try:
-            found = _file_entry(path)
+            found = file_entry(path)
         except OSError as error:
             raise _damaged(path, error.strerror or str(error)) from error
         if found.num_bytes != entry.num_bytes:
@@ -125,7 +166,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             raise _damaged(path, f"its checksum is {found.checksum}, and was {entry.checksum}")
 
 
-def _file_entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16))
         return FileEntry(num_bytes=file.tell(), checksum=digest.hexdigest())
@@ -190,6 +231,13 @@ class CheckpointStore:
                 log.info("removing %s, which a save that was killed has left", path)
                 _remove(path)
 
+    def take(self, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Copy whole arrays to the host; returns when the devices are free to overwrite them."""
+        return to_host(arrays)
+
+    def abandon(self) -> None:
+        """There is nobody to wait for."""
+
     def save(self, manifest: Manifest, arrays: Mapping[str, np.ndarray], *, keep: int) -> Path:
         """Write and verify a checkpoint, then remove those that are not to be kept."""
         final = self.path(manifest.step)
@@ -201,16 +249,20 @@ class CheckpointStore:
             temporary.mkdir()
             _check_room(temporary, num_bytes)
             _write_into(temporary, manifest, arrays)
-            if final.exists():  # damaged: a whole one is not written again
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync(self.folder)
-            self._remove_old(keep)
+            self.commit(temporary, final, keep=keep)
         except OSError as error:
-            raise _cannot_write(final, error, num_bytes) from error
+            raise cannot_write(final, error, num_bytes) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return final
+
+    def commit(self, temporary: Path, final: Path, *, keep: int) -> None:
+        """Give a checkpoint that is whole and on the disk its name; then others may go."""
+        if final.exists():  # damaged, or of a past that the run has gone back from
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(self.folder)
+        self._remove_old(keep)
 
     def best(self) -> tuple[int, float] | None:
         """The step with the lowest evaluation loss and that loss; the first of equal ones."""
@@ -258,27 +310,53 @@ def _remove(path: Path) -> None:
 
 def _write_into(folder: Path, manifest: Manifest, arrays: Mapping[str, np.ndarray]) -> None:
     """Write all files, bring them to the disk, and read them back."""
+    _store_arrays(folder / ARRAYS_NAME, arrays)
+    described = dataclasses.replace(
+        manifest, arrays=entries_of(arrays), files=files_in(folder, folder / ARRAYS_NAME)
+    )
+    write_manifest(folder, described)
+    read_checkpoint(folder)
+
+
+def _store_arrays(place: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays into a folder that is not there yet, and bring them to the disk."""
     try:
-        write_arrays(folder / ARRAYS_NAME, arrays)
+        write_arrays(place, arrays)
     except OSError:
         raise
     except Exception as error:  # of the library below Orbax, which has no type for a full disk
         why = _first_line(error)
         code = ENOSPC if "RESOURCE_EXHAUSTED" in why else EIO
         raise OSError(code, why) from error
-    (folder / PLAN_NAME).write_text(manifest.run.plan)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
-    meant = to_text(dataclasses.replace(manifest, arrays=entries_of(arrays), files=entries))
+    sync_all(place)
+
+
+def sync_all(place: Path) -> None:
+    """Bring all that is below a place to the disk."""
+    for path in [*sorted(place.rglob("*")), place]:
+        sync(path)
+
+
+def files_in(folder: Path, place: Path) -> dict[str, FileEntry]:
+    """The files below a place, by their path in a checkpoint's folder."""
+    files = [path for path in sorted(place.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write what a checkpoint says of itself beside its arrays, bring it to the disk, and read it back."""
+    plan = folder / PLAN_NAME
+    plan.write_text(manifest.run.plan)
+    files = {**manifest.files, PLAN_NAME: file_entry(plan)}
+    meant = to_text(dataclasses.replace(manifest, files=files))
     (folder / MANIFEST_NAME).write_text(meant)
-    for path in [*sorted(folder.rglob("*")), folder]:
-        _sync(path)
-    read_checkpoint(folder)
+    for path in (plan, folder / MANIFEST_NAME, folder):
+        sync(path)
     if (folder / MANIFEST_NAME).read_text() != meant:
         raise _damaged(folder / MANIFEST_NAME, "it is not what was written")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or the list of a folder's files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -287,7 +365,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: OSError, num_bytes: int) -> StorageError:
+def cannot_write(path: Path, error: OSError, num_bytes: int) -> StorageError:
     why = error.strerror or str(error)
     cure = f"set {_KEY} to a folder that can be written"
     if error.errno in (ENOSPC, EDQUOT, EFBIG):

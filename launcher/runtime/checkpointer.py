@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import jax
@@ -18,9 +19,8 @@ import numpy as np
 
 from launcher.data.order import batch_number
 from launcher.runtime.checkpoint_manifest import Manifest, Progress, RunEntry
-from launcher.runtime.checkpoint_store import Checkpoint, CheckpointStore
+from launcher.runtime.checkpoint_store import Checkpoint
 from launcher.runtime.metrics import finite
-from launcher.runtime.training_state import to_host
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,33 @@ class Checkpoints(Protocol):
         """The same for a run that has failed already: what fails is logged."""
 
 
+class Store(Protocol):
+    """Where checkpoints go: `CheckpointStore`, or `SharedStore` where several hosts write each together."""
+
+    def best(self) -> tuple[int, float] | None: ...
+
+    def newest_intact(self) -> Checkpoint | None: ...
+
+    def take(self, arrays: Mapping[str, jax.Array]) -> Mapping:
+        """Copy what this process writes to the host; returns when the devices may overwrite it."""
+
+    def save(self, manifest: Manifest, arrays: Mapping, *, keep: int) -> Path:
+        """Write what was taken."""
+
+    def abandon(self) -> None:
+        """Wait for no other process any more."""
+
+
+class Onlooker:
+    """Is told what a `Checkpointer` does; this one lets it."""
+
+    def saves(self) -> None:
+        """The steps wait for a checkpoint from now on."""
+
+    def writes(self, num_steps: int) -> None:
+        """A checkpoint of so many steps is about to be written, in the background: when this returns."""
+
+
 class NoCheckpoints:
     """Of a run that writes none."""
 
@@ -83,14 +110,19 @@ class Checkpointer:
     """Saves what `snapshot` gives into a store."""
 
     def __init__(
-        self, store: CheckpointStore, settings: SaveSettings, run: RunEntry,
+        self, store: Store, settings: SaveSettings, run: RunEntry,
         snapshot: Callable[[], Mapping[str, jax.Array]],
         *, first_step: int = 0, clock: Callable[[], float] = time.perf_counter,
+        since: Callable[[], float] | None = None, onlooker: Onlooker | None = None,
     ):  # fmt: skip
-        """`snapshot` gives all arrays where they lie; `first_step` is the one that is saved already."""
+        """`snapshot` gives all arrays where they lie; `first_step` is the one that is saved already.
+
+        `since` is the clock that says when one is due by time; None: `clock` does. Hosts share one.
+        """
         self._store, self._settings, self._run = store, settings, run
-        self._snapshot, self._clock = snapshot, clock
-        self._saved_step, self._saved_s = first_step, clock()
+        self._snapshot, self._clock, self._since = snapshot, clock, since or clock
+        self._onlooker = onlooker or Onlooker()
+        self._saved_step, self._saved_s = first_step, self._since()
         best = store.best()
         self._best_loss = None if best is None else best[1]
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
@@ -101,7 +133,7 @@ class Checkpointer:
         if num_steps == self._saved_step:
             return False
         steps, seconds = self._settings.every_steps, self._settings.every_s
-        by_time = seconds is not None and self._clock() - self._saved_s >= seconds
+        by_time = seconds is not None and self._since() - self._saved_s >= seconds
         return ends or by_time or (steps is not None and num_steps % steps == 0)
 
     def after_step(
@@ -134,7 +166,8 @@ class Checkpointer:
             self._writer.shutdown()
 
     def close(self) -> None:
-        """Wait for the writer; what it raises comes too late to end the run."""
+        """Wait for the writer, but for no other host; what it raises comes too late to end the run."""
+        self._store.abandon()
         try:
             self.finish()
         except Exception as error:
@@ -142,8 +175,9 @@ class Checkpointer:
 
     def _save(self, num_steps: int, progress: Progress, eval_loss: float | None) -> float:
         begun_s = self._clock()
+        self._onlooker.saves()
         self._wait()
-        arrays = to_host(self._snapshot())
+        arrays = self._store.take(self._snapshot())
         manifest = Manifest(
             step=num_steps,
             samples=batch_number(num_steps, progress.left_out) * self._run.global_batch,
@@ -152,13 +186,14 @@ class Checkpointer:
             run=self._run,
             arrays={},
         )
-        self._saved_step, self._saved_s = num_steps, self._clock()
-        taken_s = self._saved_s - begun_s
+        self._saved_step, self._saved_s = num_steps, self._since()
+        taken_s = self._clock() - begun_s
         self._writing = self._writer.submit(self._write, manifest, arrays, taken_s)
         return taken_s
 
     def _write(self, manifest: Manifest, arrays: dict[str, np.ndarray], taken_s: float) -> None:
         begun_s = self._clock()
+        self._onlooker.writes(manifest.step)
         path = self._store.save(manifest, arrays, keep=self._settings.keep)
         log.info(
             "checkpoint %s: %.3f s taken from the steps, %.2f s in the background",
@@ -168,4 +203,6 @@ class Checkpointer:
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
+            if not writing.done():
+                self._onlooker.saves()
             writing.result()

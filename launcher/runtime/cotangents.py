@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from launcher.autopar.graph import Value
 from launcher.autopar.realize import RealizedPlan
+from launcher.runtime.placing import put
 from launcher.runtime.stage_programs import StagePrograms
 from launcher.runtime.update import LossScale, compile_loss_cotangent
 
@@ -22,7 +23,7 @@ class Cotangents:
         parts = {value: _num_parts(realized, index, value) for value in self._values}
         abstract = {value: programs.abstract_cotangent(value) for value in self._values}
         self._zeros = {
-            value: jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
+            value: put(np.zeros(like.shape, like.dtype), like.sharding)
             for value, like in abstract.items()
             if value != self._loss and not parts[value]
         }

@@ -5,7 +5,9 @@ come before anything that touches a device.
 """
 
 import itertools
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -49,6 +51,12 @@ def discover(num_cpu_devices: int) -> Found:
     )
 
 
+def discover_apart(num_cpu_devices: int) -> Found:
+    """The same in a process of its own, so that this one takes no accelerator."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(discover, num_cpu_devices).result()
+
+
 def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
     """The devices of a cluster as an array, hosts by devices per host; None where a host has fewer.
 
@@ -65,9 +73,10 @@ def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
         raise ClusterError(
             f"cluster={cluster.name} needs {' and '.join(shapes)} "
             f"({cluster.num_devices} devices), this machine has {len(found)} "
-            f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster; submit it "
-            f"with mode=submit (a later version); or rehearse that cluster's shape on this CPU by adding "
-            f"runtime=emulate model.size=tiny"
+            f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster (several "
+            f"hosts: with Ray on each, and runtime.address=HEAD:6379); submit it with mode=submit (a later "
+            f"version); or rehearse that cluster's shape on this CPU by adding runtime=emulate "
+            f"model.size=tiny"
         )
     widths = [kind.devices_per_host for kind in cluster.kinds for _ in range(kind.num_hosts)]
     grid, left = np.full((len(widths), max(widths)), None, dtype=object), iter(found)

@@ -1,6 +1,6 @@
 """The evaluation loss on the stages of a running plan, forward only, a microbatch at a time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
 import jax
@@ -12,12 +12,14 @@ from launcher.autopar.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.runtime.compile_all import compile_all
 from launcher.runtime.executor import Batch
-from launcher.runtime.means import compile_mean
+from launcher.runtime.links import open_channels
+from launcher.runtime.means import LOSS, compile_mean
 from launcher.runtime.memory_error import Doing, memory_errors
 from launcher.runtime.microbatch_programs import MicrobatchPrograms
 from launcher.runtime.placement import place_microbatches, split_batch
+from launcher.runtime.placing import put
 from launcher.runtime.stage_signature import StageSignature
-from launcher.runtime.transport import Channel, Transport
+from launcher.runtime.transport import Channel, Home, Shared, Transport
 from launcher.runtime.weights import Held
 
 Arrays = dict
@@ -27,32 +29,33 @@ class Evaluator:
     """Plans and compiles nothing before it is asked to: a run that never evaluates pays nothing.
 
     Args:
-        training: what trains, whose devices and parameters evaluation shares.
+        training: by stage, what trains here, whose devices and parameters evaluation shares.
         transport: carries values between stages.
     """
 
     def __init__(
-        self, realized: RealizedPlan, model: Model, training: Sequence[StageSignature],
+        self, realized: RealizedPlan, model: Model, training: Mapping[int, StageSignature],
         transport: Transport,
     ):  # fmt: skip
         self._realized, self._model, self._training = realized, model, training
         self._transport = transport
         self._executables: Mapping[str, jax.stages.Compiled] = {}
+        self._num_microbatches = 0  # so far
 
     @cached_property
     def _pass(self) -> EvaluationPass:
         return realize_evaluation(self._realized, self._model)
 
     @cached_property
-    def _stages(self) -> list[StageSignature]:
-        return [
-            StageSignature(stage.emitter, trained.devices)
-            for stage, trained in zip(self._pass.stages, self._training, strict=True)
-        ]
+    def _stages(self) -> dict[int, StageSignature]:
+        return {
+            index: StageSignature(self._pass.stages[index].emitter, trained.devices)
+            for index, trained in self._training.items()
+        }
 
     def compilations(self) -> dict[str, Callable[[], jax.stages.Compiled]]:
         """How to compile all that an evaluation runs on its stages, by name."""
-        return {_name(index): partial(self._compile, index) for index in range(len(self._stages))}
+        return {_name(index): partial(self._compile, index) for index in self._stages}
 
     def _compile(self, index: int) -> jax.stages.Compiled:
         stage = self._stages[index]
@@ -63,29 +66,39 @@ class Evaluator:
     def take(self, executables: Mapping[str, jax.stages.Compiled]) -> None:
         """Take what was compiled, and prepare the small programs around it."""
         self._executables = executables
-        _ = self._channels, self._keys, self._mean
+        _ = self._channels, self._keys, self._mean, self._shared
 
     @cached_property
     def _channels(self) -> dict[Edge, Channel]:
-        return {
-            (source, target): self._transport.channel(
-                "evaluation", self._stages[source].mesh, self._stages[target].mesh, crossings
-            )
-            for (source, target), crossings in self._pass.activations.items()
-        }
+        meshes = {index: stage.mesh for index, stage in self._stages.items()}
+        return open_channels(self._transport, "evaluation", meshes, self._pass.activations)
 
     @cached_property
-    def _keys(self) -> list[jax.Array]:
+    def _keys(self) -> dict[int, jax.Array]:
         """Nothing is drawn at random, but the programs take a key."""
-        return [jax.device_put(np.zeros(2, np.uint32), stage.whole) for stage in self._stages]
+        zeros = np.zeros(2, np.uint32)
+        return {index: put(zeros, stage.whole) for index, stage in self._stages.items()}
 
     @cached_property
-    def _mean(self) -> jax.stages.Compiled:
-        loss, count = self._pass.traced.loss, self._realized.plan.num_microbatches
-        [stage] = [stage for stage in self._stages if loss in stage.layout.exports]
-        return compile_mean([stage.abstract_export(loss)] * count)
+    def _last(self) -> int:
+        """The stage that has the loss."""
+        loss = self._pass.traced.loss
+        [index] = [i for i, s in enumerate(self._pass.stages) if loss in s.layout.exports]
+        return index
 
-    def loss(self, batch: Batch, held: Sequence[Held]) -> jax.Array:
+    @cached_property
+    def _mean(self) -> jax.stages.Compiled | None:
+        loss, count = self._pass.traced.loss, self._realized.plan.num_microbatches
+        stage = self._stages.get(self._last)
+        return stage and compile_mean([stage.abstract_export(loss)] * count)
+
+    @cached_property
+    def _shared(self) -> Shared:
+        aval = self._pass.traced.graph.avals[self._pass.traced.loss]
+        like = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return self._transport.shared("evaluation loss", {LOSS: Home(self._last, like)})
+
+    def loss(self, batch: Batch, held: Mapping[int, Held]) -> jax.Array:
         """The mean loss over a global batch; `held` are the parameters and the state of each stage.
 
         What nobody has had compiled before is compiled now.
@@ -93,32 +106,40 @@ class Evaluator:
         if not self._executables:
             self.take(compile_all(self.compilations(), lambda text: None).executables)
         parts = split_batch(batch, self._realized.plan.num_microbatches)
-        placed = [place_microbatches(parts, stage) for stage in self._stages]
-        return self._mean([self._microbatch_loss(own, held) for own in zip(*placed, strict=True)])
+        placed = {i: place_microbatches(parts, stage) for i, stage in self._stages.items()}
+        losses = [
+            self._microbatch_loss({index: own[k] for index, own in placed.items()}, held)
+            for k in range(len(parts))
+        ]
+        own = {} if self._mean is None else {LOSS: self._mean(losses)}
+        return self._shared.all_of(own, self._num_microbatches)[LOSS]
 
-    def _microbatch_loss(self, leaves: Sequence[Arrays], held: Sequence[Held]) -> jax.Array:
+    def _microbatch_loss(
+        self, leaves: Mapping[int, Arrays], held: Mapping[int, Held]
+    ) -> jax.Array | None:
         """Dispatch the forward passes of the stages in turn; each waits for what it is sent."""
-        messages: dict[Edge, object] = {}
         loss = None
-        for index, stage in enumerate(self._stages):
+        for index, stage in self._stages.items():
             doing = Doing.evaluating(index)
             with memory_errors(self._realized.plan, doing, stage.devices):
-                exports = self._forward(index, leaves[index], held[index], messages)
+                exports = self._forward(index, leaves[index], held[index])
             loss = exports.get(self._pass.traced.loss, loss)
+        self._num_microbatches += 1
         return loss
 
-    def _forward(self, index: int, leaves: Arrays, held: Held, messages: dict) -> Arrays:
+    def _forward(self, index: int, leaves: Arrays, held: Held) -> Arrays:
         """Receive what was sent to a stage, run it, and send on; gives all that it made."""
         layout, imports = self._stages[index].layout, {}
-        for edge in [edge for edge in messages if edge[1] == index]:
-            imports |= self._channels[edge].receive(messages.pop(edge))
+        for edge, channel in self._channels.items():
+            if edge[1] == index:
+                imports |= channel.receive(self._num_microbatches)
         params = {path: held.params[path] for path in layout.params}
         state = {path: held.state[path] for path in layout.state}
         run = self._executables[_name(index)]
         exports, _, _ = run(params, state, leaves, self._keys[index], imports)
         for edge, channel in self._channels.items():
             if edge[0] == index:
-                messages[edge] = channel.send(exports)
+                channel.send(exports, self._num_microbatches)
         return exports
 
 

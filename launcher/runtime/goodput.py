@@ -35,15 +35,20 @@ class Goodput:
     """The account of a run; of one that was stopped before it goes on with what its folder has.
 
     Attributes:
+        started_s: when this start of the run began, by the clock of the world.
         restarted: whether there was an account to go on with.
     """
 
     def __init__(
-        self, run_dir: Path | None = None, *, clock: Callable[[], float] = time.time
-    ) -> None:
-        """`clock` is that of the world; without a folder nothing is read or written."""
+        self, run_dir: Path | None = None, *, clock: Callable[[], float] = time.time,
+        started_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """`clock` is that of the world; without a folder nothing is read or written.
+
+        `started_s` is when this start of the run began, by that clock; None: now.
+        """
         self._path, self._clock = run_dir and run_dir / GOODPUT_NAME, clock
-        self._began_s = self._started_s = clock()
+        self._began_s = self.started_s = clock() if started_s is None else started_s
         self._written_s = -math.inf
         self._spent_s = dict.fromkeys(KINDS, 0.0)
         earlier = _read(self._path)
@@ -63,7 +68,7 @@ class Goodput:
         """Book what passed since this account was opened, of which some was compiling."""
         self.add("compile_s", compile_s)
         kind = "restart_s" if self.restarted else "start_s"
-        self.add(kind, self._clock() - self._started_s - compile_s)
+        self.add(kind, self._clock() - self.started_s - compile_s)
 
     def went_back(self, kept_step_s: float) -> None:
         """Book as lost the steps that are made again: all but so many seconds of them."""

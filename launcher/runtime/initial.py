@@ -5,7 +5,7 @@ numbers are those of `Model.init`, bit for bit. A value is let go as soon as not
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -18,6 +18,7 @@ from launcher.autopar.plan import Plan
 from launcher.autopar.trace import Input, Role
 from launcher.models.model import Model
 from launcher.runtime.memory_error import Doing, memory_errors
+from launcher.runtime.placing import put
 from launcher.runtime.stage_programs import StagePrograms
 
 Values = Iterable[tuple[Input, jax.Array | np.ndarray]]
@@ -70,13 +71,15 @@ class Resident:
     state: dict[str, jax.Array]
 
 
-def place_values(plan: Plan, programs: Sequence[StagePrograms], values: Values) -> list[Resident]:
+def place_values(
+    plan: Plan, programs: Mapping[int, StagePrograms], values: Values
+) -> dict[int, Resident]:
     """Bring each value to every stage that has it, in the shards that the stage's plan says."""
-    residents = [Resident({}, {}) for _ in programs]
+    residents = {index: Resident({}, {}) for index in programs}
     for source, array in values:
-        for index, (stage, resident) in enumerate(zip(programs, residents, strict=True)):
+        for index, stage in programs.items():
             with memory_errors(plan, Doing.placing(index), stage.devices):
-                _place_value(stage, resident, source, array)
+                _place_value(stage, residents[index], source, array)
     return residents
 
 
@@ -85,4 +88,4 @@ def _place_value(stage: StagePrograms, resident: Resident, source: Input, array)
     specs = stage.layout.params if is_param else stage.layout.state
     own = resident.params if is_param else resident.state
     if source.path in specs:
-        own[source.path] = jax.device_put(array, stage.sharding(specs[source.path], array.ndim))
+        own[source.path] = put(array, stage.sharding(specs[source.path], array.ndim))

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
+from typing import Protocol
 
 from launcher.errors import StoppedBySignal
 from launcher.runtime.metrics import Status
@@ -36,7 +37,35 @@ def stop_at_once() -> Iterator[None]:
         yield
 
 
-class Interrupt:
+class Stop(Protocol):
+    """What a training loop asks: whether to stop, and how.
+
+    Attributes:
+        requested: whether the run ends before its time.
+        cuts_short: whether an evaluation is to end too, or not to begin.
+    """
+
+    @property
+    def requested(self) -> bool: ...
+
+    @property
+    def cuts_short(self) -> bool: ...
+
+    @property
+    def status(self) -> Status: ...
+
+    def stops_after(self, num_steps: int) -> bool:
+        """Whether no step follows; asked once when the last of so many has been dispatched."""
+
+    def raise_if_requested(self, done: str) -> None:
+        """End the run as the request asks; `done` says how far it came."""
+
+    def __enter__(self) -> "Stop": ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class Interrupt(Stop):
     """Within the context, the first request to stop sets `requested`, and raises nothing.
 
     After it Ctrl-C stops at once; another signal of a scheduler, which may repeat itself, changes nothing.
@@ -53,6 +82,14 @@ class Interrupt:
     def requested(self) -> bool:
         """Whether anybody has asked to stop."""
         return self._number is not None
+
+    @property
+    def cuts_short(self) -> bool:
+        return self.requested
+
+    def stops_after(self, num_steps: int) -> bool:
+        del num_steps
+        return self.requested
 
     @property
     def is_by_scheduler(self) -> bool:

@@ -1,9 +1,10 @@
 """The channels between the stages of a plan, one for every pair and kind of message."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import permutations
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from launcher.autopar.messages import Carried, Edge, scalar_crossing
 from launcher.autopar.realize import RealizedPlan
@@ -21,19 +22,17 @@ class Links:
     """
 
     def __init__(
-        self, realized: RealizedPlan, programs: Sequence[StagePrograms], transport: Transport
+        self, realized: RealizedPlan, programs: Mapping[int, StagePrograms], transport: Transport
     ):
+        """`programs` of the stages of this process: others need no channel."""
         messages, stages = realized.messages, realized.stages
         self.transport = transport
         submesh = realized.program.submesh_of
+        meshes = {index: built.mesh for index, built in programs.items()}
+        norm_dtype = next(iter(programs.values())).norm_dtype
 
         def channels(kind: str, carried: Mapping[Edge, Carried]) -> dict[Edge, Channel]:
-            return {
-                (source, target): transport.channel(
-                    kind, programs[source].mesh, programs[target].mesh, values
-                )
-                for (source, target), values in carried.items()
-            }
+            return open_channels(transport, kind, meshes, carried)
 
         self.activations = channels("activation", messages.activations)
         self.cotangents = channels("cotangent", messages.cotangents)
@@ -42,20 +41,26 @@ class Links:
         self.norms = channels(
             NORM,
             {
-                (one, other): {
-                    NORM: scalar_crossing(stages[one], stages[other], programs[one].norm_dtype)
-                }
+                (one, other): {NORM: scalar_crossing(stages[one], stages[other], norm_dtype)}
                 for one, other in permutations(range(len(stages)), 2)
                 if submesh[one] != submesh[other]
             },
         )
 
 
-def hand_over(channel: Channel, values: Arrays) -> Arrays:
-    """Bring values to another stage of their own submesh."""
-    return dict(channel.receive(channel.send(values)))
+def open_channels(
+    transport: Transport, kind: str, meshes: Mapping[int, Mesh], carried: Mapping[Edge, Carried]
+) -> dict[Edge, Channel]:
+    """Open the channels that begin or end on a stage that has a mesh here."""
+    return {
+        (source, target): transport.channel(
+            kind, (source, target), meshes.get(source), meshes.get(target), values
+        )
+        for (source, target), values in carried.items()
+        if source in meshes or target in meshes
+    }
 
 
 def hand_over_copies(channel: Channel, values: Arrays) -> Arrays:
-    """The same for values that their owner will donate, while the other stage still has them."""
-    return {name: jnp.copy(array) for name, array in hand_over(channel, values).items()}
+    """Hand over values that their owner will donate, while the other stage still has them."""
+    return {name: jnp.copy(array) for name, array in channel.hand_over(values).items()}

@@ -1,10 +1,11 @@
-"""All submeshes of a plan, driven from one process.
+"""The stages of a plan that lie in this process, all of them or those of one host, driven together.
 
 A plan of one stage runs a step as one program where it can, any other plan instruction by instruction.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import jax
@@ -20,11 +21,13 @@ from launcher.runtime.cotangents import Cotangents
 from launcher.runtime.evaluator import Evaluator
 from launcher.runtime.executor import Batch, Executor, StepResult
 from launcher.runtime.initial import Values, initial_values, place_values
+from launcher.runtime.launch_watch import LaunchWatch
 from launcher.runtime.links import Links
 from launcher.runtime.loose_metrics import LooseMetrics
 from launcher.runtime.memory_error import Doing, memory_errors
 from launcher.runtime.memory_use import peak_bytes
 from launcher.runtime.pipeline import Pipeline
+from launcher.runtime.placing import put
 from launcher.runtime.recording import Recording
 from launcher.runtime.stage_programs import Compiled
 from launcher.runtime.stage_state import StageState
@@ -35,12 +38,25 @@ from launcher.runtime.training_state import (
     restored_loss_scale,
     values,
 )
-from launcher.runtime.transport import InProcess
+from launcher.runtime.transport import InProcess, Transport
 from launcher.runtime.update import first_loss_scale
 from launcher.runtime.weights import held_arrays
 from launcher.runtime.whole_step import WholeStep, is_one_loop
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What of a plan lies in this process, and how its stages reach the others.
+
+    Attributes:
+        watch: looks on while steps are dispatched.
+    """
+
+    stages: tuple[int, ...]
+    transport: Transport
+    watch: LaunchWatch = LaunchWatch()
 
 
 class LocalExecutor(Executor):
@@ -50,7 +66,7 @@ class LocalExecutor(Executor):
         self, realized: RealizedPlan, model: Model, optimizer: Optimizer, grid: np.ndarray,
         *, seed: int, progress: Callable[[str], None] = lambda text: None,
         weights: Values | None = None, evaluates: bool = False,
-        restored: Mapping[str, np.ndarray] | None = None,
+        restored: Mapping[str, np.ndarray] | None = None, part: Part | None = None,
     ):  # fmt: skip
         """Place and compile everything.
 
@@ -59,12 +75,14 @@ class LocalExecutor(Executor):
             weights: what to begin with; None: what the model draws from the seed.
             restored: the arrays of a checkpoint, for optimizer state and loss scale; None: the first ones.
             evaluates: whether evaluations are to come. Without it the first one compiles.
+            part: what of the plan lies here; None: all of it.
         """
+        part = part or Part(stages=tuple(range(len(realized.stages))), transport=InProcess())
         self.realized, self.model, self.seed, self.plan = realized, model, seed, realized.plan
-        self._programs = build_programs(realized, model, optimizer, grid)
+        self._programs = build_programs(realized, model, optimizer, grid, part.stages)
         self._optimizer = optimizer
         self._loose = LooseMetrics(realized.planner.model)
-        self._transport = InProcess()
+        self._transport, self._watch = part.transport, part.watch
         self._evaluator = Evaluator(realized, model, self._programs, self._transport)
         self._progress, self._evaluates = progress, evaluates
         loops = is_one_loop(realized.program, self._loose)
@@ -82,7 +100,8 @@ class LocalExecutor(Executor):
         if restored is not None:
             scale = restored_loss_scale(restored, scale)
         held = place_values(self.plan, self._programs, first)
-        for index, (built, own) in enumerate(zip(self._programs, held, strict=True)):
+        for index, built in self._programs.items():
+            own = held[index]
             with memory_errors(self.plan, Doing.placing(index), built.devices):
                 if restored is None:
                     owned = {path: own.params[path] for path in sorted(built.owned)}
@@ -95,7 +114,7 @@ class LocalExecutor(Executor):
                 params=own.params,
                 state=own.state,
                 optimizer_state=optimizer_state,
-                loss_scale=jax.device_put(scale, built.whole),
+                loss_scale=put(scale, built.whole),
             )
 
     def _compile_loop(self) -> WholeStep:
@@ -115,7 +134,9 @@ class LocalExecutor(Executor):
             stage.compiled = _of_stage(self.compilation, stage.index)
             stage.beginnings = Cotangents(self.realized, stage.index, stage.programs)
         links = Links(self.realized, self._programs, self._transport)
-        return Pipeline(self.realized, self.stages, links, self._loose, seed=self.seed)
+        return Pipeline(
+            self.realized, self.stages, links, self._loose, seed=self.seed, watch=self._watch
+        )
 
     def _compile_all(self, of_step: Mapping[str, Callable[[], jax.stages.Compiled]]) -> None:
         of_evaluation = self._evaluator.compilations() if self._evaluates else {}
@@ -126,7 +147,7 @@ class LocalExecutor(Executor):
     def _compilations(self) -> Iterator[tuple[str, Callable[[], jax.stages.Compiled]]]:
         """Each program that the plan's instructions need, by stage and name."""
         needed = needed_programs(self.realized.program, self.realized.wiring)
-        for index, programs in enumerate(self._programs):
+        for index, programs in self._programs.items():
             for name, compile_ in programs.compilations(("zeros", *needed[index])).items():
                 yield _key(index, name), partial(self._compile, index, compile_)
 
@@ -141,7 +162,7 @@ class LocalExecutor(Executor):
 
     def step(self, placed) -> StepResult:
         # A pipeline says by itself which instruction it was.
-        with memory_errors(self.plan, Doing.whole_step(), self._programs[0].devices):
+        with memory_errors(self.plan, Doing.whole_step(), self.stages[0].programs.devices):
             return self.steps.step(placed)
 
     def traced_step(self, placed) -> tuple[StepResult, Recording]:
@@ -158,13 +179,17 @@ class LocalExecutor(Executor):
         return self.pipeline.gradients(batch, step)
 
     def evaluate(self, batch: Batch) -> jax.Array:
-        return self._evaluator.loss(batch, self.stages)
+        return self._evaluator.loss(batch, self._by_index)
 
     # Reading the state
 
     def arrays(self) -> dict[str, jax.Array]:
         """All parameters and state where they lie, until the next step takes them."""
-        return held_arrays(self.realized.owner, self.stages)
+        return held_arrays(self.realized.owner, self._by_index)
+
+    @property
+    def _by_index(self) -> dict[int, StageState]:
+        return {stage.index: stage for stage in self.stages}
 
     def training_arrays(self) -> dict[str, jax.Array]:
         """Everything that training changes, as a checkpoint has it, until the next step takes it."""
@@ -183,7 +208,7 @@ class LocalExecutor(Executor):
         return {p: np.asarray(a) for stage in self.stages for p, a in stage.state.items()}
 
     def peak_bytes_per_stage(self) -> tuple[int, ...] | None:
-        peaks = [peak_bytes(stage.programs.devices) for stage in self.stages]
+        peaks = [peak_bytes(stage.programs.mesh.local_devices) for stage in self.stages]
         return None if None in peaks else tuple(peaks)
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,8 +1,7 @@
-"""Messages between the submeshes of one process, by the identity of their send."""
+"""Messages between the submeshes of one process, by their tickets."""
 
 import threading
-
-from launcher.autopar.instructions import Instruction
+from collections.abc import Hashable
 
 
 class Mailbox:
@@ -12,21 +11,20 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._posted: dict[Instruction, object] = {}
+        self._posted: dict[Hashable, object] = {}
         self._changed = threading.Condition()
         self._broken = False
 
-    def post(self, send: Instruction, value: object) -> None:
+    def post(self, ticket: Hashable, value: object) -> None:
         with self._changed:
-            self._posted[send] = value
+            self._posted[ticket] = value
             self._changed.notify_all()
 
-    def take(self, receive: Instruction):
-        """The message of the send that belongs to a receive."""
-        send = receive.partner
+    def take(self, ticket: Hashable):
+        """The message of a ticket."""
         with self._changed:
-            self._changed.wait_for(lambda: self._broken or send in self._posted)
-            return self._posted.pop(send)
+            self._changed.wait_for(lambda: self._broken or ticket in self._posted)
+            return self._posted.pop(ticket)
 
     def give_up(self) -> None:
         """Wake everybody who waits: the one they wait for has failed."""

@@ -68,7 +68,7 @@ def audit_memory(
         return [_audit_loop(realized, built[0], loose)]
     needed = needed_programs(realized.program, realized.wiring)
     found = {}
-    for index, programs in enumerate(built):
+    for index, programs in built.items():
         progress(f"measuring stage {index + 1} of {len(realized.stages)}")
         compiled = _footprints(programs, needed[index])
         found[index] = measured_buffers(realized, index, programs, compiled)

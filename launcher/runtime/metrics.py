@@ -227,6 +227,8 @@ class TrainSummary:
     comparable: bool = True
     # What the time went into, over all starts of the run (`goodput`).
     goodput: Mapping[str, float] = field(default_factory=dict)
+    # Of a run over several hosts: what went between them (`host_session`).
+    between_hosts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def measured_over_predicted(self) -> float | None:
@@ -253,6 +255,7 @@ class TrainSummary:
             "predicted_step_s": finite(self.predicted_step_s),
             "measured_over_predicted_step_s": finite(self.measured_over_predicted),
             **{name: finite(value) for name, value in self.goodput.items()},
+            **{name: finite(value) for name, value in self.between_hosts.items()},
         }
 
 

@@ -18,9 +18,9 @@ from launcher.autopar.realize import RealizedPlan
 from launcher.autopar.trace import Role
 from launcher.errors import TrainingError
 from launcher.runtime.executor import Batch, StepResult
-from launcher.runtime.links import NORM, Links, hand_over, hand_over_copies
+from launcher.runtime.launch_watch import LaunchWatch
+from launcher.runtime.links import NORM, Links, hand_over_copies
 from launcher.runtime.loose_metrics import LooseMetrics
-from launcher.runtime.mailbox import Mailbox
 from launcher.runtime.means import LOSS, Means
 from launcher.runtime.memory_error import Doing, is_memory_error, memory_error, memory_errors
 from launcher.runtime.placement import PlacedBatch, Placer
@@ -39,15 +39,16 @@ class Pipeline:
 
     def __init__(
         self, realized: RealizedPlan, stages: Sequence[StageState], links: Links,
-        loose: LooseMetrics, *, seed: int,
+        loose: LooseMetrics, *, seed: int, watch: LaunchWatch,
     ):  # fmt: skip
-        self.realized, self.stages, self.links, self._loose = realized, stages, links, loose
+        self.realized, self.links, self._loose, self._watch = realized, links, loose, watch
+        self.stages = {stage.index: stage for stage in stages}
         count = realized.plan.num_microbatches
-        programs = [stage.programs for stage in stages]
+        programs = {stage.index: stage.programs for stage in stages}
         self.place = Placer(programs, loose, num_microbatches=count, seed=seed).place
-        self._means = Means(realized, programs)
+        self._means = Means(realized, programs, loose, links.transport)
         self._traced = realized.planner.model.traced
-        self._mailbox = Mailbox()
+        self._num_steps = 0
         self._neighbours = _Neighbours(realized)
         self._handlers: dict[Op, Callable[[StageState, Instruction], object]] = {
             Op.FORWARD: self._forward, Op.BACKWARD: self._backward,
@@ -64,7 +65,9 @@ class Pipeline:
             Op.RECEIVE_TIED_PARAMETER: self._receive_tied_parameter,
         }  # fmt: skip
         self.actions = [
-            (launch, self._action(launch)) for launch in launches(realized.program, realized.wiring)
+            (launch, self._action(launch))
+            for launch in launches(realized.program, realized.wiring)
+            if launch.first.stage in self.stages
         ]
 
     def _action(self, launch: Launch) -> Action:
@@ -77,7 +80,8 @@ class Pipeline:
         self.begin(placed)
         for launch, action in self.actions:
             try:
-                action()
+                self._watch.begins(launch)
+                self._watch.launched(launch, action())
             except jax.errors.JaxRuntimeError as error:
                 if not is_memory_error(error):
                     raise
@@ -92,7 +96,7 @@ class Pipeline:
         """Take a step's input; the actions come next."""
         self._placed = placed
         self._reported: dict[str, list] = defaultdict(list)
-        for stage in self.stages:
+        for stage in self.stages.values():
             doing = Doing.beginning(stage.index)
             with memory_errors(self.realized.plan, doing, stage.programs.devices):
                 stage.accumulators = stage.compiled.zeros()
@@ -103,12 +107,13 @@ class Pipeline:
 
     def finish(self) -> StepResult:
         """What the step yields, once all actions are done; nothing else may be left of it."""
-        left = len(self._mailbox) + sum(
-            len(buffers) for stage in self.stages for buffers in stage.microbatch_buffers
+        left = self.links.transport.num_unread + sum(
+            len(buffers) for stage in self.stages.values() for buffers in stage.microbatch_buffers
         )
         assert not left, f"{left} buffers are left of a step"
-        first = self.stages[0]
-        means = self._means.of(self._reported)
+        first = next(iter(self.stages.values()))
+        means = self._means.of(self._reported, self._num_steps)
+        self._num_steps += 1
         return StepResult(
             loss=means.pop(LOSS),
             grad_norm=first.norm,
@@ -118,7 +123,7 @@ class Pipeline:
 
     def give_up(self) -> None:
         """Wake the threads that wait for a message of one that has failed."""
-        self._mailbox.give_up()
+        self.links.transport.give_up()
 
     def gradients(self, batch: Batch, step: int) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss and the synchronised gradients of a batch, for checks; all state stays as it was."""
@@ -127,11 +132,13 @@ class Pipeline:
             if launch.first.op not in _AFTER_GRADIENTS:
                 action()
         found = {}
-        for stage in self.stages:
+        for stage in self.stages.values():
             found |= {path: stage.gradients[path] for path in stage.programs.owned}
             stage.state, stage.state_before = stage.state_before, {}
             stage.gradients, stage.norms = {}, {}
-        return self._means.of(self._reported)[LOSS], found
+        means = self._means.of(self._reported, self._num_steps)
+        self._num_steps += 1
+        return means[LOSS], found
 
     # Compute
 
@@ -147,7 +154,7 @@ class Pipeline:
         if self._neighbours.later[stage.index]:
             stage.exports[instruction.microbatch] = exports
             for peer in self._neighbours.fed_here[stage.index]:
-                moved = hand_over(self.links.activations[stage.index, peer], exports)
+                moved = self.links.activations[stage.index, peer].hand_over(exports)
                 self.stages[peer].imports.setdefault(instruction.microbatch, {}).update(moved)
         return exports, stash.kept
 
@@ -208,7 +215,7 @@ class Pipeline:
             return
         stage.returns[microbatch] = returns
         for peer in self._neighbours.returned_here[stage.index]:
-            moved = hand_over(self.links.cotangents[stage.index, peer], returns)
+            moved = self.links.cotangents[stage.index, peer].hand_over(returns)
             self._add_cotangents(self.stages[peer], microbatch, stage.index, moved)
 
     def _synchronize(self, stage: StageState, instruction: Instruction):
@@ -217,7 +224,7 @@ class Pipeline:
         for user in self._neighbours.users_here[stage.index]:
             channel = self.links.tied_gradients[user, stage.index]
             lent = self._lent_gradients(self.stages[user], stage.index)
-            self._add_tied(stage, hand_over(channel, lent))
+            self._add_tied(stage, channel.hand_over(lent))
         sums, own = stage.accumulators, stage.programs.owned
         # What belongs to other stages may not have been read yet.
         stage.accumulators = {path: total for path, total in sums.items() if path not in own}
@@ -268,12 +275,18 @@ class Pipeline:
     # Messages. A send posts, and does not wait; a receive takes what was posted.
 
     def _send_activation(self, stage: StageState, instruction: Instruction):
-        channel = self.links.activations[stage.index, instruction.peer]
-        return self._send(instruction, channel.send(stage.exports[instruction.microbatch]))
+        values = stage.exports[instruction.microbatch]
+        return self._send(self.links.activations, instruction, values)
 
-    def _send(self, instruction: Instruction, message: object):
-        self._mailbox.post(instruction, message)
-        return message
+    def _send(
+        self, channels: Mapping[Edge, Channel], instruction: Instruction, values: Arrays
+    ) -> object:
+        channel = channels[instruction.stage, instruction.peer]
+        return channel.send(values, self._number(instruction))
+
+    def _number(self, instruction: Instruction) -> int:
+        """Of a message, among all that its channel carries."""
+        return self._num_steps * self.realized.plan.num_microbatches + (instruction.microbatch or 0)
 
     def _receive_activation(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.activations, instruction)
@@ -281,8 +294,8 @@ class Pipeline:
         return received
 
     def _send_cotangent(self, stage: StageState, instruction: Instruction):
-        channel = self.links.cotangents[stage.index, instruction.peer]
-        return self._send(instruction, channel.send(stage.returns[instruction.microbatch]))
+        values = stage.returns[instruction.microbatch]
+        return self._send(self.links.cotangents, instruction, values)
 
     def _receive_cotangent(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.cotangents, instruction)
@@ -291,7 +304,7 @@ class Pipeline:
 
     def _receive(self, channels: Mapping[Edge, Channel], instruction: Instruction) -> Arrays:
         channel = channels[instruction.peer, instruction.stage]
-        return channel.receive(self._mailbox.take(instruction))
+        return channel.receive(self._number(instruction))
 
     def _add_cotangents(self, stage: StageState, microbatch: int, peer: int, moved: Arrays) -> None:
         received = stage.cotangents.setdefault(microbatch, {})
@@ -299,9 +312,8 @@ class Pipeline:
             received.setdefault(value, {})[peer] = array
 
     def _send_tied_gradient(self, stage: StageState, instruction: Instruction):
-        channel = self.links.tied_gradients[stage.index, instruction.peer]
         lent = self._lent_gradients(stage, instruction.peer)
-        return self._send(instruction, channel.send(lent))
+        return self._send(self.links.tied_gradients, instruction, lent)
 
     def _lent_gradients(self, stage: StageState, owner: int) -> Arrays:
         """The gradients of another stage's parameters; for the first of the owners all are summed up."""
@@ -323,8 +335,8 @@ class Pipeline:
             owner.tied_gradients.setdefault(path, []).append(gradient)
 
     def _send_norm(self, stage: StageState, instruction: Instruction):
-        channel = self.links.norms[stage.index, instruction.peer]
-        return self._send(instruction, channel.send({NORM: stage.norms[stage.index]}))
+        values = {NORM: stage.norms[stage.index]}
+        return self._send(self.links.norms, instruction, values)
 
     def _receive_norm(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.norms, instruction)[NORM]
@@ -332,8 +344,7 @@ class Pipeline:
         return received
 
     def _send_tied_parameter(self, stage: StageState, instruction: Instruction):
-        channel = self.links.tied_parameters[stage.index, instruction.peer]
-        return self._send(instruction, channel.send(stage.params))
+        return self._send(self.links.tied_parameters, instruction, stage.params)
 
     def _receive_tied_parameter(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.tied_parameters, instruction)

@@ -5,7 +5,7 @@ and random keys where its stages want them. Keys are cut apart by one program pe
 copies would take longer than the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from launcher.runtime.executor import Batch
 from launcher.runtime.loose_metrics import LooseMetrics, Scalars
+from launcher.runtime.placing import put
 from launcher.runtime.stage_programs import StagePrograms
 from launcher.runtime.stage_signature import StageSignature
 
@@ -31,12 +32,12 @@ class PlacedBatch:
     """One step's input.
 
     Attributes:
-        stages: one entry per stage.
+        stages: by index, of the stages of this process.
         loose: per microbatch, the metrics that no stage computes.
     """
 
     step: int
-    stages: Sequence[StageInput]
+    stages: Mapping[int, StageInput]
     loose: Sequence[Scalars]
 
 
@@ -66,23 +67,25 @@ class Placer:
     """Places the microbatches of a step on every stage that reads them."""
 
     def __init__(
-        self, programs: Sequence[StagePrograms], loose: LooseMetrics, *,
+        self, programs: Mapping[int, StagePrograms], loose: LooseMetrics, *,
         num_microbatches: int, seed: int,
     ):  # fmt: skip
         self._programs, self._loose = programs, loose
         self._num_microbatches, self._seed = num_microbatches, seed
-        self._cut = [_compile_cut(stage, num_microbatches) for stage in programs]
+        self._cut = {
+            index: _compile_cut(stage, num_microbatches) for index, stage in programs.items()
+        }
 
     def place(self, batch: Batch, step: int) -> PlacedBatch:
         """Put a batch where the stages read it; returns before the copies are done."""
         keys = random_keys(self._seed, step, self._num_microbatches)
         microbatches = split_batch(batch, self._num_microbatches)
-        stages = [
-            StageInput(
-                place_microbatches(microbatches, stage), cut(jax.device_put(keys, stage.whole))
+        stages = {
+            index: StageInput(
+                place_microbatches(microbatches, stage), self._cut[index](put(keys, stage.whole))
             )
-            for stage, cut in zip(self._programs, self._cut, strict=True)
-        ]
+            for index, stage in self._programs.items()
+        }
         return PlacedBatch(step, stages, [self._loose.of_microbatch(key) for key in keys])
 
 
@@ -104,9 +107,9 @@ class StackedPlacer:
             name: np.reshape(batch[name], (count, -1, *batch[name].shape[1:]))
             for name in self._shardings
         }
-        leaves = jax.device_put(stacked, self._shardings)
+        leaves = put(stacked, self._shardings)
         loose = [self._loose.of_microbatch(key) for key in keys]
-        return StackedBatch(step, leaves, jax.device_put(keys, self._programs.whole), loose)
+        return StackedBatch(step, leaves, put(keys, self._programs.whole), loose)
 
 
 def stacked_sharding(programs: StagePrograms, name: str) -> NamedSharding:
@@ -127,7 +130,7 @@ def place_microbatches(
         for name, spec in layout.batch.items()
     }
     own = [{name: microbatch[name] for name in shardings} for microbatch in microbatches]
-    return jax.device_put(own, [shardings] * len(own))
+    return put(own, [shardings] * len(own))
 
 
 def _compile_cut(programs: StagePrograms, num_microbatches: int) -> jax.stages.Compiled:

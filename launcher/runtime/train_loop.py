@@ -27,7 +27,7 @@ from launcher.runtime.checkpoint_manifest import Progress
 from launcher.runtime.checkpoint_store import Checkpoint
 from launcher.runtime.checkpointer import Checkpoints, NoCheckpoints
 from launcher.runtime.goodput import Goodput
-from launcher.runtime.interrupt import Interrupt
+from launcher.runtime.interrupt import Interrupt, Stop
 from launcher.runtime.journal import Journal
 from launcher.runtime.memory_error import explained
 from launcher.runtime.metrics import Meter, TrainSummary
@@ -76,6 +76,7 @@ def run(
     checkpoints: Checkpoints | None = None,
     goodput: Goodput | None = None,
     at_end: Callable[[int, bool], None] = lambda num_steps, interrupted: None,
+    stop: Stop | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> TrainSummary:
     """Train, tell the sinks, and give the summary that they were given.
@@ -83,9 +84,9 @@ def run(
     `learning_rate` gives the rate of an update, counted from 0; it is for the rows only.
     `explain_memory` says what helps when device memory is used up. `at_end` gets the number of
     steps done, and whether a request to stop ended them, after the last of them and before the summary;
-    after an error it is not called. Losses that are not finite and device memory that is used up raise
-    TrainingError, requests to stop what `Interrupt` says; the sinks are finished first, in their order,
-    in every case.
+    after an error it is not called. `stop` says when to stop early; None: signals do. Losses that are not
+    finite and device memory that is used up raise TrainingError, requests to stop what `stop` says; the sinks
+    are finished first, in their order, in every case.
     """
     journal = Journal(
         settings.steps, settings.first_step, meter, sinks, learning_rate, clock,
@@ -93,7 +94,7 @@ def run(
         nonfinite_steps=settings.nonfinite_steps, goodput=goodput,
     )  # fmt: skip
     checkpoints = checkpoints or NoCheckpoints()
-    with Interrupt() as interrupt:
+    with stop or Interrupt() as interrupt:
         try:
             with explained(_with_step(journal, settings, explain_memory)):
                 _train_despite(executor, dataset, settings, journal, interrupt, checkpoints)
@@ -113,7 +114,7 @@ def _train_despite(
     dataset: Dataset,
     settings: TrainSettings,
     journal: Journal,
-    interrupt: Interrupt,
+    interrupt: Stop,
     checkpoints: Checkpoints,
 ) -> None:
     """Train, going back to the last checkpoint where numbers are not finite, as often as that is asked."""
@@ -165,7 +166,7 @@ def _train(
     steps: range,
     settings: TrainSettings,
     journal: Journal,
-    interrupt: Interrupt,
+    interrupt: Stop,
     checkpoints: Checkpoints,
 ) -> None:
     unread = None
@@ -178,8 +179,8 @@ def _train(
         if unread is not None:
             journal.record(unread, executor.peak_bytes_per_stage())
         unread = dispatched
-        stops = interrupt.requested
-        evaluates = not stops and _evaluates_after(step + 1, settings)
+        stops = interrupt.stops_after(step + 1)
+        evaluates = not (stops and interrupt.cuts_short) and _evaluates_after(step + 1, settings)
         ends = stops or step + 1 == settings.steps
         saves = checkpoints.is_due(step + 1, ends=ends)
         if ends or evaluates or saves:
@@ -191,11 +192,11 @@ def _train(
             eval_loss = evaluation_loss(executor, queue, settings, interrupt)
             journal.record_evaluation(step, eval_loss)
             # One that was cut short ends the run.
-            saves = saves or checkpoints.is_due(step + 1, ends=interrupt.requested)
+            saves = saves or checkpoints.is_due(step + 1, ends=interrupt.cuts_short)
         taken_s = checkpoints.after_step(step + 1, journal.progress, eval_loss, is_due=saves)
         if taken_s is not None:
             journal.record_checkpoint(taken_s)
-        if stops or (evaluates and interrupt.requested):
+        if stops or (evaluates and interrupt.cuts_short):
             return
 
 
@@ -214,13 +215,13 @@ class Evaluates(Protocol):
 
 
 def evaluation_loss(
-    executor: Evaluates, queue: BatchQueue, settings: TrainSettings, interrupt: Interrupt
+    executor: Evaluates, queue: BatchQueue, settings: TrainSettings, interrupt: Stop
 ) -> float | None:
     """Give the mean loss of the held-out batches, or None if it is cut short."""
     losses = []
     unread = None
     for batch in queue.batches(range(settings.eval_batches), "valid"):
-        if interrupt.requested:
+        if interrupt.cuts_short:
             return None
         dispatched = executor.evaluate(batch)
         if unread is not None:

@@ -20,6 +20,7 @@ from launcher.errors import ConfigError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.runtime.checkpoint_manifest import ArrayEntry, Manifest
+from launcher.runtime.placing import put
 from launcher.runtime.stage_programs import StagePrograms
 from launcher.runtime.stage_state import StageState
 from launcher.runtime.update import LossScale
@@ -30,38 +31,19 @@ _TOLD_AT_MOST = 3  # paths of each kind of difference
 
 
 def device_arrays(owner: Mapping[str, int], stages: Sequence[StageState]) -> dict[str, jax.Array]:
-    """All of it where it lies, until the next step takes it."""
+    """All of it that these stages have, where it lies, until the next step takes it."""
     states = {path for stage in stages for path in stage.state}
     found = {
         f"{STATE if path in states else PARAMS}/{path}": array
-        for path, array in held_arrays(owner, stages).items()
+        for path, array in held_arrays(owner, {stage.index: stage for stage in stages}).items()
     }
     for stage in stages:
         named = _named_leaves(stage.optimizer_state)
         found |= {name: leaf for name, leaf in named if name not in found}
-    scale = stages[0].loss_scale
+    scale = next(iter(stages)).loss_scale
     if scale is not None:
         found |= {f"{LOSS_SCALE}/{name}": leaf for name, leaf in scale._asdict().items()}
     return found
-
-
-def to_host(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Copy whole arrays to the host, each shard once; returns when the devices are free to overwrite."""
-    shards = {
-        name: [shard for shard in array.addressable_shards if shard.replica_id == 0]
-        for name, array in arrays.items()
-    }
-    for parts in shards.values():
-        for shard in parts:
-            shard.data.copy_to_host_async()
-    return {name: _assembled(arrays[name], parts) for name, parts in shards.items()}
-
-
-def _assembled(array: jax.Array, shards: Sequence) -> np.ndarray:
-    whole = np.empty(array.shape, array.dtype)
-    for shard in shards:
-        whole[shard.index] = np.asarray(shard.data)
-    return whole
 
 
 def _named_leaves(optimizer_state) -> list[tuple[str, jax.Array]]:
@@ -96,7 +78,7 @@ def values(arrays: Mapping[str, np.ndarray], model: Model) -> Iterator[tuple[Inp
 def place_optimizer(arrays: Mapping[str, np.ndarray], programs: StagePrograms):
     """Bring a stage's part of the optimizer state where the stage's plan wants it."""
     leaves, structure = jax.tree.flatten_with_path(programs.abstract_optimizer_state())
-    placed = [jax.device_put(arrays[_name(path)], leaf.sharding) for path, leaf in leaves]
+    placed = [put(arrays[_name(path)], leaf.sharding) for path, leaf in leaves]
     return jax.tree.unflatten(structure, placed)
 
 

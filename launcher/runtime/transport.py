@@ -1,13 +1,13 @@
-"""Sending values between submeshes, as `autopar.crossing` planned it.
+"""Sending values between submeshes, as `autopar.crossing` planned it: the interface, and one process's way.
 
 A `Channel` carries one kind of message from one submesh to another. Everything is compiled when it is
 opened; `send` and `receive` return at once, whether or not the values have been computed. `send` belongs to
 the sender's instruction and `receive` to the receiver's, so that a submesh launches its programs in the
 order of its own instructions: what is gathered on arrival waits in nobody's way.
 
-`InProcess` reaches all devices. What it does not use is `jax.device_put` from one sharding to another: where
-a piece of the target is no whole shard of the source, that waits for the value, takes it to the host, and
-sends every replica its own copy.
+`InProcess` reaches all devices (`host_transport` those of other processes). What it does not use is
+`jax.device_put` from one sharding to another: where a piece of the target is no whole shard of the source,
+that waits for the value, takes it to the host, and sends every replica its own copy.
 """
 
 import abc
@@ -16,27 +16,54 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from launcher.autopar.crossing import Crossing, Tile
-from launcher.autopar.spec import to_partition_spec
+from launcher.runtime.crossing_ends import (
+    Arrival,
+    Departure,
+    compiled_cut,
+    compiled_join,
+    in_a_row,
+)
+from launcher.runtime.mailbox import Mailbox
 
 Arrays = Mapping[Hashable, jax.Array]
+Edge = tuple[int, int]
+"""(from stage, to stage)"""
 
 
 class Channel(abc.ABC):
     """The way of one kind of message from one submesh to another."""
 
     @abc.abstractmethod
-    def send(self, values: Arrays) -> object:
-        """Send the channel's values; the message is for `receive` on the other side."""
+    def send(self, values: Arrays, number: int) -> object:
+        """Send the channel's values under a number that no other message of it has; gives arrays that
+        are there when it has gone."""
 
     @abc.abstractmethod
-    def receive(self, message: object) -> dict[Hashable, jax.Array]:
+    def receive(self, number: int) -> dict[Hashable, jax.Array]:
         """The values of a message, as the target wants them."""
+
+    @abc.abstractmethod
+    def hand_over(self, values: Arrays) -> dict[Hashable, jax.Array]:
+        """Both at once, between stages of one submesh: from one sharding to another, or as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a number is made: on a stage, all of whose devices have it."""
+
+    stage: int
+    aval: jax.ShapeDtypeStruct
+
+
+class Shared(abc.ABC):
+    """Numbers of which each is made on one stage, and which all processes need."""
+
+    @abc.abstractmethod
+    def all_of(self, own: Mapping[str, jax.Array], number: int) -> dict[str, jax.Array]:
+        """All of them, from those that are made here; `number` as in `Channel.send`."""
 
 
 class Transport(abc.ABC):
@@ -44,13 +71,30 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def channel(
-        self, kind: str, source: Mesh, target: Mesh, crossings: Mapping[Hashable, Crossing]
-    ) -> Channel:
-        """Prepare everything for messages of these values; `kind` names what they are counted as."""
+        self, kind: str, edge: Edge, source: Mesh | None, target: Mesh | None,
+        crossings: Mapping[Hashable, Crossing],
+    ) -> Channel:  # fmt: skip
+        """Prepare everything for messages of these values between two stages.
+
+        `kind` names what they are counted as. The mesh of a side that lies elsewhere is None.
+        """
+
+    @abc.abstractmethod
+    def shared(self, kind: str, homes: Mapping[str, Home]) -> Shared:
+        """Prepare everything to share these numbers."""
 
     @abc.abstractmethod
     def bytes_sent(self) -> dict[str, int]:
-        """Bytes that went between submeshes so far, by kind of message."""
+        """Bytes that went between submeshes so far, by kind of message; from here."""
+
+    @property
+    @abc.abstractmethod
+    def num_unread(self) -> int:
+        """How many messages have been sent inside this process and not been received."""
+
+    @abc.abstractmethod
+    def give_up(self) -> None:
+        """Wake the threads that wait for a message of one that has failed."""
 
 
 class InProcess(Transport):
@@ -58,19 +102,38 @@ class InProcess(Transport):
 
     def __init__(self):
         self._channels: list[tuple[str, InProcessChannel]] = []
+        self.mailbox = Mailbox()
 
     def channel(
-        self, kind: str, source: Mesh, target: Mesh, crossings: Mapping[Hashable, Crossing]
-    ) -> "InProcessChannel":
-        opened = InProcessChannel(source, target, crossings)
+        self, kind: str, edge: Edge, source: Mesh | None, target: Mesh | None,
+        crossings: Mapping[Hashable, Crossing],
+    ) -> "InProcessChannel":  # fmt: skip
+        opened = InProcessChannel(source, target, crossings, (kind, edge), self.mailbox)
         self._channels.append((kind, opened))
         return opened
+
+    def shared(self, kind: str, homes: Mapping[str, Home]) -> "_AllHere":
+        del kind, homes
+        return _AllHere()
 
     def bytes_sent(self) -> dict[str, int]:
         total: Counter[str] = Counter()
         for kind, channel in self._channels:
             total[kind] += channel.num_sent * channel.message_bytes
         return dict(total)
+
+    @property
+    def num_unread(self) -> int:
+        return len(self.mailbox)
+
+    def give_up(self) -> None:
+        self.mailbox.give_up()
+
+
+class _AllHere(Shared):
+    def all_of(self, own: Mapping[str, jax.Array], number: int) -> dict[str, jax.Array]:
+        del number
+        return dict(own)
 
 
 class InProcessChannel(Channel):
@@ -84,21 +147,37 @@ class InProcessChannel(Channel):
         num_sent: messages so far.
     """
 
-    def __init__(self, source: Mesh, target: Mesh, crossings: Mapping[Hashable, Crossing]):
+    def __init__(
+        self, source: Mesh, target: Mesh, crossings: Mapping[Hashable, Crossing],
+        name: Hashable, mailbox: Mailbox,
+    ):  # fmt: skip
+        self._name, self._mailbox = name, mailbox
         self._ways = {name: _Way(c, source, target) for name, c in crossings.items()}
-        self._cut_names = [name for name, way in self._ways.items() if way.is_cut]
-        self._joined_names = [name for name, way in self._ways.items() if way.is_joined]
-        self._cut = _compiled_cut([self._ways[n] for n in self._cut_names], source)
-        self._join = _compiled_join([self._ways[n] for n in self._joined_names], target)
+        self._cut_names = [name for name, way in self._ways.items() if way.departure.is_cut]
+        self._joined_names = [name for name, way in self._ways.items() if way.arrival.is_joined]
+        self._cut = compiled_cut([self._ways[n].departure for n in self._cut_names], source)
+        self._join = compiled_join([self._ways[n].arrival for n in self._joined_names], target)
         self._parcels = [(n, parcel) for n, way in self._ways.items() for parcel in way.parcels]
         self._destinations = [parcel.destination for _, parcel in self._parcels]
         self._is_direct = all(way.is_direct for way in self._ways.values())
         self.message_bytes = sum(parcel.num_bytes for _, parcel in self._parcels)
         self.num_sent = 0
 
-    def send(self, values: Arrays) -> object:
-        if self.num_sent == 0:
-            self._check(values)
+    def send(self, values: Arrays, number: int) -> object:
+        message = self._move(values)
+        self._mailbox.post((self._name, number), message)
+        return message
+
+    def receive(self, number: int) -> dict[Hashable, jax.Array]:
+        return self._land(self._mailbox.take((self._name, number)))
+
+    def hand_over(self, values: Arrays) -> dict[Hashable, jax.Array]:
+        return self._land(self._move(values))
+
+    def _move(self, values: Arrays) -> object:
+        if self.num_sent == 0:  # the first message is looked at
+            for name, way in self._ways.items():
+                way.departure.check(name, values[name])
         self.num_sent += 1
         if self._is_direct:
             return jax.device_put([values[name] for name in self._ways], self._destinations)
@@ -113,16 +192,7 @@ class InProcessChannel(Channel):
             for name, way in self._ways.items()
         }
 
-    def _check(self, values: Arrays) -> None:
-        """The first message is looked at: shards of another sharding would be taken for tiles."""
-        for name, way in self._ways.items():
-            lies = values[name].sharding
-            if not lies.is_equivalent_to(way.shipped, values[name].ndim):
-                raise ValueError(
-                    f"{name} lies as {lies}, this channel was opened for {way.shipped}"
-                )
-
-    def receive(self, message: object) -> dict[Hashable, jax.Array]:
+    def _land(self, message: object) -> dict[Hashable, jax.Array]:
         if self._is_direct:
             return dict(zip(self._ways, message, strict=True))
         joined = {}
@@ -150,47 +220,22 @@ class _Parcel:
 
     def taken_from(self, made: Sequence[jax.Array]) -> jax.Array:
         array = made[self.slot]
-        return array if self.shard is None else _shard(array, self.shard)
+        return array if self.shard is None else shard_of(array, self.shard)
 
 
 class _Way:
-    """How one value crosses: the arrays made of it on the source, the parcels, what becomes of them.
-
-    On the source the i-th tiles of all devices are slot i: one array, split over all devices. On the target
-    the i-th tiles of all pieces are one array again. A value whose tiles are whole shards has one slot,
-    itself; if every tile is a whole piece, they are the value as it lies on arrival.
-    """
+    """How one value crosses inside this process: its two ends, the parcels, what becomes of them."""
 
     def __init__(self, crossing: Crossing, source: Mesh, target: Mesh):
         self.crossing, self.source_mesh, self.target_mesh = crossing, source, target
-        rank = len(crossing.shape)
-        self.shipped = NamedSharding(
-            source, to_partition_spec(crossing.source.spec, rank, source.axis_names)
-        )
-        self.wanted = NamedSharding(
-            target, to_partition_spec(crossing.target.spec, rank, target.axis_names)
-        )
-        self.is_cut = max(crossing.tiles_per_shard, default=1) > 1
-        self.is_joined = bool(crossing.gathers) or max(crossing.tiles_per_piece, default=1) > 1
-        self.slots = _slots(crossing.tiles, self.is_cut)
-        self.arriving = self._arriving()
+        self.departure, self.arrival = Departure(crossing, source), Arrival(crossing, target)
         self.parcels = self._parcels()
-        self._is_home = not self.parcels and self.shipped == self.wanted
-        self._has_landed = [p.destination for p in self.parcels] == [s for _, s in self.arriving]
-        self.is_direct = self._has_landed and not (self.is_cut or self.is_joined)
+        self._is_home = not self.parcels and self.departure.shipped == self.arrival.wanted
+        arriving = [sharding for _, sharding in self.arrival.arriving]
+        self._has_landed = [p.destination for p in self.parcels] == arriving
+        is_whole = not (self.departure.is_cut or self.arrival.is_joined)
+        self.is_direct = self._has_landed and is_whole
         self._landings = self._landed_from()
-
-    def _arriving(self) -> list[tuple[tuple[int, ...], NamedSharding]]:
-        """Shape and sharding of the arrays that arrive on the target."""
-        crossing, names = self.crossing, self.target_mesh.axis_names
-        count = len(crossing.tiles) // self.target_mesh.size
-        if count > 1:
-            shape, spec = _in_a_row(crossing.tile_shape, self.target_mesh)
-            return [(shape, NamedSharding(self.target_mesh, spec))] * count
-        dims = [tuple(names[axis] for axis in axes) or None for axes in crossing.pieces]
-        if not crossing.gathers:
-            return [(crossing.shape, self.wanted)]
-        return [(crossing.shape, NamedSharding(self.target_mesh, PartitionSpec(*dims)))]
 
     def _parcels(self) -> list[_Parcel]:
         """A slot goes as one array if every device sends to another one, else tile by tile."""
@@ -198,7 +243,7 @@ class _Way:
         devices = list(self.target_mesh.devices.flat)
         disjoint = not set(devices) & set(self.source_mesh.devices.flat)
         parcels = []
-        for slot, tiles in enumerate(self.slots):
+        for slot, tiles in enumerate(self.departure.slots):
             moving = [tile for tile in tiles if not self.crossing.stays(tile)]
             receivers = {tile.source: tile.target for tile in moving}
             everybody = len(receivers) == len(set(receivers.values())) == self.source_mesh.size
@@ -215,14 +260,14 @@ class _Way:
 
         Where it is a sharding of the target already, it is that one.
         """
-        shape, spec = self.crossing.shape, self.shipped.spec
-        if self.is_cut:
-            shape, spec = _in_a_row(self.crossing.tile_shape, self.source_mesh)
+        shape, spec = self.crossing.shape, self.departure.shipped.spec
+        if self.departure.is_cut:
+            shape, spec = in_a_row(self.crossing.tile_shape, self.source_mesh)
         chosen = self.target_mesh.devices.flatten()[order].reshape(self.source_mesh.devices.shape)
         mirrored = NamedSharding(Mesh(chosen, self.source_mesh.axis_names), spec)
-        same_shape, there = self.arriving[0]
+        same_shape, there = self.arrival.arriving[0]
         alike = (
-            len(self.slots) == len(self.arriving) == 1
+            len(self.departure.slots) == len(self.arrival.arriving) == 1
             and order == list(range(self.target_mesh.size))
             and same_shape == shape
             and there.is_equivalent_to(mirrored, len(shape))
@@ -234,17 +279,19 @@ class _Way:
         (parcel, shard of it), or (None, slot, shard of it) for a tile that stays where it is."""
         taken = {}
         for number, parcel in enumerate(self.parcels):
-            for tile in self.slots[parcel.slot]:
+            for tile in self.departure.slots[parcel.slot]:
                 if self.crossing.stays(tile):
                     continue
                 if parcel.shard is None:
                     taken[tile] = number, 0, tile.source
                 elif (tile.source, parcel.destination) == (parcel.shard, self._device(tile)):
                     taken[tile] = number, 0, 0
-        for slot, tiles in enumerate(self.slots):
+        for slot, tiles in enumerate(self.departure.slots):
             taken |= {t: (None, slot, t.source) for t in tiles if self.crossing.stays(t)}
-        count = len(self.arriving)
-        return [[taken[tile] for tile in self.crossing.tiles[i::count]] for i in range(count)]
+        return [
+            [taken[tile] for tile in self.arrival.tiles(number)]
+            for number in range(len(self.arrival.arriving))
+        ]
 
     def _device(self, tile: Tile) -> jax.Device:
         return self.target_mesh.devices.flat[tile.target]
@@ -258,104 +305,21 @@ class _Way:
                 shape,
                 sharding,
                 [
-                    _shard(made[slot] if parcel is None else moved[parcel], shard)
+                    shard_of(made[slot] if parcel is None else moved[parcel], shard)
                     for parcel, slot, shard in landing
                 ],
             )
-            for (shape, sharding), landing in zip(self.arriving, self._landings, strict=True)
+            for (shape, sharding), landing in zip(
+                self.arrival.arriving, self._landings, strict=True
+            )
         ]
 
-    # What the compiled programs do with this value, on one device
 
-    def cut_local(self, shard: jax.Array) -> list[jax.Array]:
-        """The tiles that this device sends."""
-        names = self.source_mesh.axis_names
-        starts = np.zeros((len(self.slots), self.source_mesh.size, shard.ndim), np.int32)
-        for slot, tiles in enumerate(self.slots):
-            for tile in tiles:
-                starts[slot, tile.source] = np.remainder(tile.start, shard.shape)
-        here = jnp.asarray(starts)[:, lax.axis_index(names)]
-        return [
-            lax.dynamic_slice(shard, list(here[slot]), self.crossing.tile_shape)
-            for slot in range(len(self.slots))
-        ]
+def shard_of(array: jax.Array, number: int) -> jax.Array:
+    """What one device of this process holds, the devices in the order of the array's mesh.
 
-    def join_local(self, tiles: Sequence[jax.Array]) -> jax.Array:
-        """This device's shard, of the tiles that it was sent."""
-        blocks = list(tiles)
-        counts = self.crossing.tiles_per_piece
-        for dim in reversed(range(len(counts))):
-            n = counts[dim]
-            blocks = [
-                lax.concatenate(blocks[i : i + n], dim) if n > 1 else blocks[i]
-                for i in range(0, len(blocks), n)
-            ]
-        [piece] = blocks
-        for axis, dim in self.crossing.gathers:
-            piece = lax.all_gather(piece, self.target_mesh.axis_names[axis], axis=dim, tiled=True)
-        return piece
-
-
-def _shard(array: jax.Array, number: int) -> jax.Array:
-    """What one device holds. Of a replicated array `addressable_data` is always the first one's."""
+    Of a replicated array `addressable_data` is always the first one's.
+    """
     if number and array.is_fully_replicated:
         return array.addressable_shards[number].data
     return array.addressable_data(number)
-
-
-def _slots(tiles: Sequence[Tile], is_cut: bool) -> list[list[Tile]]:
-    """The tiles of each slot: at most one block of every source device, for whomever it is sent to."""
-    if not is_cut:
-        return [list(tiles)]
-    blocks: dict[int, dict[tuple[int, ...], int]] = {}
-    slots: list[list[Tile]] = []
-    for tile in tiles:
-        own = blocks.setdefault(tile.source, {})
-        slot = own.setdefault(tile.start, len(own))
-        if slot == len(slots):
-            slots.append([])
-        slots[slot].append(tile)
-    return slots
-
-
-def _in_a_row(tile_shape: tuple[int, ...], mesh: Mesh) -> tuple[tuple[int, ...], PartitionSpec]:
-    """Shape and spec of an array that has one tile on every device, one after the other."""
-    return (mesh.size * tile_shape[0], *tile_shape[1:]), PartitionSpec(mesh.axis_names)
-
-
-def _compiled_cut(ways: Sequence[_Way], mesh: Mesh) -> jax.stages.Compiled | None:
-    """[value] -> [[slot]], for all values of a message at once."""
-    if not ways:
-        return None
-
-    def cut(shards):
-        return [way.cut_local(shard) for way, shard in zip(ways, shards, strict=True)]
-
-    in_specs = ([way.shipped.spec for way in ways],)
-    out_specs = [[PartitionSpec(mesh.axis_names)] * len(way.slots) for way in ways]
-    arguments = [_abstract(w.crossing.shape, w.crossing.dtype, w.shipped) for w in ways]
-    return _compiled(cut, mesh, in_specs, out_specs, arguments)
-
-
-def _compiled_join(ways: Sequence[_Way], mesh: Mesh) -> jax.stages.Compiled | None:
-    """[[what arrived]] -> [value]."""
-    if not ways:
-        return None
-
-    def join(arrived):
-        return [way.join_local(tiles) for way, tiles in zip(ways, arrived, strict=True)]
-
-    in_specs = ([[sharding.spec for _, sharding in way.arriving] for way in ways],)
-    arguments = [[_abstract(s, w.crossing.dtype, at) for s, at in w.arriving] for w in ways]
-    return _compiled(join, mesh, in_specs, [way.wanted.spec for way in ways], arguments)
-
-
-def _abstract(shape, dtype, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _compiled(function, mesh: Mesh, in_specs, out_specs, arguments) -> jax.stages.Compiled:
-    mapped = jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
-    return jax.jit(mapped).lower(arguments).compile()

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -58,16 +58,18 @@ class Held(Protocol):
     state: Mapping[str, jax.Array]
 
 
-def held_arrays(owner: Mapping[str, int], stages: Sequence[Held]) -> dict[str, jax.Array]:
-    """All parameters, each from the stage that owns it, and all state, where they lie."""
+def held_arrays(owner: Mapping[str, int], stages: Mapping[int, Held]) -> dict[str, jax.Array]:
+    """All parameters of these stages, each from the one that owns it, and all state, where they lie."""
     found: dict[str, jax.Array] = {}
-    for index, stage in enumerate(stages):
+    for index, stage in stages.items():
         found |= {path: array for path, array in stage.params.items() if owner[path] == index}
         found |= stage.state
     return found
 
 
-def write_weights(path: Path, arrays: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> None:
+def write_weights(
+    path: Path, arrays: Mapping[str, jax.Array | np.ndarray], metadata: Mapping[str, str]
+) -> None:
     """Write arrays, whole or not at all; each is gathered to the host by itself."""
     header = _header(arrays, metadata)
     num_bytes = len(header) + sum(array.nbytes for array in arrays.values())
@@ -87,7 +89,7 @@ def write_weights(path: Path, arrays: Mapping[str, jax.Array], metadata: Mapping
             temporary.unlink(missing_ok=True)
 
 
-def _header(arrays: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> bytes:
+def _header(arrays: Mapping[str, jax.Array | np.ndarray], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {METADATA: dict(metadata)}
     begin = 0
     for name in sorted(arrays):
@@ -101,7 +103,9 @@ def _header(arrays: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> byt
     return _LENGTH.pack(len(text)) + text
 
 
-def _little_endian_bytes(array: jax.Array) -> bytes:
+def _little_endian_bytes(array: jax.Array | np.ndarray) -> bytes:
+    if isinstance(array, np.ndarray):
+        return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False).tobytes()
     # Through an array of its own: the one that the model holds would keep its host copy.
     parts = [shard.data for shard in array.addressable_shards]
     alone = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
@@ -141,11 +145,12 @@ class WeightsFile:
         """Yield every parameter and state variable of a model that the file was checked for."""
         with self.path.open("rb") as file:
             for path in model.abstract_params:
-                yield Input(Role.PARAM, path), self._read(file, path)
+                yield Input(Role.PARAM, path), self.read(file, path)
             for path in model.abstract_state:
-                yield Input(Role.STATE, path), self._read(file, path)
+                yield Input(Role.STATE, path), self.read(file, path)
 
-    def _read(self, file: BinaryIO, name: str) -> np.ndarray:
+    def read(self, file: BinaryIO, name: str) -> np.ndarray:
+        """One tensor, from the file that is open."""
         entry = self.entries[name]
         file.seek(self.data_begin + entry.begin)
         data = file.read(entry.end - entry.begin)
@@ -172,6 +177,13 @@ def open_weights(path: Path, model: Model) -> WeightsFile:
             path, _origin(found), made_by, model.fingerprint,
         )  # fmt: skip
     return found
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read all tensors of a file."""
+    with open_regular(path) as file:
+        found = _read_header(path, file, os.fstat(file.fileno()).st_size)
+        return {name: found.read(file, name) for name in found.entries}
 
 
 def _read_header(path: Path, file: BinaryIO, file_bytes: int) -> WeightsFile:

@@ -169,7 +169,7 @@ def test_a_crash_between_any_two_operations_leaves_a_whole_checkpoint(tmp_path, 
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("where", ["write_arrays", "_sync"])
+@pytest.mark.parametrize("where", ["write_arrays", "sync"])
 def test_a_full_disk_leaves_the_previous_one(store, monkeypatch, code, where):
     save(store, 10)
 

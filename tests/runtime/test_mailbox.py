@@ -4,28 +4,27 @@ import threading
 
 import pytest
 
-from launcher.autopar.instructions import Instruction
 from launcher.runtime.mailbox import Mailbox
 
-SEND, RECEIVE = Instruction.parse("0SEND_F3>1"), Instruction.parse("1RECV_F3<0")
+TICKET = "activation", 3
 
 
 def test_a_message_is_taken_once():
     box = Mailbox()
-    box.post(SEND, "value")
+    box.post(TICKET, "value")
     assert len(box) == 1
-    assert box.take(RECEIVE) == "value"
+    assert box.take(TICKET) == "value"
     assert len(box) == 0
 
 
 def test_a_receiver_waits_for_its_message_and_for_no_other():
     box, taken = Mailbox(), []
-    receiver = threading.Thread(target=lambda: taken.append(box.take(RECEIVE)))
+    receiver = threading.Thread(target=lambda: taken.append(box.take(TICKET)))
     receiver.start()
-    box.post(Instruction.parse("0SEND_F2>1"), "another")
+    box.post(("activation", 2), "another")
     receiver.join(0.05)
     assert receiver.is_alive()
-    box.post(SEND, "value")
+    box.post(TICKET, "value")
     receiver.join(5)
     assert taken == ["value"]
 
@@ -35,7 +34,7 @@ def test_giving_up_wakes_those_who_wait():
 
     def receive():
         with pytest.raises(KeyError):
-            box.take(RECEIVE)
+            box.take(TICKET)
         errors.append("woken")
 
     receiver = threading.Thread(target=receive)

@@ -144,7 +144,7 @@ def stage_programs(family: str, *plan):
     realized, model = realized_plan(family, *plan), model_of(family)
     optimizer = Optimizer(transform=optax.sgd(0.1), clip_norm=None, schedule=lambda step: 0.1)
     grid = np.array(jax.devices()[: realized.plan.num_devices], dtype=object).reshape(1, -1)
-    return build_programs(realized, model, optimizer, grid)
+    return list(build_programs(realized, model, optimizer, grid).values())
 
 
 class Run:

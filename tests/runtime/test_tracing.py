@@ -164,7 +164,9 @@ def test_memory_that_is_used_up_names_the_instruction(monkeypatch):
         (launch, exhaust if str(launch) == "0B1" else action) for launch, action in pipeline.actions
     ]
     monkeypatch.setattr(pipeline, "actions", actions)
-    monkeypatch.setattr(pipeline, "_mailbox", Mailbox())
+    mailbox = pipeline.links.transport.mailbox
+    monkeypatch.setattr(mailbox, "_broken", False)
+    monkeypatch.setattr(mailbox, "_posted", {})
     before = held(executor)
     error = in_time(lambda: executor.traced_step(executor.place(batch_of(executor), 0)))
     assert isinstance(error, TrainingError)
@@ -227,7 +229,7 @@ class FakePipeline:
             self.mailbox.post(first, message := Arriving(delay_s))
             return message
         if first.is_receive:
-            return self.mailbox.take(first)
+            return self.mailbox.take(first.partner)
         for entry in launch.instructions:
             if entry.is_compute:
                 time.sleep(self.durations.compute_s(entry.op)[entry.stage])

@@ -95,11 +95,11 @@ def test_every_pair_of_specs_arrives_whole_and_counted(shape, source, hosts, mon
     for target in range(len(MESHES)):
         from_mesh, to_mesh, crossings = message(shape, source, target, hosts)
         transport, full = InProcess(), numbered(shape)
-        channel = transport.channel("activation", from_mesh, to_mesh, crossings)
+        channel = transport.channel("activation", (0, 1), from_mesh, to_mesh, crossings)
         values = {pair: place(full, from_mesh, pair[0]) for pair in crossings}
         with monkeypatch.context() as patch:
             spy = Spy(patch)
-            arrived = channel.receive(channel.send(values))
+            arrived = channel.hand_over(values)
         assert arrived.keys() == crossings.keys()
         for (_, spec), array in arrived.items():
             assert_arrived(array, full, to_mesh, spec)
@@ -114,13 +114,13 @@ def test_bytes_are_counted_by_kind_and_message():
         (4,), np.dtype(np.float32), located((0, R), source, 0), located((0, R), target, 1)
     )
     transport = InProcess()
-    forth = transport.channel("activation", source, target, {"x": crossing})
-    more = transport.channel("activation", source, target, {"x": crossing, "y": crossing})
-    transport.channel("norm", source, target, {"x": crossing})
+    forth = transport.channel("activation", (0, 1), source, target, {"x": crossing})
+    more = transport.channel("activation", (0, 1), source, target, {"x": crossing, "y": crossing})
+    transport.channel("norm", (0, 1), source, target, {"x": crossing})
     x = place(numbered((4,)), source, (0, R))
     for _ in range(3):
-        forth.send({"x": x})
-    more.send({"x": x, "y": x, "an export for somebody else": x})
+        forth.hand_over({"x": x})
+    more.hand_over({"x": x, "y": x, "an export for somebody else": x})
     assert transport.bytes_sent() == {"activation": 3 * 16 + 2 * 16, "norm": 0}
 
 
@@ -135,9 +135,9 @@ def test_every_dtype_is_cut_joined_and_gathered(dtype):
         (a, b): plan_crossing((8, 4), full.dtype, located(a, source, 0), located(b, target, 1))
         for a, b in [((0, R), (R, R)), ((0, 1), (1, 0)), ((R, R), (0, R)), ((1, R), (0, R))]
     }
-    channel = InProcess().channel("activation", source, target, crossings)
+    channel = InProcess().channel("activation", (0, 1), source, target, crossings)
     values = {pair: place(full, source, pair[0]) for pair in crossings}
-    for (_, spec), array in channel.receive(channel.send(values)).items():
+    for (_, spec), array in channel.hand_over(values).items():
         assert_arrived(array, full, target, spec)
 
 
@@ -148,8 +148,8 @@ def test_double_precision_crosses():
         crossing = plan_crossing(
             (4, 4), full.dtype, located((R, 0), source, 0), located((R, R), target, 1)
         )
-        channel = InProcess().channel("activation", source, target, {0: crossing})
-        arrived = channel.receive(channel.send({0: place(full, source, (R, 0))}))[0]
+        channel = InProcess().channel("activation", (0, 1), source, target, {0: crossing})
+        arrived = channel.hand_over({0: place(full, source, (R, 0))})[0]
         assert_arrived(arrived, full, target, (R, R))
 
 
@@ -158,10 +158,10 @@ def test_a_weakly_typed_scalar_crosses():
     crossing = plan_crossing(
         (), np.dtype(np.float32), located((R, R), source, 0), located((R, R), target, 1)
     )
-    channel = InProcess().channel("norm", source, target, {"norm": crossing})
+    channel = InProcess().channel("norm", (0, 1), source, target, {"norm": crossing})
     weak = jax.device_put(jnp.asarray(2.0), NamedSharding(source, PartitionSpec()))
     assert weak.weak_type
-    arrived = channel.receive(channel.send({"norm": weak}))["norm"]
+    arrived = channel.hand_over({"norm": weak})["norm"]
     assert_arrived(arrived, np.float32(2.0) + np.zeros((), np.float32), target, (R, R))
 
 
@@ -178,11 +178,11 @@ def test_stages_on_the_same_devices_hand_over(source, target, monkeypatch):
         for a, b in pairs
     }
     transport = InProcess()
-    channel = transport.channel("activation", from_mesh, to_mesh, crossings)
+    channel = transport.channel("activation", (0, 1), from_mesh, to_mesh, crossings)
     values = {pair: place(full, from_mesh, pair[0]) for pair in crossings}
     with monkeypatch.context() as patch:
         spy = Spy(patch)
-        arrived = channel.receive(channel.send(values))
+        arrived = channel.hand_over(values)
     for (_, spec), array in arrived.items():
         assert_arrived(array, full, to_mesh, spec)
     assert spy.moved == planned_moves(crossings.values())
@@ -194,9 +194,9 @@ def test_a_value_that_is_where_it_is_wanted_is_handed_on_as_it_is():
     mesh, spec = submesh((2, 2), 0), (0, R)
     same = located(spec, mesh, 0)
     crossing = plan_crossing((4,), np.dtype(np.float32), same, same)
-    channel = InProcess().channel("activation", mesh, mesh, {"x": crossing})
+    channel = InProcess().channel("activation", (0, 1), mesh, mesh, {"x": crossing})
     value = place(numbered((4,)), mesh, spec)
-    assert channel.receive(channel.send({"x": value}))["x"] is value
+    assert channel.hand_over({"x": value})["x"] is value
 
 
 def test_shards_over_devices_in_another_order():
@@ -207,8 +207,8 @@ def test_shards_over_devices_in_another_order():
         (8, 4), full.dtype, located((1, 0), source, 0), located((0, 1), target, 1)
     )
     assert [(t.source, t.target) for t in crossing.tiles] == [(0, 0), (2, 1), (1, 2), (3, 3)]
-    channel = InProcess().channel("activation", source, target, {0: crossing})
-    arrived = channel.receive(channel.send({0: place(full, source, (1, 0))}))[0]
+    channel = InProcess().channel("activation", (0, 1), source, target, {0: crossing})
+    arrived = channel.hand_over({0: place(full, source, (1, 0))})[0]
     assert_arrived(arrived, full, target, (0, 1))
 
 
@@ -218,14 +218,14 @@ def test_two_shards_to_three_devices():
     crossing = plan_crossing(
         (12, 2), full.dtype, located((0, R), source, 0), located((0, R), target, 1)
     )
-    channel = InProcess().channel("activation", source, target, {0: crossing})
-    arrived = channel.receive(channel.send({0: place(full, source, (0, R))}))[0]
+    channel = InProcess().channel("activation", (0, 1), source, target, {0: crossing})
+    arrived = channel.hand_over({0: place(full, source, (0, R))})[0]
     assert_arrived(arrived, full, target, (0, R))
 
 
 def test_an_empty_message_arrives_empty():
-    channel = InProcess().channel("tied", submesh((1, 1), 0), submesh((1, 1), 4), {})
-    assert channel.receive(channel.send({})) == {}
+    channel = InProcess().channel("tied", (0, 1), submesh((1, 1), 0), submesh((1, 1), 4), {})
+    assert channel.hand_over({}) == {}
 
 
 def test_a_value_that_lies_otherwise_than_planned_is_refused():
@@ -233,9 +233,9 @@ def test_a_value_that_lies_otherwise_than_planned_is_refused():
     crossing = plan_crossing(
         (4,), np.dtype(np.float32), located((0, R), source, 0), located((0, R), target, 1)
     )
-    channel = InProcess().channel("activation", source, target, {"x": crossing})
+    channel = InProcess().channel("activation", (0, 1), source, target, {"x": crossing})
     with pytest.raises(ValueError, match="x lies as .* this channel was opened for"):
-        channel.send({"x": place(numbered((4,)), source, (R, R))})
+        channel.send({"x": place(numbered((4,)), source, (R, R))}, 0)
 
 
 SLOW_S = 0.5
@@ -271,10 +271,10 @@ def test_nothing_waits_for_what_is_still_being_computed(source, target):
     crossing = plan_crossing(
         (8, 4), full.dtype, located(source, from_mesh, 0), located(target, to_mesh, 1)
     )
-    channel = InProcess().channel("activation", from_mesh, to_mesh, {"x": crossing})
+    channel = InProcess().channel("activation", (0, 1), from_mesh, to_mesh, {"x": crossing})
     computing = compute(value)
     start = time.perf_counter()
-    arrived = channel.receive(channel.send({"x": computing}))["x"]
+    arrived = channel.hand_over({"x": computing})["x"]
     assert not computing.is_ready()
     assert not arrived.is_ready()
     assert time.perf_counter() - start < SLOW_S / 2

@@ -114,7 +114,7 @@ class OneStage:
             transform=transform, clip_norm=CLIP, schedule=lambda step: 0.1, loss_scaling=scaling
         )
         realized = planned(model, transform, 4, dp=2, tp=2, zero=zero)
-        (self.programs,) = build_programs(realized, model, optimizer, grid_of(4))
+        (self.programs,) = build_programs(realized, model, optimizer, grid_of(4)).values()
         programs, layout = self.programs, self.programs.layout
         self.first = draw(model.abstract_params, 0)
         self.params = self.placed(self.first, layout.params)

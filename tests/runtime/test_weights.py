@@ -109,7 +109,7 @@ def test_each_parameter_is_taken_from_its_owner():
         def __init__(self, params, state):
             self.params, self.state = params, state
 
-    stages = [Stage({"a": 1, "tied": 2}, {}), Stage({"b": 3, "tied": 4}, {"mean": 5})]
+    stages = {0: Stage({"a": 1, "tied": 2}, {}), 1: Stage({"b": 3, "tied": 4}, {"mean": 5})}
     assert held_arrays({"a": 0, "b": 1, "tied": 1}, stages) == {
         "a": 1,
         "b": 3,
