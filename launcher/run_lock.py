@@ -99,6 +99,8 @@ def take(folder: Path, *, sleep: Callable[[float], None] = time.sleep) -> RunLoc
         ConfigError: another process works in it.
         OSError: the file cannot be made.
     """
+    if folder.exists() and not folder.is_dir():  # or the error would name the file of the lock
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     file = _open_locked(folder / LOCK_NAME, sleep)
     try:
         left_by = _read(file)

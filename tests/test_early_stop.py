@@ -32,15 +32,15 @@ def launch(folder: pathlib.Path, place: str, number: int, *, ignored: bool = Fal
     path = folder / "path" / name
     path.parent.mkdir(parents=True)
     path.write_text(text.format(send=f"import os; os.kill(os.getpid(), {int(number)})"))
+    ignoring = ["sh", "-c", f"trap '' {int(number)}; exec \"$@\"", "sh"] if ignored else []
     return subprocess.run(
-        [sys.executable, "-m", "launcher", "mode=plan", "hydra.run.dir=run"],
+        [*ignoring, sys.executable, "-m", "launcher", "mode=plan", "hydra.run.dir=run"],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": f"{path.parent.parent}:{ROOT}"},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        preexec_fn=(lambda: signal.signal(number, signal.SIG_IGN)) if ignored else None,
     )
 
 

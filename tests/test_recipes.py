@@ -177,7 +177,7 @@ def test_every_way_finds_recipe_model_and_cluster(team, way, monkeypatch, capfd)
         monkeypatch.setenv(name, value.format(team=team))
     line = compose.parse([*(flag.format(team=team) for flag in flags), "+recipe=daily"])
     with compose._loader(line) as loader:
-        config, _ = compose._compose_point(loader, line, line.overrides)
+        config = compose._compose_point(loader, line, line.overrides).config
     assert (config.cluster.name, config.cluster.hosts) == ("lab", 1)
     assert (config.model.target, config.model.args) == ("team_models:build", {"hidden": 16})
     assert (config.logger.project, config.data.name) == ("team", "synthetic")

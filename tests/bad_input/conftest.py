@@ -31,10 +31,12 @@ def build_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most inputs are found bad when the model is there, and most of them want the same one."""
     build = main.build_model
 
-    def build_once(config, cluster, given):
-        key = repr((config.model, config.runtime.name, cluster.name, given and given.model))
+    def build_once(config, cluster, given, *, emulated):
+        key = repr(
+            (config.model, config.runtime.name, cluster.name, emulated, given and given.model)
+        )
         if key not in _MODELS:
-            _MODELS[key] = build(config, cluster, given)
+            _MODELS[key] = build(config, cluster, given, emulated=emulated)
         return _MODELS[key]
 
     monkeypatch.setattr(main, "build_model", build_once)

@@ -117,7 +117,7 @@ def a_file(folder: pathlib.Path) -> None:
 
 ANOTHER = "take another hydra.run.dir=<folder>"
 HYDRA = [
-    bad("hydra.run.dir=file", make=a_file, status=6, says=f"'file' ... {ANOTHER}"),
+    bad("hydra.run.dir=file", make=a_file, status=6, says=f"/file' ... {ANOTHER}"),
     bad("hydra.run.dir=file/in", make=a_file, status=6, says=f"file/in' ... {ANOTHER}"),
     bad("hydra.run.dir=/proc/x", status=6, says=f"'/proc/x' ... {ANOTHER}"),
     bad(f"hydra.run.dir={'x' * 300}", status=6, says=f"File name too long ... {ANOTHER}"),

@@ -111,7 +111,10 @@ def test_a_run_that_loses_a_host_goes_on_from_its_checkpoint(kind, caplog):
 
 
 def test_a_host_that_is_lost_between_steps(caplog):
-    supervise(World(faults=(Fault(host=1, kind="dies", step=6),), doing="saving"), Told())
+    # Slow enough for beats to say what it is doing.
+    slow = lambda host, step: time.sleep(5 * HEARTBEAT_S)  # noqa: E731
+    world = World(faults=(Fault(host=1, kind="dies", step=6),), doing="saving", on_step=slow)
+    supervise(world, Told())
     (line,) = [r.getMessage() for r in caplog.records if "beginning anew" in r.getMessage()]
     assert re.search(r"; it was saving its part of stage 1 after step \d, and it had done \d", line)
 

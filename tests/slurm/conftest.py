@@ -90,6 +90,11 @@ class SlurmCluster:
         """The jobs that are waiting or at work, and where."""
         return self.run("squeue", "--noheader", "--format=%i %T %N", folder=self.folder)
 
+    def nodes_at_work(self) -> list[str]:
+        """The nodes of each job that is at work: a name, or several in brackets."""
+        jobs = (line.split() for line in self.queue().splitlines())
+        return [job[2] for job in jobs if job[1] == "RUNNING"]
+
     def wait_until(self, is_so) -> None:
         """Look until it is so."""
         until_s = time.monotonic() + PATIENCE_S

@@ -122,10 +122,10 @@ def test_a_job_whose_node_crashes_goes_on_from_its_checkpoint_on_another(slurm, 
     run = tmp_path / "run"
     slurm.launcher(*LONG, folder=tmp_path)
     slurm.wait_until(lambda: len(steps(run)) >= 600)
-    node = slurm.queue().split()[2]
+    (node,) = slurm.nodes_at_work()
     slurm.crash(node)
     try:
-        slurm.wait_until(lambda: "RUNNING" in (queue := slurm.queue()) and node not in queue)
+        slurm.wait_until(lambda: slurm.nodes_at_work() not in ([], [node]))
         slurm.wait_until(lambda: not slurm.queue())
     finally:
         slurm.revive(node)
@@ -182,7 +182,7 @@ def test_a_job_of_two_nodes_that_loses_one_goes_on_with_another(slurm, tmp_path,
         folder=tmp_path,
     )
     slurm.wait_until(lambda: len(steps(run)) >= 150)
-    crashed = slurm.queue().split()[2]
+    (crashed,) = slurm.nodes_at_work()
     second = "node2" if "1" in crashed else "node3"
     slurm.crash(second)
     try:
