@@ -56,6 +56,11 @@ def steps(run_dir: pathlib.Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
+def has_checkpoint(run_dir: pathlib.Path) -> bool:
+    """Whether there is one to go on from: steps are done while it is written."""
+    return any((run_dir / "checkpoints").glob("step-*"))
+
+
 def output(run_dir: pathlib.Path) -> str:
     """What the job's first node has written."""
     return "".join(path.read_text() for path in (run_dir / "slurm").glob("*_0_log.out"))
@@ -101,7 +106,7 @@ def test_slurm_says_what_it_refuses(slurm, tmp_path):
 def test_a_job_is_preempted_requeued_and_goes_on_as_the_same_run(slurm, tmp_path):
     run = tmp_path / "run"
     slurm.launcher(*LONG, "logger=wandb", folder=tmp_path)
-    slurm.wait_until(lambda: len(steps(run)) >= 600)
+    slurm.wait_until(lambda: has_checkpoint(run))
     wandb_id = (run / "wandb/run-id.txt").read_text()
     # The shell that submitted has long ended; now others need all nodes.
     slurm.run("srun", "--partition=urgent", "--exclusive", "--nodes=3", "true", folder=tmp_path)
@@ -121,7 +126,7 @@ def test_a_job_is_preempted_requeued_and_goes_on_as_the_same_run(slurm, tmp_path
 def test_a_job_whose_node_crashes_goes_on_from_its_checkpoint_on_another(slurm, tmp_path):
     run = tmp_path / "run"
     slurm.launcher(*LONG, folder=tmp_path)
-    slurm.wait_until(lambda: len(steps(run)) >= 600)
+    slurm.wait_until(lambda: has_checkpoint(run))
     (node,) = slurm.nodes_at_work()
     slurm.crash(node)
     try:
@@ -181,7 +186,7 @@ def test_a_job_of_two_nodes_that_loses_one_goes_on_with_another(slurm, tmp_path,
         "checkpoint.every_steps=100",
         folder=tmp_path,
     )
-    slurm.wait_until(lambda: len(steps(run)) >= 150)
+    slurm.wait_until(lambda: has_checkpoint(run))
     (crashed,) = slurm.nodes_at_work()
     second = "node2" if "1" in crashed else "node3"
     slurm.crash(second)
@@ -199,7 +204,7 @@ def test_a_job_of_two_nodes_is_preempted_and_both_stop_after_the_same_step(slurm
     run = tmp_path / "run"
     more = ("cluster.slurm.nodes=2", "train.steps=1000", "checkpoint.every_steps=100")
     slurm.launcher(*TWO_HOSTS, *SUBMIT, *more, folder=tmp_path)
-    slurm.wait_until(lambda: len(steps(run)) >= 150)
+    slurm.wait_until(lambda: has_checkpoint(run))
     slurm.run("srun", "--partition=urgent", "--exclusive", "--nodes=3", "true", folder=tmp_path)
     slurm.wait_until(lambda: not slurm.queue())
     (stopped,) = re.findall(r"launcher: requeued: SIGUSR2 after step (\d+) of 1000", output(run))
