@@ -83,7 +83,7 @@ def test_optimizer_state_in_shards_over_hosts(case, zero):
     "model",
     [
         ("model=moe", "data=synthetic"),
-        ("model=wrn", "model.depth=11", "model.base_channels=4", "data=synthetic"),
+        ("model=wrn", "model.base_channels=4", "data=synthetic"),
     ],
 )
 def test_other_families(case, model):

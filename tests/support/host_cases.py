@@ -18,10 +18,12 @@ from launcher.runtime.host_contract import HostTask
 
 SMALL = (
     "logger=jsonl", "cluster=cpu8", "cluster.devices_per_host=2", "runtime=emulate", "data=synthetic",
-    "model.dtype=fp64", "model.layers=2", "model.hidden=16", "model.heads=2", "model.seq_len=8",
-    "model.vocab_size=32", "model.dropout=0.1", "train.steps=4", "train.eval_every=2",
-    "train.eval_batches=2", "train.global_batch=8", "checkpoint.every_steps=2", "checkpoint.keep=9",
-    "optimizer.clip_norm=0.1",
+    "model.dtype=fp64", "train.steps=4", "train.eval_every=2", "train.eval_batches=2",
+    "train.global_batch=8", "checkpoint.every_steps=2", "checkpoint.keep=9", "optimizer.clip_norm=0.1",
+)  # fmt: skip
+_SMALL_DECODER = (
+    "model.layers=2", "model.hidden=16", "model.heads=2", "model.seq_len=8", "model.vocab_size=32",
+    "model.dropout=0.1",
 )  # fmt: skip
 NUMBERS = ("loss", "grad_norm", "eval_loss", "learning_rate")
 # Within which losses and parameters of the same plan agree, in double precision.
@@ -46,7 +48,8 @@ class Case:
     overrides: tuple[str, ...]
 
     def config(self, *more: str):
-        return load([*SMALL, *self.overrides, *more])
+        decoder = () if "model=wrn" in self.overrides else _SMALL_DECODER
+        return load([*SMALL, *decoder, *self.overrides, *more])
 
     def in_one_process(self, name: str, *more: str) -> pathlib.Path:
         """Run it here; gives the run's folder."""
