@@ -1,4 +1,4 @@
-"""The interface to whatever runs a plan: this process, or (later) many hosts."""
+"""The interface to whatever runs a plan: all stages in this process, or a host's part of them."""
 
 import abc
 from collections.abc import Mapping

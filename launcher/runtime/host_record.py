@@ -27,7 +27,7 @@ from launcher.runtime.metrics import (
     TrainSummary,
     is_evaluation,
 )
-from launcher.runtime.sinks import Sink
+from launcher.runtime.sinks import Sink, finish_all
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +148,7 @@ class HostRecord:
             self._steady_s.append(self._newest_s)
 
     def _tell(self, summary: TrainSummary) -> list[Exception]:
-        errors = []
-        for sink in self._sinks:
-            try:
-                sink.finish(summary)
-            except Exception as error:
-                errors.append(error)
-        return errors
+        return finish_all(self._sinks, summary)
 
 
 def _status_after(error: BaseException) -> Status:

@@ -22,7 +22,7 @@ from launcher.runtime.metrics import (
     finite,
 )
 from launcher.runtime.number_watch import Numbers, NumberWatch
-from launcher.runtime.sinks import Sink
+from launcher.runtime.sinks import Sink, finish_all
 
 if TYPE_CHECKING:
     from launcher.runtime.executor import StepResult
@@ -258,13 +258,7 @@ class Journal:
         self._goodput.write()
         # Not waited for: after an error a step may never complete.
         self._watcher.shutdown(wait=False, cancel_futures=True)
-        errors = []
-        for sink in self._sinks:
-            try:
-                sink.finish(summary)
-            except Exception as error:
-                errors.append(error)
-        return errors
+        return finish_all(self._sinks, summary)
 
     def _write(self, row: Row) -> None:
         for sink in self._sinks:

@@ -8,6 +8,7 @@ run ended.
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 
@@ -34,6 +35,17 @@ class Sink(ABC):
     @abstractmethod
     def finish(self, summary: TrainSummary) -> None:
         """Record how the run ended, and let go of what is held open. Called once."""
+
+
+def finish_all(sinks: Sequence[Sink], summary: TrainSummary) -> list[Exception]:
+    """Finish every sink, also after one that fails; give what they raised."""
+    errors = []
+    for sink in sinks:
+        try:
+            sink.finish(summary)
+        except Exception as error:
+            errors.append(error)
+    return errors
 
 
 def check_metrics(run_dir: Path) -> None:
