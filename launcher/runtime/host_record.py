@@ -88,14 +88,14 @@ class HostRecord:
     def finish(self, summary: TrainSummary, status: Status) -> TrainSummary:
         """Give every sink the summary; what one of them raises comes after all have had it."""
         summary = dataclasses.replace(summary, status=status)
-        errors = self._tell(summary)
+        errors = finish_all(self._sinks, summary)
         if errors:
             raise errors[0]
         return summary
 
     def finish_despite(self, error: BaseException) -> None:
         """Give every sink the summary of a run that ends with an error; log what they raise."""
-        for other in self._tell(self.summary(_status_after(error))):
+        for other in finish_all(self._sinks, self.summary(_status_after(error))):
             log.error("%s (while ending after: %s)", other, error)
 
     def summary(self, status: Status) -> TrainSummary:
@@ -146,9 +146,6 @@ class HostRecord:
         self._warm_up -= 1
         if self._warm_up < 0 and self._newest_s is not None:
             self._steady_s.append(self._newest_s)
-
-    def _tell(self, summary: TrainSummary) -> list[Exception]:
-        return finish_all(self._sinks, summary)
 
 
 def _status_after(error: BaseException) -> Status:
