@@ -12,10 +12,12 @@ from launcher.autopar.spec import replicated
 from launcher.autopar.split_layout import Source, Start
 from launcher.autopar.stage_layout import produced_spec
 from launcher.autopar.stage_problem import BACKWARD_COPY, FORWARD_COPY
-from launcher.autopar.tape import Buffer, Tape
+from launcher.autopar.tape import VIEWS, Buffer, Tape
 from launcher.autopar.trace import Role
 from launcher.autopar.wiring import Place
 from launcher.autopar.workspace import temporary_bytes
+
+_PARTS = VIEWS | {"slice"}  # what these make, XLA reads where it lies in another value
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +156,10 @@ class _Writer:
         return [slot for slot in self.cls.gradients if self.cls.slots[slot].role is not Role.PARAM]
 
     def _turn(self, tape: Tape) -> float:
-        """What there is at the turn, after the forward ops have run again."""
-        return sum(map(tape.bytes, (*self._residuals(), *_gathered(tape, self.cls))))
+        """What there is at the turn, after the forward ops have run again; parts of others are not."""
+        parts = {b for line in tape.lines if line.name in _PARTS for b in line.makes}
+        there = (b for b in self._residuals() if b not in parts)
+        return sum(map(tape.bytes, (*there, *_gathered(tape, self.cls))))
 
     def _forward(self) -> tuple[Tape, list[Buffer], list[Buffer]]:
         """The lines of the forward pass, what it keeps, and what leaves the stage."""
