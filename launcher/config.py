@@ -136,7 +136,7 @@ class InterHostConfig:
 
 @dataclass(kw_only=True)
 class ClusterConfig:
-    """A cluster as its YAML file describes it; `autopar.hosts` has it in SI units.
+    """A cluster as its YAML file describes it; `autopar.clusters.hosts` has it in SI units.
 
     Either its hosts are all alike, or `groups` says what each kind of them is.
     """

@@ -16,22 +16,23 @@ import jax
 
 from launcher import data
 from launcher.autopar.make_plan import adopt_plan
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import from_json
-from launcher.autopar.wording import size
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import from_json
+from launcher.autopar.text.wording import size
 from launcher.errors import ConfigError, LostPeerError
 from launcher.inputs import build_model, plan_options, train_settings
 from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
 from launcher.outputs import find_sampler, make_meter
 from launcher.resume import check_start, find_start, make_checkpoints
-from launcher.runtime import train_loop
-from launcher.runtime.agreement import Agreement
-from launcher.runtime.arrivals import Arrivals
-from launcher.runtime.checkpointer import Checkpoints
-from launcher.runtime.compilation_cache import use_cache
-from launcher.runtime.goodput import Goodput
-from launcher.runtime.host_contract import (
+from launcher.runtime.checkpoints.checkpointer import Checkpoints
+from launcher.runtime.checkpoints.host_copies import on_host_device, own_pieces
+from launcher.runtime.checkpoints.shared_store import SharedStore, Writers
+from launcher.runtime.checkpoints.weights import open_weights
+from launcher.runtime.compiled.compilation_cache import use_cache
+from launcher.runtime.hosts.agreement import Agreement
+from launcher.runtime.hosts.arrivals import Arrivals
+from launcher.runtime.hosts.host_contract import (
     Host,
     HostAddress,
     HostBeat,
@@ -39,20 +40,19 @@ from launcher.runtime.host_contract import (
     HostReady,
     HostTask,
 )
-from launcher.runtime.host_copies import on_host_device, own_pieces
-from launcher.runtime.host_executor import HostExecutor
-from launcher.runtime.host_progress import EventLog, EventSink, HostProgress
-from launcher.runtime.host_transport import HostTransport
-from launcher.runtime.local_executor import LocalExecutor, Part
-from launcher.runtime.memory_error import memory_error
-from launcher.runtime.memory_use import peak_bytes
-from launcher.runtime.metrics import TrainSummary
-from launcher.runtime.post_office import PostOffice, free_port
-from launcher.runtime.run_end import RunEnd
-from launcher.runtime.shared_clock import SharedClock, over_devices
-from launcher.runtime.shared_store import SharedStore, Writers
-from launcher.runtime.weights import open_weights
-from launcher.runtime.worlds import join, world_grid, worlds
+from launcher.runtime.hosts.host_executor import HostExecutor
+from launcher.runtime.hosts.host_progress import EventLog, EventSink, HostProgress
+from launcher.runtime.hosts.host_transport import HostTransport
+from launcher.runtime.hosts.post_office import PostOffice, free_port
+from launcher.runtime.hosts.shared_clock import SharedClock, over_devices
+from launcher.runtime.hosts.worlds import join, world_grid, worlds
+from launcher.runtime.records.goodput import Goodput
+from launcher.runtime.records.metrics import TrainSummary
+from launcher.runtime.steps.local_executor import LocalExecutor, Part
+from launcher.runtime.steps.memory_error import memory_error
+from launcher.runtime.steps.memory_use import peak_bytes
+from launcher.runtime.training import train_loop
+from launcher.runtime.training.run_end import RunEnd
 
 log = logging.getLogger(__name__)
 

@@ -7,18 +7,18 @@ import os
 import jax
 
 from launcher import models
-from launcher.autopar.cluster import cluster_at_hand, cluster_from_config
-from launcher.autopar.hosts import AnyCluster
-from launcher.autopar.plan import Plan
-from launcher.autopar.planned_model import as_planned, describe_model
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.clusters.cluster import cluster_at_hand, cluster_from_config
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.inter_op.space import PlanOptions
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.planned_model import as_planned, describe_model
 from launcher.config import Config
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.resume import Start
 from launcher.runtime import devices
-from launcher.runtime.ray_pool import ray_address
-from launcher.runtime.train_loop import TrainSettings
+from launcher.runtime.hosts.ray_pool import ray_address
+from launcher.runtime.training.train_loop import TrainSettings
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ import numpy as np
 from rich.console import Console
 
 from launcher import data
-from launcher.autopar.budget import check_tokens
-from launcher.autopar.hosts import AnyCluster
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import read_plan
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.plans.budget import check_tokens
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import read_plan
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
@@ -39,25 +39,26 @@ from launcher.on_hosts import HostsJob, train_on_hosts
 from launcher.outputs import find_sampler, make_meter, make_sinks
 from launcher.resume import Start, check_start, find_start, make_checkpoints, plan_to_keep
 from launcher.run_state import note_phase
-from launcher.runtime import devices, evaluation_run, memory_audit, plan_audit, train_loop
-from launcher.runtime.compilation_cache import use_cache
-from launcher.runtime.compile_all import Compilation
-from launcher.runtime.evaluation_run import Evaluation
-from launcher.runtime.executor import Executor
-from launcher.runtime.goodput import Goodput
-from launcher.runtime.initial import Values, initial_values
-from launcher.runtime.interrupt import stop_at_once
-from launcher.runtime.local_executor import LocalExecutor
-from launcher.runtime.memory_error import memory_error
-from launcher.runtime.metrics import Meter
-from launcher.runtime.plan_report import PlanReporter
-from launcher.runtime.profile import run_profile
-from launcher.runtime.progress import phase
-from launcher.runtime.run_end import RunEnd
-from launcher.runtime.sampling import Sampler
-from launcher.runtime.sinks import Sink, check_metrics, drop_rows_after
-from launcher.runtime.watched_executor import Watch, WatchedExecutor
-from launcher.runtime.weights import WeightsFile, open_weights
+from launcher.runtime import devices, memory_audit, plan_audit
+from launcher.runtime.checkpoints.weights import WeightsFile, open_weights
+from launcher.runtime.compiled.compilation_cache import use_cache
+from launcher.runtime.compiled.compile_all import Compilation
+from launcher.runtime.profiling.profile import run_profile
+from launcher.runtime.records.goodput import Goodput
+from launcher.runtime.records.metrics import Meter
+from launcher.runtime.records.plan_report import PlanReporter
+from launcher.runtime.records.progress import phase
+from launcher.runtime.records.sinks import Sink, check_metrics, drop_rows_after
+from launcher.runtime.steps.executor import Executor
+from launcher.runtime.steps.initial import Values, initial_values
+from launcher.runtime.steps.local_executor import LocalExecutor
+from launcher.runtime.steps.memory_error import memory_error
+from launcher.runtime.steps.watched_executor import Watch, WatchedExecutor
+from launcher.runtime.training import evaluation_run, train_loop
+from launcher.runtime.training.evaluation_run import Evaluation
+from launcher.runtime.training.interrupt import stop_at_once
+from launcher.runtime.training.run_end import RunEnd
+from launcher.runtime.training.sampling import Sampler
 
 log = logging.getLogger(__name__)
 

@@ -13,24 +13,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.autopar.hosts import AnyCluster
+from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned
 from launcher.config import Config
 from launcher.host_process import HostProcess
 from launcher.models.model import Model
 from launcher.outputs import make_meter, make_sinks
 from launcher.resume import own_store
-from launcher.runtime.checkpoint_manifest import Progress
-from launcher.runtime.goodput import Goodput
-from launcher.runtime.host_contract import HostReady, HostTask
-from launcher.runtime.host_pool import Seat
-from launcher.runtime.host_record import Begun, HostRecord
-from launcher.runtime.host_session import HostRun
-from launcher.runtime.metrics import PlanMetrics, TrainSummary
-from launcher.runtime.progress import phase
-from launcher.runtime.ray_pool import RayPool, ray_address
-from launcher.runtime.sinks import drop_rows_after
-from launcher.runtime.supervisor import Policy, Supervisor
+from launcher.runtime.checkpoints.checkpoint_manifest import Progress
+from launcher.runtime.hosts.host_contract import HostReady, HostTask
+from launcher.runtime.hosts.host_pool import Seat
+from launcher.runtime.hosts.host_record import Begun, HostRecord
+from launcher.runtime.hosts.host_session import HostRun
+from launcher.runtime.hosts.ray_pool import RayPool, ray_address
+from launcher.runtime.hosts.supervisor import Policy, Supervisor
+from launcher.runtime.records.goodput import Goodput
+from launcher.runtime.records.metrics import PlanMetrics, TrainSummary
+from launcher.runtime.records.progress import phase
+from launcher.runtime.records.sinks import drop_rows_after
 
 LOGS_NAME = "hosts"
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"

@@ -5,18 +5,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launcher.autopar.hosts import AnyCluster
+from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.make_plan import Planned
-from launcher.autopar.predict import model_flops_per_step
-from launcher.autopar.stage_hosts import peak_flops_per_s
+from launcher.autopar.plans.stage_hosts import peak_flops_per_s
+from launcher.autopar.predictions.predict import model_flops_per_step
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.models.model import Model
-from launcher.runtime.metrics import Meter, PlanMetrics
-from launcher.runtime.progress import progress_sink
-from launcher.runtime.sampling import Sampler, SampleSettings, make_sampler
-from launcher.runtime.sinks import JsonlSink, Sink, SummarySink
-from launcher.runtime.wandb_sink import WandbRun, WandbSink
+from launcher.runtime.records.metrics import Meter, PlanMetrics
+from launcher.runtime.records.progress import progress_sink
+from launcher.runtime.records.sinks import JsonlSink, Sink, SummarySink
+from launcher.runtime.records.wandb_sink import WandbRun, WandbSink
+from launcher.runtime.training.sampling import Sampler, SampleSettings, make_sampler
 
 
 def make_meter(planned: Planned, model: Model, cluster: AnyCluster, *, emulated: bool) -> Meter:

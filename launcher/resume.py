@@ -13,29 +13,29 @@ from pathlib import Path
 
 import jax
 
-from launcher.autopar.hosts import AnyCluster
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import from_json, to_json
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import from_json, to_json
 from launcher.config import Config
 from launcher.errors import ConfigError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.checkpoint_manifest import ModelEntry, Progress, RunEntry
-from launcher.runtime.checkpoint_store import (
+from launcher.runtime.checkpoints.checkpoint_manifest import ModelEntry, Progress, RunEntry
+from launcher.runtime.checkpoints.checkpoint_store import (
     MANIFEST_NAME,
     Checkpoint,
     CheckpointStore,
     read_checkpoint,
 )
-from launcher.runtime.checkpointer import (
+from launcher.runtime.checkpoints.checkpointer import (
     Checkpointer,
     Checkpoints,
     NoCheckpoints,
     Onlooker,
     SaveSettings,
 )
-from launcher.runtime.shared_store import SharedStore, Writers
-from launcher.runtime.training_state import check_arrays, values
+from launcher.runtime.checkpoints.shared_store import SharedStore, Writers
+from launcher.runtime.steps.training_state import check_arrays, values
 
 log = logging.getLogger(__name__)
 

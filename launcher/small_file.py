@@ -1,6 +1,6 @@
 """Small files that say how a run is doing, for others to read: whole or not at all, and never needed.
 
-What a run cannot do without is written by `autopar.atomic_file`, and fails loudly.
+What a run cannot do without is written by `autopar.text.atomic_file`, and fails loudly.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
 from launcher.cli.compose import load
 from launcher.errors import ConfigError
 from launcher.inputs import runs_on_hosts

@@ -39,6 +39,27 @@ LAYERS = (
     ("__main__",),
 )
 
+# The same inside the two large rooms: a module imports from its own small room and those further left.
+ROOMS = {
+    "autopar": (
+        *(
+            "text",
+            "graphs",
+            "clusters",
+            "sharding",
+            "solver",
+            "whole_graph",
+            "intra_op",
+            "programs",
+        ),
+        *("plans", "realized", "predictions", "inter_op", "make_plan", "answers", "pages"),
+    ),
+    "runtime": (
+        *("devices", "compiled", "records", "checkpoints", "traces", "steps", "profiling"),
+        *("training", "hosts", "memory_audit", "plan_audit"),
+    ),
+}
+
 # Packages that only some modules may know.
 CONFIG_PACKAGES = ("hydra", "omegaconf")
 CONFIG_ROOMS = ("config", "main", "cli")
@@ -58,7 +79,7 @@ def parse(path: pathlib.Path) -> ast.Module:
 
 
 def room(path: pathlib.Path) -> str:
-    """The first name below the package: `launcher/autopar/plan.py` is of autopar."""
+    """The first name below the package: `launcher/autopar/plans/plan.py` is of autopar."""
     parts = path.relative_to(ROOT / "launcher").with_suffix("").parts
     return "launcher" if parts[0] == "__init__" else parts[0]
 
@@ -156,6 +177,29 @@ def test_imports_go_one_way():
         for path, name in imports()
         if name.startswith(("launcher.", RELATIVE)) and not is_allowed(room(path), name)
     ]
+
+
+@pytest.mark.parametrize("large", ROOMS)
+def test_imports_between_small_rooms_go_one_way(large):
+    def small(name: str) -> int:
+        return ROOMS[large].index(name.split(".")[2])
+
+    folder = ROOT / "launcher" / large
+    assert not [
+        where(path, name)
+        for path, name in imports()
+        if name.startswith(f"launcher.{large}.")
+        and path.is_relative_to(folder)
+        and (ours := path.relative_to(folder).with_suffix("").parts[0]) in ROOMS[large]
+        and small(name) > ROOMS[large].index(ours)
+    ]
+
+
+def test_every_small_room_has_its_place():
+    inside = {path.relative_to(ROOT / "launcher").with_suffix("").parts for path in MODULES}
+    entries = {"__init__", "solve"}  # the room's face, and a command
+    for large, rooms in ROOMS.items():
+        assert {parts[1] for parts in inside if parts[0] == large} - entries == set(rooms)
 
 
 def test_only_the_edge_knows_hydra():

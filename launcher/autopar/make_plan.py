@@ -7,24 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from launcher.autopar.advice import memory_cures
-from launcher.autopar.hosts import AnyCluster, Cluster
-from launcher.autopar.mesh import DATA
-from launcher.autopar.open_stages import fill_in
-from launcher.autopar.optimizer_state import OptimizerFootprint
-from launcher.autopar.param_costs import optimizer_spec
-from launcher.autopar.picks import specs_as_dims, strategies_of
-from launcher.autopar.placement import Placement
-from launcher.autopar.plan import Plan, RunnerUp, SearchStats, Stage
-from launcher.autopar.planned_model import for_model, model_ref
-from launcher.autopar.predict import Outlook, foresee
-from launcher.autopar.realize import RealizedPlan, realize
-from launcher.autopar.search import Candidate, Search, search
-from launcher.autopar.space import PlanOptions
-from launcher.autopar.stage_hosts import TightStage, tightest
-from launcher.autopar.stage_layout import training_layout
-from launcher.autopar.stage_table import StageChoice
-from launcher.autopar.wording import count, seconds, size
+from launcher.autopar.clusters.hosts import AnyCluster, Cluster
+from launcher.autopar.clusters.mesh import DATA
+from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
+from launcher.autopar.inter_op.advice import memory_cures
+from launcher.autopar.inter_op.placement import Placement
+from launcher.autopar.inter_op.search import Candidate, Search, search
+from launcher.autopar.inter_op.space import PlanOptions
+from launcher.autopar.inter_op.stage_table import StageChoice
+from launcher.autopar.intra_op.stage_layout import training_layout
+from launcher.autopar.plans.plan import Plan, RunnerUp, SearchStats, Stage
+from launcher.autopar.plans.planned_model import for_model, model_ref
+from launcher.autopar.plans.stage_hosts import TightStage, tightest
+from launcher.autopar.predictions.predict import Outlook, foresee
+from launcher.autopar.realized.open_stages import fill_in
+from launcher.autopar.realized.picks import specs_as_dims, strategies_of
+from launcher.autopar.realized.realize import RealizedPlan, realize
+from launcher.autopar.sharding.param_costs import optimizer_spec
+from launcher.autopar.text.wording import count, seconds, size
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 

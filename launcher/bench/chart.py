@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launcher.autopar import svg
-from launcher.autopar.wording import digits
+from launcher.autopar.pages import svg
+from launcher.autopar.text.wording import digits
 
 _LEFT, _TOP, _HEIGHT, _BOTTOM = 44, 62, 230, 40  # px
 _BAR, _GAP = 11, 16

@@ -24,16 +24,17 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
-from launcher.autopar.hosts import Cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.clusters.hosts import Cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.space import PlanOptions
 from launcher.bench.settings import check_keys, chosen, whole_number
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
-from launcher.runtime import devices, profile
-from launcher.runtime.local_executor import LocalExecutor
-from launcher.runtime.profile_timing import lower_quartile
+from launcher.runtime import devices
+from launcher.runtime.profiling import profile
+from launcher.runtime.profiling.profile_timing import lower_quartile
+from launcher.runtime.steps.local_executor import LocalExecutor
 
 LEAST_CORRELATION, LARGEST_ERROR = 0.9, 0.15
 _STEPS = 4  # of a plan's turn, after one that brings its data back into the caches

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.autopar.predict import stage_durations
-from launcher.autopar.realize import realize
-from launcher.autopar.simulator import simulate
+from launcher.autopar.predictions.predict import stage_durations
+from launcher.autopar.programs.simulator import simulate
+from launcher.autopar.realized.realize import realize
 from launcher.bench.measured import SOURCES, Measurement, Source
 from launcher.bench.megatron import megatron_plan
 from launcher.bench.settings import check_keys, chosen

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import jax
 
-from launcher.autopar.cluster import cluster_at_hand, load_cluster
-from launcher.autopar.hosts import Cluster
+from launcher.autopar.clusters.cluster import cluster_at_hand, load_cluster
+from launcher.autopar.clusters.hosts import Cluster
 from launcher.autopar.make_plan import Planned
-from launcher.autopar.planned_model import describe_model
-from launcher.autopar.wording import aligned, count, percent, seconds
+from launcher.autopar.plans.planned_model import describe_model
+from launcher.autopar.text.wording import aligned, count, percent, seconds
 from launcher.bench import gpu_steps
 from launcher.bench.gpu_steps import Task, Timed
 from launcher.bench.settings import Settings, check_keys, chosen, whole_number
@@ -42,7 +42,7 @@ from launcher.limits import CHOICES
 from launcher.models.model import Model
 from launcher.outputs import make_meter
 from launcher.runtime import devices
-from launcher.runtime.metrics import Meter
+from launcher.runtime.records.metrics import Meter
 
 _KEYS = (
     "models", "steps", "batch", "seq_len", "peers", "attention", "loss_chunks", "recompute",

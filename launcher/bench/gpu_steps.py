@@ -18,9 +18,9 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.hosts import Cluster
+from launcher.autopar.clusters.hosts import Cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import Planned, find_plan
-from launcher.autopar.space import PlanOptions
 from launcher.bench import plain_steps
 from launcher.bench.step_timing import median_step_s
 from launcher.config import GptConfig
@@ -28,9 +28,9 @@ from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
 from launcher.models.sizes import gpt_size
-from launcher.runtime.local_executor import LocalExecutor
-from launcher.runtime.memory_error import is_memory_error
-from launcher.runtime.watched_executor import PROFILE_NAME, Watch, WatchedExecutor
+from launcher.runtime.steps.local_executor import LocalExecutor
+from launcher.runtime.steps.memory_error import is_memory_error
+from launcher.runtime.steps.watched_executor import PROFILE_NAME, Watch, WatchedExecutor
 
 _TORCH_MODULE = "launcher.bench.torch_gpt"
 _TRANSFORM = optax.adamw(1e-3)

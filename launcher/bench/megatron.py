@@ -15,17 +15,17 @@ from itertools import pairwise
 import jax.numpy as jnp
 from jax.extend.core import primitives as prim
 
-from launcher.autopar.compute import ComputeModel
-from launcher.autopar.hosts import Cluster
-from launcher.autopar.intra_op import IntraOpPlanner
-from launcher.autopar.layers import LayeredModel
-from launcher.autopar.picks import strategies_of
-from launcher.autopar.plan import ModelRef, Plan, Stage
-from launcher.autopar.realize import layered_model, restrictions, stage_mesh
-from launcher.autopar.rules import Strategy
-from launcher.autopar.spec import PARTIAL
-from launcher.autopar.stage_problem import StageSettings
-from launcher.autopar.trace import Role
+from launcher.autopar.clusters.compute import ComputeModel
+from launcher.autopar.clusters.hosts import Cluster
+from launcher.autopar.graphs.layers import LayeredModel
+from launcher.autopar.graphs.trace import Role
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner
+from launcher.autopar.intra_op.stage_problem import StageSettings
+from launcher.autopar.plans.plan import ModelRef, Plan, Stage
+from launcher.autopar.realized.picks import strategies_of
+from launcher.autopar.realized.realize import layered_model, restrictions, stage_mesh
+from launcher.autopar.sharding.rules import Strategy
+from launcher.autopar.sharding.spec import PARTIAL
 from launcher.bench.measured import Measurement
 from launcher.models.gpt import Gpt
 from launcher.models.kernels import Kernels

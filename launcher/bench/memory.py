@@ -16,9 +16,9 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.space import PlanOptions
 from launcher.bench.settings import check_keys, chosen
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from launcher.autopar.atomic_file import write_atomically
+from launcher.autopar.text.atomic_file import write_atomically
 from launcher.bench.paper_cases import DEVICES, FAMILIES, Case, find_cases
 from launcher.bench.paper_methods import METHODS, methods_of
 from launcher.bench.paper_page import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import Cluster, load_cluster
+from launcher.autopar.clusters.cluster import Cluster, load_cluster
 from launcher.bench.paper_figures import END_TO_END, INTRA_OP
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
 from launcher.models.model import Model

@@ -20,9 +20,9 @@ memory rules out: a device holds at least its share of weights and optimizer sta
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from launcher.autopar.optimizer_state import OptimizerFootprint
-from launcher.autopar.space import divisors
-from launcher.autopar.work import aval_bytes
+from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
+from launcher.autopar.graphs.work import aval_bytes
+from launcher.autopar.inter_op.space import divisors
 from launcher.bench.paper_cases import Case
 from launcher.bench.paper_figures import END_TO_END
 

@@ -7,7 +7,7 @@ the paper finds no plan here. Left out: a bar on how near measured rates are; th
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from launcher.autopar.wording import aligned, seconds
+from launcher.autopar.text.wording import aligned, seconds
 from launcher.bench.chart import Bars, bar_chart
 from launcher.bench.paper_cases import FAMILIES
 from launcher.bench.paper_figures import (

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from launcher.autopar.atomic_file import write_atomically
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import make_plan
-from launcher.autopar.plan import Plan, Stage
-from launcher.autopar.space import PlanOptions
-from launcher.autopar.wording import count
+from launcher.autopar.plans.plan import Plan, Stage
+from launcher.autopar.text.atomic_file import write_atomically
+from launcher.autopar.text.wording import count
 from launcher.bench.paper_cases import Case
 from launcher.bench.paper_figures import OUT_OF_MEMORY
 from launcher.bench.paper_methods import Choices, points_of

@@ -12,13 +12,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.space import PlanOptions
 from launcher.config import GptConfig
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.steps.local_executor import LocalExecutor
 
 Step = Callable[[], None]
 # Starts a step, and returns what is there when it is done.

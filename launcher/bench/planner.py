@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import optax
 
 from launcher import autopar, models
-from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.solver.problem import ProblemSize
 from launcher.autopar.solver.solve import simplify
+from launcher.autopar.text.atomic_file import write_atomically
 from launcher.bench.planner_commands import COMMANDS, SERIES, report_command, report_series
 from launcher.bench.settings import check_keys, chosen, whole_numbers
 from launcher.config import GptConfig

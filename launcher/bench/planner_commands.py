@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import read_plan
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import read_plan
 from launcher.bench.chart import Bars, bar_chart
 from launcher.errors import LauncherError
 

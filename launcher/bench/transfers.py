@@ -1,7 +1,7 @@
 """`python -m launcher.bench transfers`: sending a value to another submesh, beside plain `jax.device_put`.
 
 Two submeshes of 2 x 2 devices: the accelerators of this machine if it has enough, emulated CPU devices
-elsewhere. For each pair of shardings, of the transport (`launcher.runtime.transport`) and of `device_put`:
+elsewhere. For each pair of shardings, of the transport (`runtime/steps/transport.py`) and of `device_put`:
 what the dispatching thread spends per message on a value of 8 KiB, the rate at which a large value arrives,
 bytes from submesh to submesh per byte of the value, and whether the call waits for a value that is still
 being computed.
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from launcher.autopar.crossing import Crossing, Located, plan_crossing
-from launcher.autopar.spec import REPLICATED, Spec, num_shards, to_partition_spec
+from launcher.autopar.sharding.crossing import Crossing, Located, plan_crossing
+from launcher.autopar.sharding.spec import REPLICATED, Spec, num_shards, to_partition_spec
 from launcher.bench.settings import check_keys, whole_number
 from launcher.runtime.devices import discover
-from launcher.runtime.transport import InProcess
+from launcher.runtime.steps.transport import InProcess
 
 _R = REPLICATED
 _NAMES, _MESH = ("data", "tensor"), (2, 2)

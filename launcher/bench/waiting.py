@@ -19,15 +19,15 @@ import numpy as np
 import optax
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.simulator import Durations, simulate
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.programs.simulator import Durations, simulate
 from launcher.bench.device_wait import wait_on_device
 from launcher.config import GptConfig
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.local_executor import LocalExecutor
-from launcher.runtime.stage_programs import Compiled
+from launcher.runtime.compiled.stage_programs import Compiled
+from launcher.runtime.steps.local_executor import LocalExecutor
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1))
 _SUBMESHES, _MICROBATCHES = 4, 8

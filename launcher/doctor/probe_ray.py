@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from launcher.runtime.ray_pool import ray_address
+from launcher.runtime.hosts.ray_pool import ray_address
 
 
 def main(arguments: Sequence[str]) -> int:

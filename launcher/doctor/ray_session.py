@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from launcher.doctor.commands import Outcome, Runner
 from launcher.doctor.findings import Finding, failed, ok
 from launcher.doctor.wording import counted
-from launcher.runtime.ray_pool import QUIETLY, own_token, ray_address
+from launcher.runtime.hosts.ray_pool import QUIETLY, own_token, ray_address
 
 LIMIT_S = 60.0
 CONNECT_LIMIT_S = 3.0

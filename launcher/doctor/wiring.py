@@ -23,8 +23,8 @@ from launcher.doctor.commands import Runner
 from launcher.doctor.findings import Finding
 from launcher.doctor.versions import Requirement
 from launcher.errors import ClusterError, ConfigError, StorageError
-from launcher.runtime.cache_folder import cache_folder
-from launcher.runtime.wandb_login import is_logged_in
+from launcher.runtime.compiled.cache_folder import cache_folder
+from launcher.runtime.records.wandb_login import is_logged_in
 
 _MOUNTS = Path("/proc/self/mounts")
 _SPARE_S = 15.0  # beside the command that a check waits for

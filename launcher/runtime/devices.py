@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from launcher.autopar.hosts import AnyCluster
+from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.errors import ClusterError
 
 

@@ -1,6 +1,6 @@
 """What a plan holds on its devices, beside what was predicted.
 
-The plan's instructions are walked (`autopar/buffers`) with the bytes of what lies on one device between
+The plan's instructions are walked (`programs/buffers.py`) with the bytes of what lies on one device between
 them, from the shardings that the programs are compiled for; and, while a program runs, with what XLA's
 `memory_analysis` says of it. The most of it is the measured peak. The figures are those of the backend that
 compiles: of emulated devices, the CPU backend's.
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from launcher.autopar.buffers import Footprint, peak
-from launcher.autopar.launches import submesh_launches
-from launcher.autopar.needed_programs import needed_programs
-from launcher.autopar.predicted_buffers import stage_buffers
-from launcher.autopar.realize import RealizedPlan
+from launcher.autopar.predictions.predicted_buffers import stage_buffers
+from launcher.autopar.programs.buffers import Footprint, peak
+from launcher.autopar.programs.launches import submesh_launches
+from launcher.autopar.programs.needed_programs import needed_programs
+from launcher.autopar.realized.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.build_programs import build_programs
-from launcher.runtime.loose_metrics import LooseMetrics
-from launcher.runtime.stage_programs import StagePrograms
-from launcher.runtime.whole_step import hollow_loop, is_one_loop
+from launcher.runtime.compiled.build_programs import build_programs
+from launcher.runtime.compiled.stage_programs import StagePrograms
+from launcher.runtime.steps.loose_metrics import LooseMetrics
+from launcher.runtime.steps.whole_step import hollow_loop, is_one_loop
 
 LOWEST, HIGHEST = 0.9, 1.05  # measured over predicted: what is promised
 _MIB = 2**20

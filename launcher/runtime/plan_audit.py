@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from launcher.autopar.audit import Audit, audit
-from launcher.autopar.collectives import Collective, hlo_dtype
-from launcher.autopar.hlo import read_collectives
-from launcher.autopar.needed_programs import PER_MICROBATCH, needed_programs
-from launcher.autopar.realize import RealizedPlan
-from launcher.autopar.sharded_graph import collectives
-from launcher.autopar.shards import Ledger
-from launcher.autopar.wording import count
+from launcher.autopar.programs.needed_programs import PER_MICROBATCH, needed_programs
+from launcher.autopar.realized.realize import RealizedPlan
+from launcher.autopar.sharding.audit import Audit, audit
+from launcher.autopar.sharding.collectives import Collective, hlo_dtype
+from launcher.autopar.sharding.hlo import read_collectives
+from launcher.autopar.sharding.shards import Ledger
+from launcher.autopar.text.wording import count
+from launcher.autopar.whole_graph.sharded_graph import collectives
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.build_programs import build_programs
-from launcher.runtime.loose_metrics import LooseMetrics
-from launcher.runtime.stage_programs import StagePrograms
-from launcher.runtime.whole_step import hollow_loop, is_one_loop
+from launcher.runtime.compiled.build_programs import build_programs
+from launcher.runtime.compiled.stage_programs import StagePrograms
+from launcher.runtime.steps.loose_metrics import LooseMetrics
+from launcher.runtime.steps.whole_step import hollow_loop, is_one_loop
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ What follows from the option of a group is left out; what was given on the comma
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from launcher.autopar.strict_yaml import load_yaml
+from launcher.autopar.text.strict_yaml import load_yaml
 from launcher.errors import ConfigError
 
 # The groups, and which option decides about their fields, beside their own name.

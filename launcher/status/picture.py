@@ -6,9 +6,9 @@ Left out: evaluations, which are in the table; and runs beyond what can be told 
 from collections.abc import Sequence
 from html import escape
 
-from launcher.autopar import svg
-from launcher.autopar.wording import digits
-from launcher.runtime.progress_text import duration
+from launcher.autopar.pages import svg
+from launcher.autopar.text.wording import digits
+from launcher.runtime.records.progress_text import duration
 from launcher.status.comparison import Comparison, Run
 
 _COLOURS = (

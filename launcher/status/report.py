@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.autopar.atomic_file import write_atomically
+from launcher.autopar.text.atomic_file import write_atomically
 from launcher.errors import ConfigError, LauncherError, StorageError
 from launcher.status.comparison import CSV_NAME, PICTURE_NAME, Comparison, as_csv, compare
 from launcher.status.folders import find_runs

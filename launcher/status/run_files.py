@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from launcher.autopar.strict_yaml import load_yaml
+from launcher.autopar.text.strict_yaml import load_yaml
 from launcher.errors import ConfigError
 from launcher.regular_file import open_regular, read_regular
 from launcher.run_lock import Holder, holder_of
 from launcher.run_state import STATE_NAME
-from launcher.runtime.goodput import GOODPUT_NAME
-from launcher.runtime.sinks import METRICS_NAME
-from launcher.runtime.summary_file import SUMMARY_NAME
+from launcher.runtime.records.goodput import GOODPUT_NAME
+from launcher.runtime.records.sinks import METRICS_NAME
+from launcher.runtime.records.summary_file import SUMMARY_NAME
 
 CONFIG_NAME, PLAN_NAME, LOG_NAME, JOB_NAME = "config.yaml", "plan.json", "launcher.log", "job.json"
 # Any of these makes a folder that of a run.

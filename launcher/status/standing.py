@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import get_args
 
 from launcher.run_state import End, Phase
-from launcher.runtime.metrics import WARM_UP_STEPS
-from launcher.runtime.progress_text import duration
+from launcher.runtime.records.metrics import WARM_UP_STEPS
+from launcher.runtime.records.progress_text import duration
 from launcher.status.queue import Job
 from launcher.status.run_files import RunFiles, number, text
 

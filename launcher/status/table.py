@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from launcher.autopar.wording import size
-from launcher.runtime.progress_text import duration, loss_text, rate
+from launcher.autopar.text.wording import size
+from launcher.runtime.records.progress_text import duration, loss_text, rate
 from launcher.status.comparison import Comparison, Run, samples_per_s
 from launcher.status.standing import Standing
 

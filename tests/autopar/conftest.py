@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
-from launcher.autopar.device import Device
-from launcher.autopar.hosts import Cluster
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import read_plan
-from launcher.autopar.simulator import Durations
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.clusters.device import Device
+from launcher.autopar.clusters.hosts import Cluster
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import read_plan
+from launcher.autopar.programs.simulator import Durations
 from launcher.config import GptConfig
 from launcher.models.kernels import Kernels
 from launcher.models.model import Model

@@ -3,10 +3,10 @@
 import pathlib
 import re
 
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import adopt_plan
-from launcher.autopar.plan_file import from_json
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.plans.plan_file import from_json
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 from plans import plan_of, stage_of
 
-from launcher.autopar.clustering import cluster
+from launcher.autopar.graphs.clustering import cluster
+from launcher.autopar.graphs.trace import trace_model
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
-from launcher.autopar.plan import ModelRef
-from launcher.autopar.plan_file import from_json, to_json
-from launcher.autopar.predict import foresee, predict
-from launcher.autopar.realize import realize
-from launcher.autopar.space import PlanOptions
-from launcher.autopar.stage_hosts import tightest
-from launcher.autopar.trace import trace_model
+from launcher.autopar.plans.plan import ModelRef
+from launcher.autopar.plans.plan_file import from_json, to_json
+from launcher.autopar.plans.stage_hosts import tightest
+from launcher.autopar.predictions.predict import foresee, predict
+from launcher.autopar.realized.realize import realize
 from launcher.errors import ConfigError, InfeasiblePlanError, PlanError
 
 BATCH, MICROBATCHES = 32, 4

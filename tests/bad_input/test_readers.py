@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import plan_of, stage_of
 
-from launcher.autopar.cluster import load_cluster
-from launcher.autopar.hosts import Cluster, MixedCluster
-from launcher.autopar.plan import Plan
-from launcher.autopar.plan_file import from_json, read_plan, to_json, write_plan
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.clusters.hosts import Cluster, MixedCluster
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_file import from_json, read_plan, to_json, write_plan
 from launcher.config import conf_dir
 from launcher.data.tokens import TokenFile, open_tokens, write_tokens
 from launcher.errors import ConfigError, PlanError

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.autopar.predict import stage_durations
-from launcher.autopar.realize import realize
-from launcher.autopar.spec import REPLICATED
+from launcher.autopar.predictions.predict import stage_durations
+from launcher.autopar.realized.realize import realize
+from launcher.autopar.sharding.spec import REPLICATED
 from launcher.bench.__main__ import main
 from launcher.bench.fidelity import price, rank_correlation
 from launcher.bench.measured import SOURCES, Measurement

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import cluster_at_hand
+from launcher.autopar.clusters.cluster import cluster_at_hand
 from launcher.autopar.make_plan import Planned
 from launcher.bench import gpu, gpu_steps, torch_gpt
 from launcher.bench.__main__ import main
@@ -20,7 +20,7 @@ from launcher.config import GptConfig
 from launcher.errors import InfeasiblePlanError
 from launcher.models.model import Model
 from launcher.models.sizes import gpt_size
-from launcher.runtime.metrics import Meter
+from launcher.runtime.records.metrics import Meter
 
 TASK = Task(size="1.3b", batch=8, seq_len=2048, steps=20)
 TINY = GptConfig(size="tiny", dtype="fp32", layers=2, seq_len=16, dropout=0.0)

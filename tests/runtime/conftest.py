@@ -9,10 +9,10 @@ import pytest
 
 from launcher.data.dataset import Dataset
 from launcher.errors import TrainingError
-from launcher.runtime import train_loop
-from launcher.runtime.metrics import Meter, TrainSummary
-from launcher.runtime.sinks import Sink
-from launcher.runtime.train_loop import TrainSettings
+from launcher.runtime.records.metrics import Meter, TrainSummary
+from launcher.runtime.records.sinks import Sink
+from launcher.runtime.training import train_loop
+from launcher.runtime.training.train_loop import TrainSettings
 
 METER = Meter(
     model_flops_per_step=1e9,

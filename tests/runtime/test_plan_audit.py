@@ -9,15 +9,15 @@ import optax
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.shards import Ledger
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.sharding.shards import Ledger
 from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
 from launcher.runtime import plan_audit
-from launcher.runtime.build_programs import build_programs
-from launcher.runtime.microbatch_programs import MicrobatchPrograms
+from launcher.runtime.compiled.build_programs import build_programs
+from launcher.runtime.compiled.microbatch_programs import MicrobatchPrograms
 
 CONFIGS = {
     "gpt": GptConfig(size="tiny", dtype="fp32", dropout=0.1, layers=3),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from launcher.runtime.host_contract import (
+from launcher.runtime.hosts.host_contract import (
     Host,
     HostAddress,
     HostBeat,
@@ -18,8 +18,8 @@ from launcher.runtime.host_contract import (
     HostEvent,
     HostReady,
 )
-from launcher.runtime.host_pool import HostDiedError, HostPool, TooFewHostsError, Whereabouts
-from launcher.runtime.metrics import TrainSummary
+from launcher.runtime.hosts.host_pool import HostDiedError, HostPool, TooFewHostsError, Whereabouts
+from launcher.runtime.records.metrics import TrainSummary
 
 STEP_S = 0.005
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from launcher import main
-from launcher.autopar.cluster import cluster_from_config
+from launcher.autopar.clusters.cluster import cluster_from_config
 from launcher.cli.compose import load
-from launcher.runtime.checkpoint_store import Checkpoint, read_checkpoint
-from launcher.runtime.host_contract import HostTask
+from launcher.runtime.checkpoints.checkpoint_store import Checkpoint, read_checkpoint
+from launcher.runtime.hosts.host_contract import HostTask
 
 SMALL = (
     "logger=jsonl", "cluster=cpu8", "cluster.devices_per_host=2", "runtime=emulate", "data=synthetic",

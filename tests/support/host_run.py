@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Listener
 
-from launcher.runtime.host_contract import HostBeat, HostEnd, HostEvent, HostReady, HostTask
+from launcher.runtime.hosts.host_contract import HostBeat, HostEnd, HostEvent, HostReady, HostTask
 
 PATIENCE_S = 400.0
 _CHILD = pathlib.Path(__file__).with_name("host_child.py")

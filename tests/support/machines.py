@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from launcher.autopar.cluster import load_cluster
-from launcher.autopar.device import Device
-from launcher.autopar.hosts import Cluster, MixedCluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.clusters.device import Device
+from launcher.autopar.clusters.hosts import Cluster, MixedCluster
 
 
 def times_faster(device: Device, factor: float) -> Device:

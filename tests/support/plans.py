@@ -1,6 +1,6 @@
 """Plans as a person writes them: nothing but what they must say."""
 
-from launcher.autopar.plan import ClusterRef, ModelRef, Plan, Stage
+from launcher.autopar.plans.plan import ClusterRef, ModelRef, Plan, Stage
 
 
 def stage_of(

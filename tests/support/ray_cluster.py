@@ -12,7 +12,7 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-from launcher.runtime.ray_keeper import kill_descendants
+from launcher.runtime.hosts.ray_keeper import kill_descendants
 
 
 def main(folder: str) -> None:

@@ -66,7 +66,9 @@ def family(pid: int) -> set[int]:
 
 def ray_folder(pids: set[int]) -> pathlib.Path:
     """Where the Ray among these processes has its files."""
-    (keeper,) = (words for words in map(_command, pids) if "launcher.runtime.ray_keeper" in words)
+    (keeper,) = (
+        words for words in map(_command, pids) if "launcher.runtime.hosts.ray_keeper" in words
+    )
     return pathlib.Path(keeper[-2])
 
 

@@ -1,6 +1,6 @@
 """Wirings that schedules are tested on, beside plain chains."""
 
-from launcher.autopar.program import Wiring
+from launcher.autopar.programs.program import Wiring
 
 SKIPPING = Wiring(
     edges=((0, 1), (1, 2), (0, 2), (2, 3)),

@@ -18,9 +18,9 @@ from typing import NoReturn
 
 import numpy as np
 
-from launcher.autopar.atomic_file import write_atomically
 from launcher.autopar.solver.live_memory import Memory
 from launcher.autopar.solver.problem import PairwiseProblem
+from launcher.autopar.text.atomic_file import write_atomically
 from launcher.errors import ConfigError, StorageError
 from launcher.regular_file import open_regular
 

@@ -26,15 +26,15 @@ import optax
 import pytest
 
 from launcher import models
-from launcher.autopar.cluster import load_cluster
+from launcher.autopar.clusters.cluster import load_cluster
+from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import adopt_plan, find_plan
-from launcher.autopar.plan_file import from_json
-from launcher.autopar.realize import RealizedPlan
-from launcher.autopar.space import PlanOptions
+from launcher.autopar.plans.plan_file import from_json
+from launcher.autopar.realized.realize import RealizedPlan
 from launcher.config import CustomConfig, GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import LossScaling, Optimizer
-from launcher.runtime.local_executor import LocalExecutor
-from launcher.runtime.training_state import check_arrays, values
+from launcher.runtime.steps.local_executor import LocalExecutor
+from launcher.runtime.steps.training_state import check_arrays, values
 
 BATCH, SEED, CLIP_NORM = 16, 3, 0.1
 CLUSTER = 2, 4  # hosts, and devices of each

@@ -7,7 +7,7 @@ import jax
 import pytest
 from jax.extend.core.primitives import dot_general_p
 
-from launcher.autopar.spec import REPLICATED
+from launcher.autopar.sharding.spec import REPLICATED
 
 STEPS = 5
 PLANS = {

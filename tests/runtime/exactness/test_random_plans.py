@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from launcher.autopar.plan_file import from_json
+from launcher.autopar.plans.plan_file import from_json
 
 FAMILIES = ("custom", "wrn", "gpt", "moe")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb_h1")

@@ -11,10 +11,15 @@ import pytest
 
 from launcher.config import AdafactorConfig, AdamwConfig, SgdConfig
 from launcher.models.optimizer import LossScaling, build_optimizer
-from launcher.runtime.checkpoint_manifest import Manifest, ModelEntry, Progress, RunEntry
-from launcher.runtime.checkpoint_store import CheckpointStore
-from launcher.runtime.host_copies import to_host
-from launcher.runtime.local_executor import LocalExecutor
+from launcher.runtime.checkpoints.checkpoint_manifest import (
+    Manifest,
+    ModelEntry,
+    Progress,
+    RunEntry,
+)
+from launcher.runtime.checkpoints.checkpoint_store import CheckpointStore
+from launcher.runtime.checkpoints.host_copies import to_host
+from launcher.runtime.steps.local_executor import LocalExecutor
 
 pytestmark = pytest.mark.usefixtures("double")
 

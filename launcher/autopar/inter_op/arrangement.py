@@ -1,0 +1,355 @@
+"""Stages for a schedule: the DP of `inter_op`, given what schedules differ in; see also `pace`.
+
+Microbatches in flight. The DP goes from the last stage to the first and knows how many stages follow, which
+decides what a stage holds under GPipe and 1F1B. Under ZB-H1 it depends on the number of all stages. So the
+DP is given at first the least that it can be; if its plan fits, there is no better one. If not, every number
+of stages is tried by itself, with what it really takes.
+
+Virtual stages. Of p equal submeshes each gets v stages in turn. To the DP they are p v stages on devices of
+their own, with the objective of the interleaved schedule
+
+    T = sum_i t_i  +  (v (m - p) + p - 1) * max_i t_i  +  max_i u_i
+
+which for equal stages is the time it takes, but for u. What they cannot know of one another is their memory:
+the v stages of a submesh share it. The DP runs with all of the memory for each stage, then with prices on
+memory (`shared_memory`), which rise where it is short until the stages of every submesh fit together.
+
+Whatever the DP finds is judged by the simulator and compared with what else may be faster (`refine`); beside
+it stands what no other arrangement can beat.
+
+Left out: submeshes of different shapes under virtual stages.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
+from launcher.autopar.inter_op.judge import judged_s
+from launcher.autopar.inter_op.pace import pace_of
+from launcher.autopar.inter_op.placement import Placement, place_on
+from launcher.autopar.inter_op.plan_bounds import lines_of
+from launcher.autopar.inter_op.refine import refine
+from launcher.autopar.inter_op.space import Space
+from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, shared_bytes
+from launcher.autopar.inter_op.submesh_bound import busiest_submesh_s, least_together
+from launcher.autopar.programs.schedules import AbstractSchedule
+from launcher.errors import InfeasiblePlanError, without_frames
+
+_MOST_RISES = 16  # of the prices on memory that stages share
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrangement:
+    """Stages, where each lies, and how long a step takes with them."""
+
+    stages: tuple[StageChoice, ...]
+    placement: tuple[Placement, ...]
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arranged:
+    """The best arrangement that was found, if one is worth it, and what none can beat."""
+
+    best: Arrangement | None
+    bound_s: float
+    num_candidates: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Arranger:
+    """Finds the stages of a model for a schedule and a number of microbatches.
+
+    Attributes:
+        options: ways to run layers [first, last) on a submesh, called as (first, last, submesh index).
+        cuts: layers before which a stage may begin, ascending, with 0 and the number of layers.
+        transfer_s: seconds per microbatch for what crosses a cut, both ways.
+        cures: what to suggest where nothing fits into memory.
+        worth_s: arrangements that cannot take less are not worth finding.
+        most_judged: how many arrangements the simulator may be asked about.
+    """
+
+    cluster: AnyCluster
+    space: Space
+    schedule: AbstractSchedule
+    num_microbatches: int
+    options: Callable[[int, int, int], Sequence[StageOption]]
+    cuts: Sequence[int]
+    transfer_s: Callable[[int], float]
+    cures: str
+    worth_s: float = math.inf
+    most_judged: int = 40
+
+    def find(self) -> Arranged:
+        """Return the arrangement of least T, or raise `InfeasiblePlanError`."""
+        if self.schedule.virtual_stages > 1:
+            return self._virtual()
+        first = result = self._plan(self.space.num_submeshes)
+        if result.stages is not None and not self._fits(result.stages):
+            result = self._by_number(first)
+        if result.stages is None:
+            return Arranged(None, result.bound_s, first.num_candidates)
+        return self._refined(result, first)
+
+    def _by_number(self, first: SearchResult) -> SearchResult:
+        """Try every number of stages by itself, as long as it may still be the best."""
+        least_s = np.max([line.by_stages() for line in first.lines], axis=0)
+        best, known_s, bounds_s = replace(first, stages=None), self.worth_s, []
+        failures: list[InfeasiblePlanError] = []
+        numbers = [
+            n for n in np.argsort(least_s, kind="stable").tolist() if math.isfinite(least_s[n])
+        ]
+        for at, number in enumerate(numbers):
+            if least_s[number] >= known_s:
+                bounds_s += [float(least_s[n]) for n in numbers[at:]]
+                break
+            try:
+                result = replace(self, worth_s=known_s)._plan(number)
+            except InfeasiblePlanError as error:
+                failures.append(without_frames(error))
+                continue
+            bounds_s.append(result.bound_s)
+            step_s = None if result.stages is None else self._judge(result.stages)
+            if step_s is not None and step_s < known_s:
+                best, known_s = result, step_s
+        if best.stages is None and math.isinf(self.worth_s):
+            raise failures[0] if failures else self._no_fit()
+        return replace(best, bound_s=min(bounds_s, default=math.inf))
+
+    def _refined(self, result: SearchResult, first: SearchResult) -> Arranged:
+        """Look, with the simulator, whether other stages are faster than those of the formula.
+
+        Args:
+            first: where all that fits is to be found.
+        """
+        num_candidates = first.num_candidates
+        stages, step_s = result.stages, self._judge(result.stages)
+        step_s = math.inf if step_s is None else step_s
+        better = refine(
+            first.table, first.lines, min(step_s, self.worth_s), self._judge, self.most_judged
+        )
+        if better.stages is not None:
+            stages, step_s = better.stages, better.step_s
+        bound_s = max(result.bound_s, better.step_s) if better.is_proven else result.bound_s
+        placement = self._place(stages)
+        if not math.isfinite(step_s):
+            return Arranged(None, bound_s, num_candidates)
+        return Arranged(Arrangement(stages, placement, step_s), bound_s, num_candidates)
+
+    @property
+    def _v(self) -> int:
+        return self.schedule.virtual_stages
+
+    def _judge(self, stages: Sequence[StageChoice]) -> float | None:
+        """The simulated step time; None for stages that do not fit, in memory or on the cluster."""
+        if not self._fits(stages):
+            return None
+        try:
+            self._place(stages)
+        except InfeasiblePlanError:
+            return None
+        return judged_s(stages, self.schedule, self.num_microbatches, self.transfer_s)
+
+    def _plan(self, num_stages: int | None) -> SearchResult:
+        def counted(peak: Callable[[int, int, int], int]) -> Callable[[int, int], int]:
+            def count(stages_to_end: int, num_microbatches: int) -> int:
+                total = num_stages or stages_to_end  # where it is open, the least that it can be
+                return peak(total - stages_to_end, total, num_microbatches)
+
+            return count
+
+        return plan_stages(
+            submeshes=self.space.submeshes,
+            num_devices=self.space.devices,
+            memory_bytes=[kind.device.usable_bytes for kind in self.cluster.kinds],
+            kinds=self.space.kinds,
+            options=self.options,
+            in_flight=counted(self.schedule.stash_peak),
+            split=counted(self.schedule.split_peak),
+            num_stages=num_stages,
+            **self._common(),
+        )
+
+    def _common(self) -> dict:
+        """What the DP is told for any schedule."""
+        return {
+            "num_layers": self.cuts[-1],
+            "num_microbatches": self.num_microbatches,
+            "cuts": self.cuts,
+            "transfer_s": self.transfer_s,
+            "pace": pace_of(self.schedule),
+            "lines": partial(
+                lines_of,
+                schedule=self.schedule,
+                num_microbatches=self.num_microbatches,
+                memory_bytes=self._memory_bytes,
+            ),
+            "worth_s": self.worth_s,
+            "cures": self.cures,
+        }
+
+    # Virtual stages
+
+    def _virtual(self) -> Arranged:
+        found, failures = [], []
+        for submesh, num_submeshes in self._equal_submeshes():
+            known_s = [arranged.best.step_s for arranged in found if arranged.best is not None]
+            alone = replace(
+                self,
+                worth_s=min([self.worth_s, *known_s]),
+                space=self.space.only([submesh]),
+                options=partial(self._options_on, submesh),
+            )
+            try:
+                result = alone._plan_equal(num_submeshes)
+                if result.stages is None:
+                    arranged = Arranged(None, result.bound_s, result.num_candidates)
+                else:
+                    arranged = alone._refined(result, result)
+            except InfeasiblePlanError as error:
+                failures.append(without_frames(error))
+                continue
+            found.append(replace(arranged, best=_on(submesh, arranged.best)))
+        plans = [arranged.best for arranged in found if arranged.best is not None]
+        if not found or (not plans and math.isinf(self.worth_s)):
+            raise self._no_fit() if found else failures[-1] if failures else self._no_groups()
+        return Arranged(
+            min(plans, key=lambda arrangement: arrangement.step_s, default=None),
+            min(arranged.bound_s for arranged in found),
+            sum(arranged.num_candidates for arranged in found),
+        )
+
+    @property
+    def _memory_bytes(self) -> float:
+        """Of a device, as far as virtual stages are concerned, which lie on hosts of one kind."""
+        return self.cluster.kinds[0].device.usable_bytes
+
+    def _no_groups(self) -> InfeasiblePlanError:
+        v = self.schedule.virtual_stages
+        return InfeasiblePlanError(
+            f"{self.space.num_devices} devices cannot be shared out to p equal submeshes where p divides "
+            f"parallel.num_microbatches={self.num_microbatches} and p x {v} stages "
+            f"(parallel.virtual_stages={v}) find as many of the {len(self.cuts) - 1} pieces of the model; "
+            f"set another parallel.pp or parallel.num_microbatches, or take parallel.schedule=1f1b"
+        )
+
+    def _equal_submeshes(self) -> Iterator[tuple[int, int]]:
+        """Yield (index of a shape, how many of them use up the devices), where the schedule can use that."""
+        v = self.schedule.virtual_stages
+        for index, (hosts, devices) in enumerate(self.space.submeshes):
+            number, rest = divmod(self.space.devices[self.space.kinds[index]], hosts * devices)
+            if rest or number * hosts * devices < self.space.num_devices:
+                continue  # devices would be left, also if only those of another kind
+            if self.num_microbatches % number or number * v >= len(self.cuts):
+                continue
+            if self.space.num_submeshes in (None, number):
+                yield index, number
+
+    def _options_on(self, submesh: int, first: int, last: int, _: int) -> Sequence[StageOption]:
+        return self.options(first, last, submesh)
+
+    def _plan_equal(self, p: int) -> SearchResult:
+        """Cut the layers for so many submeshes of the one shape there is.
+
+        The stages of a submesh should fit together: prices on memory rise until they do. If they do at
+        none, the plan whose stages fit one by one stands.
+        """
+        memory_bytes, weight = self._memory_bytes, self._weight(p)
+        whole = self._cut_equal(p, memory_bytes)
+        if whole.stages is None or self._fits(whole.stages):
+            return whole
+        bound_s = busiest_submesh_s(
+            whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches,
+            memory_bytes, self.worth_s,
+        )  # fmt: skip
+        whole = replace(whole, bound_s=max(whole.bound_s, bound_s))
+        if whole.bound_s >= self.worth_s:
+            return replace(whole, stages=None)
+        prices = whole.lines[0].prices
+        for _ in range(_MOST_RISES):
+            # The prices are those of the sum over p submeshes.
+            stages = cheapest(whole.table, weight, prices.rows_s / p)
+            is_short = self._needed_bytes(stages) > memory_bytes
+            if not is_short.any():
+                return replace(whole, stages=self._repacked(stages))
+            prices = prices.raised(is_short)
+        return whole
+
+    def _repacked(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
+        """The same ranges, those of each submesh with the options that fit together and take least."""
+        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
+        packed = list(stages)
+        for home in range(submeshes):
+            own = range(home, number, submeshes)
+            options = least_together(
+                [self.options(stages[i].first, stages[i].last, stages[i].submesh) for i in own],
+                [self.schedule.stash_peak(i, number, m) for i in own],
+                self._memory_bytes,
+            )
+            for stage, option in zip(own, options, strict=True):
+                packed[stage] = replace(stages[stage], option=option)
+        return tuple(packed)
+
+    def _weight(self, p: int) -> int:
+        """Of max t_i in the objective."""
+        return self._v * (self.num_microbatches - p) + p - 1
+
+    def _no_fit(self) -> InfeasiblePlanError:
+        v, memory_bytes = self._v, self._memory_bytes
+        return InfeasiblePlanError(
+            f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
+            f"device that has {memory_bytes / 2**30:.2f} GiB "
+            f"(parallel.num_microbatches={self.num_microbatches}); {self.cures}"
+        )
+
+    def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult:
+        """Run the DP for stages each of which may take so much."""
+        v = self._v
+        ((hosts, devices),) = self.space.submeshes
+        return plan_stages(
+            submeshes=self.space.submeshes,
+            num_devices=hosts * devices * p * v,
+            weight=self._weight(p),
+            memory_bytes=memory_bytes,
+            options=self.options,
+            in_flight=lambda to_end, m: self.schedule.stash_peak(p * v - to_end, p * v, m),
+            num_stages=p * v,
+            **self._common(),
+        )
+
+    # Both
+
+    def _fits(self, stages: Sequence[StageChoice]) -> bool:
+        """Whether what the stages of each submesh hold at most fits together."""
+        homes = [self.space.kinds[choice.submesh] for choice in stages[: len(stages) // self._v]]
+        room_bytes = [self.cluster.kinds[kind].device.usable_bytes for kind in homes]
+        return bool((self._needed_bytes(stages) <= room_bytes).all())
+
+    def _needed_bytes(self, stages: Sequence[StageChoice]) -> np.ndarray:
+        """What the stages of each submesh need on a device."""
+        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
+        held = [self.schedule.stash_peak(stage, number, m) for stage in range(number)]
+        split = [self.schedule.split_peak(stage, number, m) for stage in range(number)]
+        options = [choice.option for choice in stages]
+        homes = [slice(home, None, submeshes) for home in range(submeshes)]
+        return np.array([shared_bytes(options[own], held[own], split[own]) for own in homes])
+
+    def _place(self, stages: Sequence[StageChoice]) -> tuple[Placement, ...]:
+        """Where the stages lie; those of a submesh take turns."""
+        homes = [choice.submesh for choice in stages[: len(stages) // self._v]]
+        shapes = [self.space.submeshes[submesh] for submesh in homes]
+        kinds = [self.space.kinds[submesh] for submesh in homes]
+        return place_on(self.cluster, shapes, kinds) * self._v
+
+
+def _on(submesh: int, arrangement: Arrangement | None) -> Arrangement | None:
+    """Stages that were found for the only submesh shape there was, by its index among all."""
+    if arrangement is None:
+        return None
+    stages = tuple(replace(choice, submesh=submesh) for choice in arrangement.stages)
+    return replace(arrangement, stages=stages)

@@ -1,0 +1,389 @@
+"""Around the DP: the number of microbatches, the schedule, and the choice among the best candidates.
+
+For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
+submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
+Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
+as that gets better, with the strategies that were found before; those of the best plans, and of a number at
+which the walk would end, are solved for their own. A forced choice (parallel.tp=4) leaves a set of one; the
+manual, data, ZeRO and single modes are searches in which everything but the strategies is forced (`space`).
+
+A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
+what the optimality gap is stated against: of the numbers of microbatches that were tried.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.graphs.layers import LayeredModel
+from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
+from launcher.autopar.inter_op.advice import (
+    check_batch,
+    check_degrees,
+    check_experts,
+    check_groups,
+    check_kinds,
+    check_stages,
+    memory_cures,
+)
+from launcher.autopar.inter_op.arrangement import Arranged, Arrangement, Arranger
+from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
+from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
+from launcher.autopar.inter_op.stage_costs import Choices, Known, StageCosts, worthwhile
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner
+from launcher.autopar.programs.schedules import schedule_by_name
+from launcher.autopar.realized.realize import layered_model
+from launcher.autopar.solver import Relaxations
+from launcher.errors import InfeasiblePlanError, without_frames
+from launcher.models.model import Model
+
+_STEP_FACTOR = 4
+_NEAR = 1.1  # times the best: may be because of the strategies
+_CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One planned arrangement, before it is written down."""
+
+    num_microbatches: int
+    schedule: str
+    virtual_stages: int
+    planner: IntraOpPlanner
+    arrangement: Arrangement
+    largest_gap_fraction: float
+
+    @property
+    def decisions(self) -> tuple:
+        """What tells it from others: two with the same ones differ in the sharding of ops alone."""
+        stages = (
+            (c.first, c.last, c.option.tag.mesh.shape, c.option.tag.recompute, c.option.tag.zero)
+            for c in self.arrangement.stages
+        )
+        return self.num_microbatches, self.schedule, self.virtual_stages, *stages
+
+    @property
+    def step_s(self) -> float:
+        """Of the simulator, simplified (`judge`)."""
+        return self.arrangement.step_s
+
+    @property
+    def bubble_fraction(self) -> float:
+        """What of the step submeshes idle, on average."""
+        stages = self.arrangement.stages
+        busy_s = sum(self.num_microbatches * c.option.seconds + c.option.once_s for c in stages)
+        submeshes = len(stages) // self.virtual_stages
+        return 1.0 - busy_s / (submeshes * self.step_s) if self.step_s else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Search:
+    """All candidates, best first, and what finding them took.
+
+    Attributes:
+        bound_s: No plan of the space takes less, at the numbers of microbatches that were tried.
+        tried: These numbers.
+        cuts: Of how many pieces stages are made, and how many layers there are.
+    """
+
+    candidates: tuple[Candidate, ...]
+    space: Space
+    wall_s: float
+    ilp_solved: int
+    priced: int
+    bound_s: float
+    tried: tuple[int, ...]
+    cuts: tuple[int, int]
+
+    def describe_space(self) -> str:
+        """What was searched, in words."""
+        (pieces, layers), texts = self.cuts, [self.space.describe()]
+        if pieces < layers:
+            texts.append(f"stages of {pieces} pieces of {layers} layers, or of equally many layers")
+        return "; ".join([*texts, f"{', '.join(map(str, self.tried))} microbatches"])
+
+
+def search(
+    model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
+) -> Search:
+    """Find the best arrangement for each schedule and each number of microbatches worth trying."""
+    start = time.perf_counter()
+    check_kinds(options, cluster)
+    check_degrees(options, cluster)
+    check_groups(options)
+    check_batch(options, cluster)
+    space = make_space(options, cluster)
+    attempts = _Attempts(model, cluster, options, space, progress)
+    counts = microbatch_counts(options, cluster)
+    forced = options.num_microbatches
+    attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
+    if attempts.found and forced is None:
+        attempts.climb(counts)
+        attempts.settle()
+    if not attempts.found:
+        raise attempts.failures[max(attempts.failures)]
+    tried = attempts.found.values()
+    candidates = sorted((c for t in tried for c in t.candidates), key=lambda c: c.step_s)
+    return Search(
+        candidates=tuple(candidates),
+        space=space,
+        wall_s=time.perf_counter() - start,
+        ilp_solved=sum(attempt.num_solved for attempt in tried),
+        priced=sum(attempt.num_candidates for attempt in tried),
+        bound_s=min(attempt.bound_s for attempt in tried),
+        tried=tuple(sorted((*attempts.found, *attempts.failures))),
+        cuts=next(iter(tried)).cuts,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tried:
+    """What a number of microbatches led to."""
+
+    num_solved: int
+    candidates: tuple[Candidate, ...]
+    cuts: tuple[int, int]  # pieces, layers
+    bound_s: float
+    num_candidates: int
+
+    @property
+    def step_s(self) -> float:
+        return min((candidate.step_s for candidate in self.candidates), default=math.inf)
+
+    def with_more(self, other: "_Tried") -> "_Tried":
+        """The candidates of both, of which the other's were found in a part of the space, and solved anew.
+
+        Of two with the same decisions the faster one stays.
+        """
+        best: dict[tuple, Candidate] = {}
+        for candidate in (*other.candidates, *self.candidates):
+            known = best.setdefault(candidate.decisions, candidate)
+            if candidate.step_s < known.step_s:
+                best[candidate.decisions] = candidate
+        return _Tried(
+            num_solved=self.num_solved + other.num_solved,
+            candidates=tuple(best.values()),
+            cuts=self.cuts,
+            bound_s=min(self.bound_s, other.bound_s),
+            num_candidates=self.num_candidates + other.num_candidates,
+        )
+
+
+class _Attempts:
+    """What has been tried, by number of microbatches, and why nothing fits at some of them."""
+
+    def __init__(
+        self, model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, progress
+    ):
+        self._search = partial(_try, cluster, options)
+        self._layers = partial(_layers, model, cluster, options, space)
+        self._planners: dict[int, IntraOpPlanner] = {}
+        self._relaxations = Relaxations()
+        self._space = space
+        self._progress = progress
+        self.found: dict[int, _Tried] = {}
+        self.failures: dict[int, InfeasiblePlanError] = {}
+        self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
+
+    def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> "_Tried":
+        """Search at a number of microbatches, whose planner remembers what it has done before."""
+        if num_microbatches not in self._planners:
+            self._planners[num_microbatches] = IntraOpPlanner(
+                self._layers(num_microbatches), relaxations=self._relaxations
+            )
+        return self._search(
+            self._planners[num_microbatches], num_microbatches, worth_s, known, space
+        )
+
+    def best(self) -> tuple[float, int]:
+        """The least step time, and the number of microbatches that has it."""
+        return min(((tried.step_s, m) for m, tried in self.found.items()), default=(math.inf, 0))
+
+    def step_s(self, num_microbatches: int) -> float:
+        """The step time of the best arrangement; infinite where none fits."""
+        if num_microbatches not in (*self.found, *self.failures):
+            self._progress(f"{num_microbatches} microbatches")
+            try:
+                self.found[num_microbatches] = self._try(
+                    num_microbatches, self.best()[0], self._known, self._space
+                )
+            except InfeasiblePlanError as error:
+                self.failures[num_microbatches] = without_frames(error)
+        known = self.found.get(num_microbatches)
+        return known.step_s if known else math.inf
+
+    def walk(self, counts: Iterable[int]) -> None:
+        """Try falling counts until the best is behind.
+
+        Where none has fitted yet, larger microbatches may: they leave the data axis more devices. Before the
+        walk ends for a count that is a little slower, its strategies are solved for itself: those of
+        smaller microbatches may be the reason.
+        """
+        for num_microbatches in counts:
+            best_s = self.best()[0]
+            if best_s < self.step_s(num_microbatches) < _NEAR * best_s:
+                self._solve_anew(num_microbatches)
+            if self.step_s(num_microbatches) > best_s:
+                return
+
+    def _solve_anew(self, num_microbatches: int) -> None:
+        """Try a count that had a plan with the strategies of others with its own."""
+        before = self.found[num_microbatches]
+        self._progress(f"{num_microbatches} microbatches")
+        known: tuple[Known, ...] = tuple({} for _ in self._known)
+        try:
+            again = self._try(num_microbatches, self.best()[0], known, self._space)
+        except InfeasiblePlanError:
+            return
+        for old, new in zip(self._known, known, strict=True):
+            old.update(new)
+        self.found[num_microbatches] = before.with_more(again)
+
+    def climb(self, counts: Sequence[int]) -> None:
+        """Try the counts next to the best, until both are worse."""
+        at = None
+        while at != self.best()[1]:
+            at = self.best()[1]
+            place = counts.index(at)
+            beside = [counts[k] for k in (place - 1, place + 1) if 0 <= k < len(counts)]
+            # Uphill first: on the side of the better of those that were tried further away.
+            for neighbour in sorted(beside, key=lambda count: self._beyond_s(count, at)):
+                if self.step_s(neighbour) < self.step_s(at):
+                    break
+
+    def _beyond_s(self, neighbour: int, at: int) -> float:
+        """The least step time of what was tried on a neighbour's side."""
+        is_more = neighbour > at
+        tried = (
+            t.step_s for count, t in self.found.items() if (count > at) == is_more and count != at
+        )
+        return min(tried, default=math.inf)
+
+    def settle(self) -> None:
+        """Solve anew what the best number of microbatches took over from others."""
+        best_s, num_microbatches = self.best()
+        self._progress(f"{num_microbatches} microbatches")
+        before = self.found[num_microbatches]
+        chosen = [
+            choice
+            for candidate in before.candidates
+            for choice in candidate.arrangement.stages
+            if candidate.step_s <= _CLOSE * best_s
+        ]
+        kinds = self._space.kinds
+        used = {(kinds[c.submesh], c.option.tag.mesh, c.option.tag.weight) for c in chosen}
+        others = tuple(
+            {key: picks for key, picks in known.items() if (kind, *key[:2]) not in used}
+            for kind, known in enumerate(self._known)
+        )
+        part = self._space.only({choice.submesh for choice in chosen})
+        try:
+            again = self._try(num_microbatches, math.inf, others, part)
+        except InfeasiblePlanError:
+            return  # the new strategies need more memory, and the ones that were taken over fit
+        self.found[num_microbatches] = before.with_more(again)
+
+
+def _try(
+    cluster: AnyCluster, options: PlanOptions, planner: IntraOpPlanner, num_microbatches: int,
+    worth_s: float, known: Sequence[Known], space: Space,
+) -> _Tried:  # fmt: skip
+    """Search all schedules for what takes less than `worth_s`; where memory is scarce, with all choices."""
+    layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
+    search_with = partial(
+        _try_choices, planner, cluster, options, num_microbatches, worth_s, known, space
+    )
+    everything = (space.choices,) * len(cluster.kinds)
+    some = tuple(
+        worthwhile(space.choices, layered, optimizer, kind.device) for kind in cluster.kinds
+    )
+    try:
+        return search_with(some)
+    except InfeasiblePlanError:
+        if some == everything:
+            raise
+    return search_with(everything)
+
+
+def _try_choices(
+    planner: IntraOpPlanner, cluster: AnyCluster, options: PlanOptions, num_microbatches: int,
+    worth_s: float, known: Sequence[Known], space: Space, choices: Sequence[Choices],
+) -> _Tried:  # fmt: skip
+    """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
+    solved_before = planner.num_solved
+    layered = planner.model
+    ways = tuple(ways_to_cut(options, space, layered))
+    ranges = dict.fromkeys(ends for way in ways for ends in way.ranges())
+    costs = tuple(
+        StageCosts(
+            planner, cluster, space.submeshes, num_microbatches=num_microbatches,
+            choices=choices[kind], optimizer=OptimizerFootprint(options.optimizer),
+            known=known[kind], kind=kind, ranges=ranges,
+            microbatch_size=options.global_batch // num_microbatches,
+        )
+        for kind in range(len(cluster.kinds))
+    )  # fmt: skip
+    bytes_at, link = crossing_bytes(layered), cluster.stage_link
+    found: list[Arranged] = []
+    candidates: list[Candidate] = []
+    failures: list[InfeasiblePlanError] = []
+    for way in ways:
+        name, v = way.schedule, way.virtual_stages
+        arranger = Arranger(
+            cluster=cluster,
+            space=replace(space, num_submeshes=way.num_submeshes),
+            schedule=schedule_by_name(name, v),
+            num_microbatches=num_microbatches,
+            options=lambda *of: costs[space.kinds[of[-1]]].options(*of),
+            cuts=way.cuts,
+            transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
+            cures=memory_cures(options, cluster),
+            worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),
+        )
+        try:
+            found.append(arranger.find())
+        except InfeasiblePlanError as error:
+            failures.append(without_frames(error))
+            continue
+        best = found[-1].best
+        if best is not None:
+            gap = max(its.largest_gap_fraction for its in costs)
+            candidates.append(Candidate(num_microbatches, name, v, planner, best, gap))
+    if not found:
+        raise failures[0]
+    pieces = layered.layers if options.equal_layers else ways[0].cuts[1:]
+    return _Tried(
+        num_solved=planner.num_solved - solved_before,
+        candidates=tuple(candidates),
+        cuts=(len(pieces), len(layered.layers)),
+        bound_s=min(arranged.bound_s for arranged in found),
+        num_candidates=sum(arranged.num_candidates for arranged in found),
+    )
+
+
+def _layers(
+    model: Model, cluster: AnyCluster, options: PlanOptions, space: Space, num_microbatches: int
+) -> LayeredModel:
+    """The model in its natural layers, or in more where so many stages are asked for."""
+    microbatch_size = options.global_batch // num_microbatches
+    layered = layered_model(model, microbatch_size)
+    check_experts(options, cluster, layered)
+    least = (space.num_submeshes or 0) * min(v for _, v in space.schedules)
+    if least <= len(layered.layers):
+        check_stages(options, cluster, len(layered.layers), microbatch_size)
+        return layered
+    many = (options.virtual_stages or 1) > 1
+    key = "parallel.pp x parallel.virtual_stages" if many else "parallel.pp"
+    return layered_model(model, microbatch_size, least, key=key)
+
+
+def _spread(counts: Sequence[int], global_batch: int) -> Iterator[int]:
+    """Of falling counts, those whose microbatches grow from the smallest by a constant factor."""
+    size = global_batch // counts[0]
+    while size <= global_batch:
+        if global_batch % size == 0 and global_batch // size in counts:
+            yield global_batch // size
+        size *= _STEP_FACTOR

@@ -1,0 +1,301 @@
+"""Every way to run a range of layers on a submesh, priced: what the inter-operator DP chooses from.
+
+For each logical view of the submesh the intra-operator problem is solved; ZeRO stages and recomputation are
+then priced on top of its solution. For given strategies the cost of a range is linear in how often each
+class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges. Of the
+options of a range those are kept that no other one beats in time and memory alike.
+
+A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
+where they are priced anew and not solved, until the best number is known.
+
+Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation; a price on memory
+under ZeRO-3, which leaves little of it to save. ZeRO-1 is not tried unless it is asked for: it sends more
+than ZeRO-2, and keeps more.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
+
+from launcher.autopar.clusters.compute import ComputeModel
+from launcher.autopar.clusters.device import Device
+from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.clusters.mesh import LogicalMesh, logical_mesh
+from launcher.autopar.graphs.layers import LayeredModel
+from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
+from launcher.autopar.graphs.trace import Role
+from launcher.autopar.graphs.work import aval_bytes
+from launcher.autopar.inter_op.stage_table import StageOption, unbeaten
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
+from launcher.autopar.intra_op.memory import (
+    ClassMemory,
+    ParamMemory,
+    class_memories,
+    range_memory,
+    unread_memory,
+)
+from launcher.autopar.intra_op.stage_problem import Group, StageSettings
+from launcher.autopar.intra_op.wiring import StageWiring
+from launcher.autopar.intra_op.wiring_table import WiringTable
+from launcher.autopar.sharding.restrictions import Experts, Restrictions
+
+_ROOMY = 0.25  # of a device's memory
+_FIELDS = (
+    "forward_s", "backward_s", "weight_s", "once_s",
+    "fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What the search may choose from; a forced choice is a set of one."""
+
+    zero: tuple[int, ...] = (0, 2, 3)
+    recompute: tuple[str, ...] = ("none", "layer", "full")
+    tensor: int | None = None  # forced degree of the tensor axis
+    data: int | None = None
+    experts: Experts = Experts.FREE
+    # How dear memory is to the solver: 1 makes a full device cost as much as the ideal microbatch time.
+    memory_weights: tuple[float, ...] = (0.0, 3.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solved:
+    """The whole model on a mesh: what its strategies cost by group, and a layer of each class in memory."""
+
+    sharding: StageSharding
+    seconds: np.ndarray  # (groups, fields of `Seconds`)
+    memories: Mapping[str, ClassMemory]
+    unread: Sequence[ParamMemory]
+
+
+Known = dict[tuple[LogicalMesh, float, int], Picks]
+"""Strategies of the whole model, by the mesh, price on memory and ZeRO stage that they were solved for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagePick:
+    """What a stage option stands for.
+
+    Attributes:
+        weight: Of the price on memory, as in `Choices`.
+        sharding: Of the whole model, without recomputation.
+    """
+
+    mesh: LogicalMesh
+    weight: float
+    zero: int
+    recompute: str
+    sharding: StageSharding
+
+
+class StageCosts:
+    """Prices ranges of layers on submeshes of a kind of hosts, on demand.
+
+    Args:
+        kind: of the cluster's hosts, by its number.
+        optimizer: decides how much state a parameter has, and what updating it takes.
+        known: strategies to price instead of solving; those that are solved are added.
+        ranges: of layers, that will be asked for; by default all.
+    """
+
+    def __init__(
+        self, planner: IntraOpPlanner, cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], *,
+        num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
+        microbatch_size: int, known: Known | None = None,
+        ranges: Iterable[tuple[int, int]] | None = None, kind: int = 0,
+    ):  # fmt: skip
+        self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
+        self.num_microbatches, self.choices = num_microbatches, choices
+        self.optimizer, self.microbatch_size = optimizer, microbatch_size
+        self.compute, self._stage_link = ComputeModel(self.cluster.device), cluster.stage_link
+        self._ideal_s = self._ideal_microbatch_s(cluster)
+        self._whole = (0, len(planner.model.layers))
+        self._priced: dict[tuple, _Solved] = {}
+        self._strategies: dict[tuple, StageSharding] = {}
+        self._known = {} if known is None else known
+        self._options: dict[int, list[tuple[StageOption, ...]]] = {}
+        self._wiring = planner.wiring(*self._whole)
+        self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
+        self._counted: np.ndarray | None = None
+        if ranges is None:
+            ranges = itertools.combinations(range(self._whole[1] + 1), 2)
+        self._row = {ends: row for row, ends in enumerate(dict.fromkeys(ranges))}
+        self._wirings = [planner.wiring(*ends) for ends in self._row]
+        self._table = WiringTable.of(self._wirings)
+        self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
+        self.largest_gap_fraction = 0.0
+
+    def _ideal_microbatch_s(self, cluster: AnyCluster) -> float:
+        """A microbatch's operations spread over the cluster so that all devices take equally long."""
+        ops = [op for layer in self.planner.model.layers for op in layer.cls.joint.ops]
+
+        def alone_s(compute: ComputeModel) -> float:
+            return sum(compute.op_s(op) for op in ops)
+
+        own_s = alone_s(self.compute)
+        others = [kind for kind in cluster.kinds if kind is not self.cluster]
+        # Of devices like ours, so many do what all of another kind do.
+        worth = sum(k.num_devices * own_s / alone_s(ComputeModel(k.device)) for k in others)
+        return own_s / (self.cluster.num_devices + worth)
+
+    def options(self, first: int, last: int, submesh: int) -> tuple[StageOption, ...]:
+        """The ways to run layers [first, last) on a submesh shape that are not worse than others."""
+        if (first, last) not in self._row:
+            raise ValueError(f"layers [{first}, {last}) are not among the given ranges")
+        if submesh not in self._options:
+            self._options[submesh] = self._price(submesh)
+        return self._options[submesh][self._row[first, last]]
+
+    def _meshes(self, submesh: int) -> Iterable[LogicalMesh]:
+        """The logical views: every tensor degree that divides the devices of a host."""
+        hosts, devices = self.submeshes[submesh]
+        for tensor in range(1, devices + 1):
+            data = hosts * devices // tensor
+            if devices % tensor or self.microbatch_size % data:
+                continue
+            if self.choices.tensor in (None, tensor) and self.choices.data in (None, data):
+                yield logical_mesh(self.cluster, hosts=hosts, devices=devices, data=data)
+
+    def _price(self, submesh: int) -> list[tuple[StageOption, ...]]:
+        """The options of every range."""
+        picks, costs = [], []
+        for mesh in self._meshes(submesh):
+            for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
+                if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
+                    continue  # nothing to shard over
+                if zero == 3 and weight and 0.0 in self.choices.memory_weights:
+                    continue  # its shards leave little to save
+                solved = self._solved(mesh, zero, weight)
+                for recompute in self.choices.recompute:
+                    picks.append(StagePick(mesh, weight, zero, recompute, solved.sharding))
+                    costs.append(self._costs(solved, recompute))
+        if not picks:
+            return [()] * len(self._row)
+        by_range = np.stack(costs, axis=1)  # (ranges, options, fields)
+        return [
+            tuple(
+                StageOption(
+                    **dict(zip(_FIELDS, costs[option].tolist(), strict=True)), tag=picks[option]
+                )
+                for option in _undominated(costs)
+            )
+            for costs in by_range
+        ]
+
+    def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
+        """Memory prices worth trying; without a tensor axis there is nothing to choose."""
+        return self.choices.memory_weights if mesh.shape[1] > 1 else self.choices.memory_weights[:1]
+
+    def _costs(self, solved: _Solved, recompute: str) -> np.ndarray:
+        """What every range costs with the strategies of the whole model: (ranges, fields)."""
+        seconds = Seconds(*(self._counts() @ solved.seconds).T)
+        memory = range_memory(solved.memories, self._table, recompute, solved.unread)
+        again_s = 0.0 if recompute == "none" else seconds.forward
+        fields = {
+            "forward_s": seconds.forward,
+            "backward_s": seconds.backward + again_s,
+            "weight_s": seconds.backward_weight,
+            "once_s": seconds.synchronize + seconds.update + self._borrowed,
+            "fixed_bytes": memory.state_bytes,
+            "stash_bytes": memory.stash_bytes,
+            "weight_stash_bytes": memory.weight_stash_bytes,
+            "workspace_bytes": memory.workspace_bytes,
+            "gradient_bytes": memory.gradient_bytes,
+        }
+        return np.stack([fields[name] for name in _FIELDS], axis=1)
+
+    def _counts(self) -> np.ndarray:
+        """How often each group of costs occurs in each range."""
+        if self._counted is None:
+            rows = (wiring.counts for wiring in self._wirings)
+            counts = [[row.get(group, 0) for group in self._groups] for row in rows]
+            self._counted = np.array(counts, float)
+        return self._counted
+
+    def _borrowed_s(self, wiring: StageWiring) -> float:
+        """Once a step, gradients go to the stage that updates a parameter, and it comes back."""
+        between = self._stage_link
+        avals = self.planner.model.traced.graph.avals
+        num_bytes = sum(aval_bytes(avals[value]) for value in wiring.borrowed)
+        return 2 * (between.latency_s + num_bytes / between.bytes_per_s) if num_bytes else 0.0
+
+    def _settings(self, mesh: LogicalMesh, zero: int, weight: float) -> StageSettings:
+        held = frozenset({0}) if mesh.shape[0] > 1 else frozenset()
+        return StageSettings(
+            mesh=mesh,
+            compute=self.compute,
+            restrictions=Restrictions(held, self.choices.experts),
+            num_microbatches=self.num_microbatches,
+            zero=zero,
+            optimizer=self.optimizer,
+            memory_s_per_byte=weight * self._ideal_s / self.cluster.device.usable_bytes,
+        )
+
+    def _solved(self, mesh: LogicalMesh, zero: int, weight: float) -> _Solved:
+        """The whole model on a mesh."""
+        key = (mesh, zero, weight)
+        if key not in self._priced:
+            settings = self._settings(mesh, zero, weight)
+            sharding = self._strategies_for(settings, weight)
+            self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
+            known = sharding.group_seconds
+            self._groups = self._groups or tuple(known)
+            self._priced[key] = _Solved(
+                sharding=sharding,
+                seconds=np.array([astuple(known.get(group, Seconds())) for group in self._groups]),
+                memories=class_memories(self.planner, sharding, self._wiring),
+                unread=unread_memory(self.planner, settings),
+            )
+        return self._priced[key]
+
+    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
+        """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own."""
+        shards_weights = settings.zero == 3
+        solved = self._solve(replace(settings, zero=3 if shards_weights else 0), weight)
+        if settings.zero in (0, 3):
+            return solved
+        return self.planner.reprice(*self._whole, settings, solved.picks)
+
+    def _solve(self, settings: StageSettings, weight: float) -> StageSharding:
+        key = (settings.mesh, weight, settings.zero)
+        if key not in self._strategies:
+            known, found = self._known.get(key), None
+            if known is not None:
+                found = self.planner.reprice_if_possible(*self._whole, settings, known)
+            self._strategies[key] = found or self.planner.solve(*self._whole, settings)
+            self._known[key] = self._strategies[key].picks
+        return self._strategies[key]
+
+
+def _undominated(costs: np.ndarray) -> np.ndarray:
+    """The numbers of those that none of the others beats, or equals and comes before, in all that counts.
+
+    Args:
+        costs: one row per option, as `_FIELDS` says.
+    """
+    field = dict(zip(_FIELDS, costs.T, strict=True))
+    seconds, weight_s = field["forward_s"] + field["backward_s"], field["weight_s"]
+    # A half of a backward pass may be waited for, or fill a gap: more of it is not simply worse.
+    costs = np.column_stack([costs, seconds, seconds - weight_s, seconds - 2 * weight_s])
+    return unbeaten(costs)
+
+
+def worthwhile(
+    choices: Choices, model: LayeredModel, optimizer: OptimizerFootprint, device: Device
+) -> Choices:
+    """Without what only saves memory, where one such device could hold the state of the whole model.
+
+    ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
+    """
+    inputs, avals = model.traced.inputs, model.traced.graph.avals
+    params = [avals[value] for value, source in inputs.items() if source.role is Role.PARAM]
+    kept = [optimizer.kept(aval) for aval in params]
+    state_bytes = sum(state.alike_bytes + state.whole_bytes for state in kept)
+    state_bytes += 2 * sum(map(aval_bytes, params))  # weights and accumulators
+    if state_bytes > _ROOMY * device.usable_bytes:
+        return choices
+    zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
+    return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])

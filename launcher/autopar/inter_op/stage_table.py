@@ -1,0 +1,371 @@
+"""The table that the inter-operator search works on: all ways to run all ranges of layers on all submeshes.
+
+Layers are cut into pieces, between neighbouring cuts; a stage is consecutive pieces on a submesh. A sweep
+over the table is the DP of Alpa (OSDI 2022, section 5.2): stages from the last to the first, with s, the
+number of stages from k on, telling how many microbatches a stage has in flight:
+
+    F(s, k, d) = least over j, submesh, option of
+                 value(k..j, submesh, option)  combined with  F(s - 1, j, d - devices)
+
+What is combined, and how, is the caller's: `inter_op` adds up seconds, `plan_bounds` bounds them from below.
+Left out: which hosts and devices a submesh is made of (`placement`).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+
+from launcher.autopar.inter_op.device_axis import DeviceAxis, device_axis
+from launcher.errors import InfeasiblePlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageOption:
+    """One way to run a range of layers on a submesh.
+
+    Attributes:
+        forward_s: Of one microbatch.
+        backward_s: Of one microbatch, with what is recomputed for it.
+        weight_s: What of `backward_s` only gradients of parameters need.
+        once_s: Per step: synchronisation and update.
+        fixed_bytes: Per device, as all that follows: parameters, optimizer state, accumulators.
+        stash_bytes: Per microbatch in flight.
+        weight_stash_bytes: Beside them, per microbatch between the halves of a split backward pass.
+        workspace_bytes: Beside them, while a pass runs.
+        gradient_bytes: Beside what is fixed, at the end of a step, when nothing is in flight.
+        tag: The caller's.
+    """
+
+    forward_s: float
+    backward_s: float
+    weight_s: float = 0.0
+    once_s: float
+    fixed_bytes: float
+    stash_bytes: float
+    weight_stash_bytes: float = 0.0
+    workspace_bytes: float = 0.0
+    gradient_bytes: float = 0.0
+    tag: object
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of one microbatch, forward and backward."""
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoice:
+    """Layers [first, last) on a submesh of shape `submeshes[submesh]`, run as `option` says."""
+
+    first: int
+    last: int
+    submesh: int
+    option: StageOption
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pieces:
+    """What a plan may look like. Neighbouring cuts enclose a piece; stages are made of pieces."""
+
+    cuts: tuple[int, ...]
+    axis: DeviceAxis
+    num_stages: int | None
+    use_all_devices: bool
+
+    @property
+    def num_pieces(self) -> int:
+        return len(self.cuts) - 1
+
+    @property
+    def max_stages(self) -> int:
+        return self.num_stages or min(self.num_pieces, self.axis.most_submeshes)
+
+    @property
+    def numbers_of_stages(self) -> range:
+        return range(1, self.max_stages + 1)
+
+    def ranges(self) -> Iterator[tuple[int, int, int]]:
+        """The (first, last, submesh) beside which pieces and devices can be used up."""
+        num_reaching, axis = self._tilings().cumsum(axis=0), self.axis
+        everything = axis.all_devices
+        submeshes = np.flatnonzero(axis.has_room[:, everything])
+        rest = everything - axis.takes[submeshes]
+        for start, end in itertools.combinations(range(self.num_pieces + 1), 2):
+            behind = self.num_pieces - end
+            fewest, most = (start > 0) + (behind > 0), start + behind  # other stages
+            if self.num_stages is not None:
+                fewest, most = max(fewest, self.num_stages - 1), min(most, self.num_stages - 1)
+            if fewest > most:
+                continue
+            before = num_reaching[fewest - 1, rest] if fewest else 0
+            for submesh in submeshes[num_reaching[most, rest] > before].tolist():
+                yield self.cuts[start], self.cuts[end], submesh
+
+    def _tilings(self) -> np.ndarray:
+        """`result[n, d]`: whether n submeshes can take d devices, or leave some of them idle."""
+        reach = np.zeros((self.num_pieces + 1, self.axis.width), bool)
+        reach[0, : 1 if self.use_all_devices else None] = True
+        for n, submesh in itertools.product(range(self.num_pieces), range(len(self.axis.takes))):
+            room, rest = self.axis.moves(submesh)
+            reach[n + 1, room] |= reach[n, rest]
+        return reach
+
+
+def make_pieces(
+    *, num_layers: int, submeshes: Sequence[tuple[int, int]], num_devices: int | Sequence[int],
+    cuts: Sequence[int], num_stages: int | None, use_all_devices: bool, kinds: Sequence[int] = (),
+) -> Pieces:  # fmt: skip
+    """Check that there are plans at all, whatever their stages cost.
+
+    Args:
+        num_devices: by kind of hosts, where there are several.
+        kinds: of hosts, by submesh; all of one where it is left out.
+    """
+    if list(cuts) != sorted({0, *cuts, num_layers}):
+        raise ValueError(f"cuts {tuple(cuts)} do not ascend from 0 to the {num_layers} layers")
+    totals, kinds = np.atleast_1d(num_devices).tolist(), kinds or (0,) * len(submeshes)
+    pieces = Pieces(
+        cuts=tuple(cuts),
+        axis=device_axis(
+            [math.prod(shape) for shape in submeshes], kinds, totals, use_all=use_all_devices
+        ),
+        num_stages=num_stages,
+        use_all_devices=use_all_devices,
+    )
+    if next(pieces.ranges(), None) is None:
+        raise InfeasiblePlanError(
+            f"{sum(totals)} devices and {pieces.num_pieces} pieces of the model cannot be shared "
+            f"out to {num_stages or 'any number of'} stages on submeshes of {shapes_text(submeshes)} "
+            f"(parallel.pp={num_stages or 'null'}); set another parallel.pp or "
+            f"{'cluster.hosts' if len(totals) == 1 else 'cluster.groups'}"
+        )
+    return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class StageTable:
+    """What a search chose from: `rows` are those that fit; `rows["number"]` counts the choices."""
+
+    pieces: Pieces
+    rows: np.ndarray
+    choices: Sequence[StageChoice]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """What a stage adds to a schedule's step time, from the rows of `make_rows`.
+
+    Attributes:
+        steady_s: for each microbatch, where it is the slowest stage.
+        path_s: once.
+    """
+
+    steady_s: Callable[[np.ndarray], np.ndarray]
+    path_s: Callable[[np.ndarray], np.ndarray]
+
+
+def microbatch_time_s(rows: np.ndarray) -> np.ndarray:
+    """A microbatch's forward and backward, and what it takes to come and go."""
+    return rows["forward_s"] + rows["backward_s"] + rows["received_s"]
+
+
+_PACE = ("steady_s", "path_s")
+_SECONDS = ("forward_s", "backward_s", "weight_s", "once_s")
+_BYTES = ("fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes")
+_OF_OPTION = (*_SECONDS, *_BYTES)
+ALPA = Pace(steady_s=microbatch_time_s, path_s=microbatch_time_s)
+
+
+def make_rows(
+    pieces: Pieces, choices: Sequence[StageChoice], transfer_s: Callable[[int], float], pace: Pace
+) -> np.ndarray:
+    """A table of the choices, ordered by start, end and submesh; starts and ends count cuts.
+
+    Args:
+        transfer_s: seconds per microbatch for what crosses a cut, both ways, which the stage behind it pays.
+    """
+    piece = {cut: index for index, cut in enumerate(pieces.cuts)}
+    received_s = {cut: transfer_s(cut) if cut else 0.0 for cut in pieces.cuts[:-1]}
+    columns = {
+        "start": [piece[choice.first] for choice in choices],
+        "end": [piece[choice.last] for choice in choices],
+        "submesh": [choice.submesh for choice in choices],
+        "received_s": [received_s[choice.first] for choice in choices],
+        "number": range(len(choices)),
+    }
+    options = [choice.option for choice in choices]
+    columns |= {name: list(map(attrgetter(name), options)) for name in _OF_OPTION}
+    reals = ("_s", "_bytes")
+    kinds = [(name, float if name.endswith(reals) else int) for name in (*columns, *_PACE)]
+    # In "fits"[:, s - 1]: whether it can be the first of s stages.
+    rows = np.zeros(len(choices), [*kinds, ("fits", bool, (pieces.max_stages,))])
+    for name, values in columns.items():
+        rows[name] = values
+    rows["steady_s"], rows["path_s"] = pace.steady_s(rows), pace.path_s(rows)
+    stages, behind = np.arange(1, pieces.max_stages + 1), pieces.num_pieces - rows["end"][:, None]
+    rows["fits"] = ((behind == 0) == (stages == 1)) & (stages - 1 <= behind)
+    if pieces.num_stages is not None:
+        before = pieces.num_stages - stages
+        rows["fits"] &= (rows["start"] == 0)[:, None] == (before == 0)
+        rows["fits"] &= before <= rows["start"][:, None]
+    return rows
+
+
+def needed_bytes(rows: np.ndarray, held: np.ndarray, split: np.ndarray | float = 0.0) -> np.ndarray:
+    """What each row needs on a device, (rows, stages), where it has `held` microbatches in flight.
+
+    Args:
+        held: by the number of stages from it to the last.
+        split: likewise, how many are between the halves of their backward pass.
+    """
+    running = in_flight_bytes(rows, held, split) + rows["workspace_bytes"][:, None]
+    return rows["fixed_bytes"][:, None] + np.maximum(running, rows["gradient_bytes"][:, None])
+
+
+def unbeaten(costs: np.ndarray) -> np.ndarray:
+    """The numbers of the rows that no other one beats, or equals and comes before, in every column."""
+    no_worse = (costs[:, None] <= costs[None]).all(axis=2)  # (one, than another)
+    equal = no_worse & no_worse.T
+    before = np.arange(len(costs))[:, None] < np.arange(len(costs))[None]
+    return np.flatnonzero(~(no_worse & (~equal | before)).any(axis=0))
+
+
+def shared_bytes(
+    options: Sequence[StageOption], held: Sequence[int], split: Sequence[int]
+) -> float:
+    """What stages need that share a submesh, of which one runs at a time."""
+    in_flight_bytes = sum(
+        flying * option.stash_bytes + halves * option.weight_stash_bytes
+        for option, flying, halves in zip(options, held, split, strict=True)
+    )
+    running_bytes = in_flight_bytes + max(option.workspace_bytes for option in options)
+    gradient_bytes = sum(option.gradient_bytes for option in options)
+    return sum(option.fixed_bytes for option in options) + max(running_bytes, gradient_bytes)
+
+
+def in_flight_bytes(
+    rows: np.ndarray, held: np.ndarray, split: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """What of that the microbatches in flight take."""
+    stash_bytes, weight_bytes = rows["stash_bytes"], rows["weight_stash_bytes"]
+    return held * stash_bytes[:, None] + split * weight_bytes[:, None]
+
+
+def that_fit(
+    rows: np.ndarray, need_bytes: np.ndarray, memory_bytes: float | np.ndarray
+) -> np.ndarray:
+    """The rows that fit into memory somewhere in the pipeline, and only there.
+
+    Args:
+        memory_bytes: of one device, by row where devices differ.
+    """
+    fits = rows["fits"] & (need_bytes <= np.reshape(memory_bytes, (-1, 1)))
+    is_used = fits.any(axis=1)
+    fitting = rows[is_used]
+    fitting["fits"] = fits[is_used]
+    return fitting
+
+
+def sweep(pieces: Pieces, rows: np.ndarray, values: np.ndarray, combine: np.ufunc) -> np.ndarray:
+    """One pass of the DP: F(s, k, d) of the module's head, infinite where there is no plan.
+
+    Args:
+        values: what stages cost, one value per row, or one per row and number of stages.
+        combine: `np.add` for their sum, `np.maximum` for the greatest of them.
+    """
+    places = np.array([rows["start"], rows["end"], rows["submesh"]])
+    heads = np.flatnonzero(np.diff(places, prepend=-1).any(axis=0))
+    values = np.where(rows["fits"], np.atleast_2d(values.T).T, np.inf)
+    cheapest = np.minimum.reduceat(values, heads, axis=0)  # of the options of a place
+
+    def step(live: np.ndarray, stages: int, behind: np.ndarray) -> np.ndarray:
+        return combine(behind, cheapest[live, stages - 1, None], out=behind)
+
+    fits = np.logical_or.reduceat(rows["fits"], heads, axis=0)
+    return _sweep(pieces, rows[heads], fits, step)
+
+
+def trace_back(
+    pieces: Pieces, rows: np.ndarray, values: np.ndarray, sums: np.ndarray, num_stages: int
+) -> np.ndarray:
+    """The numbers of the rows, first stage first, of the plan of so many stages with the least sum.
+
+    Args:
+        sums: what `sweep` found for the values with `np.add`.
+    """
+    axis, submesh = pieces.axis, rows["submesh"]
+    picked, start, devices = [], 0, axis.all_devices
+    for stages in range(num_stages, 0, -1):
+        here = np.arange(*np.searchsorted(rows["start"], (start, start + 1)))
+        here = here[rows["fits"][here, stages - 1] & axis.has_room[submesh[here], devices]]
+        own = values[here] if values.ndim == 1 else values[here, stages - 1]
+        total = own + sums[stages - 1, rows["end"][here], devices - axis.takes[submesh[here]]]
+        first = here[np.lexsort((rows["once_s"][here], total))[0]]
+        picked.append(first)
+        start, devices = rows["end"][first], devices - axis.takes[submesh[first]]
+    return np.array(picked)
+
+
+def sweep_longest(
+    pieces: Pieces, rows: np.ndarray, own: np.ndarray, path: np.ndarray
+) -> np.ndarray:
+    """The same for the least over plans of the greatest of `own_i + sum of path_j before i`."""
+
+    def step(live: np.ndarray, stages: int, behind: np.ndarray) -> np.ndarray:
+        del stages
+        behind += path[live, None]
+        return np.maximum(behind, np.where(np.isinf(behind), behind, own[live, None]), out=behind)
+
+    return _sweep(pieces, rows, rows["fits"], step)
+
+
+def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarray:
+    """The DP, of which only those entries are there that rows which fit are at, or lead to."""
+    start, end, axis = rows["start"], rows["end"], pieces.axis
+    spans = [_spans(start, end, fitting) for fitting in fits.T]
+    table = _table(pieces, spans)
+    used, submesh = np.unique(rows["submesh"], return_inverse=True)
+    longest = max((ends.stop - ends.start for _, ends in spans), default=0)
+    behind = np.full((len(used), longest, axis.width), np.inf)
+    for stages, (_, ends) in enumerate(spans, start=1):
+        live = np.flatnonzero(fits[:, stages - 1])
+        if not len(live):
+            continue
+        for index, name in enumerate(used):
+            room, rest = axis.moves(name)
+            behind[index, : ends.stop - ends.start, room] = table[stages - 1, ends, rest]
+        ways = step(live, stages, behind[submesh[live], end[live] - ends.start])  # (rows, devices)
+        groups = np.flatnonzero(np.diff(start[live], prepend=-1))
+        table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)
+    return table
+
+
+def _spans(start: np.ndarray, end: np.ndarray, fits: np.ndarray) -> tuple[slice, slice]:
+    """Where the rows that fit start, and where they end."""
+    if not fits.any():
+        return slice(0, 0), slice(0, 0)
+    start, end = start[fits], end[fits]
+    return slice(start.min(), start.max() + 1), slice(end.min(), end.max() + 1)
+
+
+def _table(pieces: Pieces, spans: Sequence[tuple[slice, slice]]) -> np.ndarray:
+    """(stages, start, devices left), without plans yet.
+
+    Nobody writes to the rest, and what nobody writes to takes no memory: where the number of stages is
+    given, that is most of it.
+    """
+    table = np.empty((pieces.max_stages + 1, pieces.num_pieces + 1, pieces.axis.width))
+    table[0] = table[:, 0] = np.inf
+    for stages, (starts, ends) in enumerate(spans, start=1):
+        table[stages - 1, ends] = table[stages, starts] = np.inf
+    table[0, -1, : 1 if pieces.use_all_devices else None] = 0.0  # behind the last stage
+    return table
+
+
+def shapes_text(submeshes: Sequence[tuple[int, int]]) -> str:
+    """Write shapes of submeshes as hosts x devices."""
+    return ", ".join(f"{hosts}x{devices}" for hosts, devices in submeshes)

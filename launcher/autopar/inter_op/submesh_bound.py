@@ -1,0 +1,150 @@
+"""Virtual stages that fill the memory of their submesh together: a bound, and the best options of some.
+
+The v stages of submesh j do all its work, m t for each, after the first microbatch came to it, which takes
+at least j times the shortest stage. Which layers they are made of is left open, but for their number: f_j(n)
+is the least work of v stages of n layers together whose bytes fit into a device, by combining, stage after
+stage, those options of each length that no other one beats in time and bytes. Then no plan takes less than
+
+    min over n_j that add up to all layers of max over j of  (j * shortest + f_j(n_j))
+
+Tight where layers are much alike. Left out: where the layers lie, and that one stage's workspace is not
+another's (each counts with a v-th).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.autopar.inter_op.stage_table import (
+    Pieces,
+    StageOption,
+    in_flight_bytes,
+    microbatch_time_s,
+    unbeaten,
+)
+from launcher.autopar.programs.schedules import Interleaved
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ways:
+    """Ways to run so many layers: what each takes in seconds, and on a device in bytes."""
+
+    layers: np.ndarray
+    work_s: np.ndarray
+    bytes: np.ndarray
+
+    def unbeaten(self) -> "_Ways":
+        """Those that no other with as many layers beats in both."""
+        order = np.lexsort((self.bytes, self.work_s, self.layers))
+        lengths, sizes = self.layers[order], self.bytes[order]
+        is_kept = np.zeros(len(order), bool)
+        for group in np.split(np.arange(len(order)), np.flatnonzero(np.diff(lengths)) + 1):
+            least = np.minimum.accumulate(sizes[group])
+            is_kept[group] = np.diff(least, prepend=np.inf) < 0
+        return self.only(order[is_kept])
+
+    def only(self, which: np.ndarray) -> "_Ways":
+        return _Ways(self.layers[which], self.work_s[which], self.bytes[which])
+
+    def beside(self, other: "_Ways", memory_bytes: float, worth_s: float) -> "_Ways":
+        """One of these and one of the others on the same devices."""
+        both = _Ways(
+            np.add.outer(self.layers, other.layers).ravel(),
+            np.add.outer(self.work_s, other.work_s).ravel(),
+            np.add.outer(self.bytes, other.bytes).ravel(),
+        )
+        return both.only((both.bytes <= memory_bytes) & (both.work_s < worth_s)).unbeaten()
+
+
+def busiest_submesh_s(
+    pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int,
+    memory_bytes: float, worth_s: float = math.inf,
+) -> float:  # fmt: skip
+    """The bound of the module's head.
+
+    Args:
+        rows: those that fit into memory, as `stage_table.that_fit` returns them.
+        worth_s: a bound that is as good as any above it.
+    """
+    if not len(rows):
+        return math.inf
+    number, v = pieces.num_stages, schedule.virtual_stages
+    submeshes = number // v
+    shortest_s = float(microbatch_time_s(rows).min())
+    num_layers = pieces.cuts[-1]
+    least_s = np.full((submeshes, num_layers + 1), np.inf)  # f_j(n), and what is before
+    for j in range(submeshes):
+        held = tuple(
+            schedule.stash_peak(i, number, num_microbatches) for i in range(j, number, submeshes)
+        )
+        ways = _together(
+            rows, np.array(pieces.cuts), number, j, held, num_microbatches, memory_bytes, worth_s
+        )
+        inside = ways.layers <= num_layers
+        np.minimum.at(least_s[j], ways.layers[inside], ways.work_s[inside] + j * shortest_s)
+    return min(_shared_out_s(least_s, num_layers), worth_s)
+
+
+def least_together(
+    options: Sequence[Sequence[StageOption]], held: Sequence[int], memory_bytes: float
+) -> tuple[StageOption, ...]:
+    """One option for each stage of a submesh, those that take least of all that fit; there must be some.
+
+    Args:
+        held: microbatches in flight, by stage.
+    """
+    ways, sums = [()], np.zeros((1, 4))  # chosen options; seconds, running, ending, workspace
+    for own, flying in zip(options, held, strict=True):
+        parts = np.array([_parts(option, flying) for option in own])
+        numbers = unbeaten(parts)
+        ways = [(*way, own[number]) for way in ways for number in numbers]
+        both = sums[:, None] + parts[None, numbers]
+        both[..., 3] = np.maximum(sums[:, None, 3], parts[None, numbers, 3])  # one at a time
+        sums = both.reshape(-1, 4)
+        fits = np.maximum(sums[:, 1] + sums[:, 3], sums[:, 2]) <= memory_bytes
+        kept = np.flatnonzero(fits)[unbeaten(sums[fits])]
+        ways, sums = [ways[number] for number in kept], sums[kept]
+    return ways[int(sums[:, 0].argmin())]
+
+
+def _parts(option: StageOption, flying: int) -> tuple[float, float, float, float]:
+    """Seconds, and bytes: while microbatches are in flight, at the end of a step, and the workspace."""
+    running_bytes = option.fixed_bytes + flying * option.stash_bytes
+    ending_bytes = option.fixed_bytes + option.gradient_bytes
+    return option.seconds, running_bytes, ending_bytes, option.workspace_bytes
+
+
+def _together(
+    rows: np.ndarray, cuts: np.ndarray, number: int, j: int, held: tuple[int, ...], num_microbatches: int,
+    memory_bytes: float, worth_s: float,
+) -> _Ways:  # fmt: skip
+    """Ways to run the stages of submesh j together."""
+    v = len(held)
+    together = _Ways(np.zeros(1, int), np.zeros(1), np.zeros(1))
+    for turn, in_flight in enumerate(held):
+        behind = number - 1 - (turn * number // v + j)
+        own = rows[rows["fits"][:, behind]]
+        bytes_ = in_flight_bytes(own, np.array([in_flight]))[:, 0]
+        bytes_ += own["fixed_bytes"] + own["workspace_bytes"] / v
+        work_s = num_microbatches * (own["forward_s"] + own["backward_s"])
+        alone = _Ways(cuts[own["end"]] - cuts[own["start"]], work_s, bytes_).unbeaten()
+        together = together.beside(alone, memory_bytes, worth_s)
+    return together
+
+
+def _shared_out_s(least_s: np.ndarray, num_layers: int) -> float:
+    """The least time in which the submeshes can do all layers, each as many as it can."""
+    # With more layers in less time, fewer are done in it too.
+    least_s = np.minimum.accumulate(least_s[:, ::-1], axis=1)[:, ::-1]
+    times_s = np.unique(least_s[np.isfinite(least_s)])
+    low, high = 0, len(times_s)  # the first time that is enough
+    while low < high:
+        middle = (low + high) // 2
+        done = (least_s <= times_s[middle]).sum(axis=1) - 1  # layers; -1: not even its stages
+        if (done >= 0).all() and done.sum() >= num_layers:
+            high = middle
+        else:
+            low = middle + 1
+    return float(times_s[low]) if low < len(times_s) else math.inf

@@ -1,0 +1,1 @@
+"""How tensors lie on a mesh: specs, the rules of every op, resharding, crossings, collectives counted."""

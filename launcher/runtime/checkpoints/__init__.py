@@ -1,0 +1,1 @@
+"""Training state on disk, independent of any plan, whole or not there."""

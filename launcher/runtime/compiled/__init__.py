@@ -1,0 +1,1 @@
+"""The compiled programs of a stage, made before the first step, and the cache that keeps them."""

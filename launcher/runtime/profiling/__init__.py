@@ -1,0 +1,1 @@
+"""`mode=profile`: what the devices at hand can do, measured."""

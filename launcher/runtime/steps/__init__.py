@@ -1,0 +1,1 @@
+"""One step on the devices of this process: state, messages, instruction by instruction or as one program."""

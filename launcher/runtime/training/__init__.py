@@ -1,0 +1,1 @@
+"""The loop around the steps, evaluation, and what a run leaves behind."""

@@ -1,0 +1,258 @@
+"""No plan beats its bound: all plans of small random spaces, played by the simulator."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+
+from launcher.autopar.inter_op.judge import judged_s
+from launcher.autopar.inter_op.pace import pace_of
+from launcher.autopar.inter_op.plan_bounds import least_step_s, lines_of
+from launcher.autopar.inter_op.stage_table import (
+    StageChoice,
+    StageOption,
+    make_pieces,
+    make_rows,
+    needed_bytes,
+    shared_bytes,
+    that_fit,
+)
+from launcher.autopar.inter_op.submesh_bound import busiest_submesh_s, least_together
+from launcher.autopar.programs.schedules import GPipe, Interleaved, OneForwardOneBackward, ZbH1
+
+SCHEDULES = [GPipe(), OneForwardOneBackward(), ZbH1(), Interleaved(virtual_stages=2)]
+NUM_LAYERS = 4
+SUBMESHES = ((1, 1), (1, 2))
+
+
+def random_choices(rng, pieces, *, even):
+    """One or two ways for every range on every submesh; `even`: in proportion to the layers."""
+    found = []
+    for first, last, submesh in pieces.ranges():
+        for number in range(rng.randint(1, 2)):
+            draw = (lambda: 1.0) if even else (lambda: 0.2 + rng.random())
+            scale = (last - first) / (1 + submesh)
+            option = StageOption(
+                forward_s=scale * draw(),
+                backward_s=scale * (1.0 + draw()),
+                weight_s=scale,
+                once_s=0.0 if even else rng.random(),
+                fixed_bytes=(last - first) * rng.random(),
+                stash_bytes=rng.random(),
+                tag=number,
+            )
+            found.append(StageChoice(first=first, last=last, submesh=submesh, option=option))
+    return found
+
+
+def all_plans(choices, num_devices, schedule, m):
+    """Every chain of choices over all layers that takes up all devices."""
+
+    def chains(start, devices):
+        if start == NUM_LAYERS:
+            if not devices:
+                yield []
+            return
+        for choice in choices:
+            size = (choice.submesh + 1) if choice.first == start else devices + 1
+            if size <= devices:
+                yield from ([choice, *rest] for rest in chains(choice.last, devices - size))
+
+    v = schedule.virtual_stages
+    for plan in chains(0, num_devices * v):
+        equal = len({choice.submesh for choice in plan}) == 1
+        if v == 1 or (equal and len(plan) % v == 0 and m % (len(plan) // v) == 0):
+            yield plan
+
+
+def fits(plan, schedule, m, memory_bytes):
+    return all(
+        choice.option.fixed_bytes + schedule.stash_peak(i, len(plan), m) * choice.option.stash_bytes
+        <= memory_bytes
+        for i, choice in enumerate(plan)
+    )
+
+
+def case(rng, schedule, *, even=False):
+    """(bound, the times of all plans) of a random space."""
+    devices = rng.choice((1, 2, 4) if even else (1, 2, 3))
+    m = rng.choice((6, 12) if even or schedule.virtual_stages > 1 else (1, 2, 4))
+    pieces = make_pieces(
+        num_layers=NUM_LAYERS, submeshes=SUBMESHES, num_devices=devices * schedule.virtual_stages,
+        cuts=range(NUM_LAYERS + 1), num_stages=None, use_all_devices=True,
+    )  # fmt: skip
+    choices = random_choices(rng, pieces, even=even)
+    received_s = [0.0 if even else rng.choice((0.0, rng.random())) for _ in range(NUM_LAYERS + 1)]
+    memory_bytes = 1e9 if even else rng.choice((2.0, 4.0, 1e9))
+    rows = make_rows(pieces, choices, received_s.__getitem__, pace_of(schedule))
+    # At least so many: where it depends on the number of all stages, that of the last ones.
+    held = np.array(
+        [
+            min(schedule.stash_peak(n - s, n, m) for n in numbers)
+            if (numbers := [n for n in range(s, 7) if n % schedule.virtual_stages == 0])
+            else 1
+            for s in pieces.numbers_of_stages
+        ]
+    )
+    fitting = that_fit(rows, needed_bytes(rows, held), memory_bytes)
+    lines = lines_of(pieces, fitting, schedule, m, memory_bytes) if len(fitting) else ()
+    bound_s = least_step_s(lines) if lines else math.inf
+    plans = all_plans(choices, devices, schedule, m)
+    times_s = [
+        judged_s(plan, schedule, m, received_s.__getitem__)
+        for plan in plans
+        if fits(plan, schedule, m, memory_bytes)
+    ]
+    return bound_s, times_s
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_plan_beats_the_bound(schedule):
+    rng = random.Random(0)
+    ratios = []
+    for _ in range(60):
+        bound_s, times_s = case(rng, schedule)
+        if times_s:
+            assert min(times_s) >= bound_s * (1 - 1e-9)
+            ratios.append(bound_s / min(times_s))
+    assert len(ratios) > 30
+    least = 0.5 if isinstance(schedule, Interleaved) else 0.8
+    assert np.median(ratios) > least  # it says something
+
+
+def shared_case(rng, p):
+    """Bounds for p submeshes that hold two stages each, in memory that is short, and all plans' times."""
+    schedule, m = SCHEDULES[3], 2 * p
+    pieces = make_pieces(
+        num_layers=2 * p + 1, submeshes=((1, 1),), num_devices=2 * p, cuts=range(2 * p + 2),
+        num_stages=2 * p, use_all_devices=True,
+    )  # fmt: skip
+    choices = [
+        StageChoice(
+            first=first,
+            last=last,
+            submesh=0,
+            option=StageOption(
+                forward_s=(last - first) * (3 - way) * (0.5 + rng.random()),
+                backward_s=(last - first) * (3 - way) * (0.5 + rng.random()),
+                once_s=rng.random(),
+                fixed_bytes=(last - first) * (1 + way) * rng.random(),
+                stash_bytes=(1 + way) * rng.random() / m,
+                workspace_bytes=rng.random(),
+                gradient_bytes=rng.random(),
+                tag=None,
+            ),
+        )
+        for first, last, _ in pieces.ranges()
+        for way in range(2)
+    ]
+    received_s, memory_bytes = [0.1 * rng.random() for _ in range(2 * p + 2)], 2 + 2 * rng.random()
+    rows = make_rows(pieces, choices, received_s.__getitem__, pace_of(schedule))
+    held = np.array([schedule.stash_peak(2 * p - s, 2 * p, m) for s in range(1, 2 * p + 1)])
+    fitting = that_fit(rows, needed_bytes(rows, held), memory_bytes)
+    bounds_s = (
+        least_step_s(lines_of(pieces, fitting, schedule, m, memory_bytes)) if len(fitting) else 0.0,
+        busiest_submesh_s(pieces, fitting, schedule, m, memory_bytes),
+    )
+    starts = [[c for c in choices if c.first == first] for first in range(2 * p + 1)]
+
+    def chains(first, left):
+        if first == 2 * p + 1 and not left:
+            yield []
+        elif first <= 2 * p and left:
+            for choice in starts[first]:
+                yield from ([choice, *rest] for rest in chains(choice.last, left - 1))
+
+    def fits_together(plan):
+        held = [schedule.stash_peak(i, 2 * p, m) for i in range(2 * p)]
+        options = [choice.option for choice in plan]
+        needed = (shared_bytes(options[j::p], held[j::p], (0, 0)) for j in range(p))
+        return max(needed) <= memory_bytes
+
+    times_s = [
+        judged_s(plan, schedule, m, received_s.__getitem__)
+        for plan in chains(0, 2 * p)
+        if fits_together(plan)
+    ]
+    return bounds_s, times_s
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_no_plan_beats_the_bounds_of_memory_that_stages_share(p):
+    rng, ratios = random.Random(p), []
+    for _ in range(60):
+        bounds_s, times_s = shared_case(rng, p)
+        for bound_s in bounds_s:
+            assert bound_s <= min(times_s, default=math.inf) * (1 + 1e-9)
+        if times_s:
+            ratios.append(max(bounds_s) / min(times_s))
+    assert len(ratios) > 20
+    assert np.median(ratios) > (0.9 if p == 1 else 0.7)
+
+
+def test_options_that_share_memory_take_the_least_that_fits():
+    rng = random.Random(0)
+    for _ in range(40):
+        options = [
+            [
+                StageOption(
+                    forward_s=rng.random(),
+                    backward_s=rng.random(),
+                    once_s=0.0,
+                    fixed_bytes=rng.random(),
+                    stash_bytes=rng.random(),
+                    tag=None,
+                )  # fmt: skip
+                for _ in range(4)
+            ]
+            for _ in range(3)
+        ]
+        held = [3, 2, 1]
+        fitting = [
+            chosen
+            for chosen in itertools.product(*options)
+            if shared_bytes(chosen, held, (0,) * 3) <= 5
+        ]
+        if fitting:
+            best_s = min(sum(option.seconds for option in chosen) for chosen in fitting)
+            found = least_together(options, held, 5)
+            assert shared_bytes(found, held, (0,) * 3) <= 5
+            assert sum(option.seconds for option in found) == pytest.approx(best_s)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_equal_layers_with_free_transfers_reach_the_bound(schedule):
+    rng = random.Random(1)
+    for _ in range(30):
+        bound_s, times_s = case(rng, schedule, even=True)
+        assert min(times_s) == pytest.approx(bound_s, rel=0.1)
+
+
+def test_many_microbatches_are_judged_by_a_few():
+    rng = random.Random(2)
+    few = itertools.product(SCHEDULES, (2, 3))
+    for schedule, p in (*few, (SCHEDULES[1], 48)):
+        stages = [
+            StageChoice(
+                first=i,
+                last=i + 1,
+                submesh=0,
+                option=StageOption(
+                    forward_s=1 + rng.random(),
+                    backward_s=2 + rng.random(),
+                    weight_s=1.0,
+                    once_s=rng.random(),
+                    fixed_bytes=0.0,
+                    stash_bytes=0.0,
+                    tag=None,
+                ),
+            )
+            for i in range(p * schedule.virtual_stages)
+        ]
+        m = 20 * p if p < 10 else 6 * p
+        transfer_s = [rng.random() for _ in range(100)].__getitem__
+        few_s = judged_s(stages, schedule, m, transfer_s)
+        all_s = judged_s(stages, schedule, m, transfer_s, warm_up=m)
+        assert few_s == pytest.approx(all_s, rel=2e-3)

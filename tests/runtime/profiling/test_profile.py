@@ -1,0 +1,168 @@
+"""mode=profile: what it measures, the file that it writes, and that the file is read back as meant."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from launcher import main
+from launcher.autopar.clusters.cluster import cluster_from_config, load_cluster
+from launcher.cli.compose import load
+from launcher.errors import ClusterError, ConfigError, StorageError
+from launcher.runtime.profiling import profile, profile_compute, profile_links
+from launcher.runtime.profiling.profile import Measured
+from launcher.runtime.profiling.profile_compute import ComputeFigures
+from launcher.runtime.profiling.profile_links import LinkFigures
+from launcher.runtime.profiling.profile_timing import Job, call_s, lower_quartile, round_s
+
+POINTS = ((1e6, 4e9), (1e9, 8e9))
+COMPUTE = ComputeFigures(
+    products={"fp32": POINTS}, batched={"fp32": ((1e6, 2e9),)}, convolutions={"fp32": ((1e6, 1e9),)},
+    kernel_gradients={"fp32": ((1e6, 5e8),)},
+    element_s=dict.fromkeys(
+        ("arithmetic", "division", "transcendental", "reduction", "transposition"), 1e-10
+    ),
+    memory_bytes_per_s=5e9, op_overhead_s=2e-6, program_launch_s=3e-4, array_launch_s=1e-6,
+    concurrency=((1.0, 1.0), (8.0, 4.0)),
+)  # fmt: skip
+LINK = LinkFigures(curves={"all_reduce": ((4096.0, 1e8),), "send": ((4096.0, 1e8), (1e6, 2e9))})
+SMALL = profile_compute.Sizes(
+    sides=(16, 32), lengths=(8,), batch=2, channels=(2,), images=(2, 4), elements=2**10,
+    stream_bytes=2**12, blocks=(2, 4, 16), small_blocks=(1, 4, 16),
+)  # fmt: skip
+
+
+def grid_of(cluster):
+    shape = cluster.num_hosts, cluster.devices_per_host
+    return np.array(jax.devices()[: cluster.num_devices], dtype=object).reshape(shape)
+
+
+def written(cluster, measured, folder, name="mine"):
+    return load_cluster(
+        profile.write_cluster(folder, name, profile.as_file(cluster, measured, name))
+    )
+
+
+def test_the_file_says_what_was_measured(tmp_path):
+    measured = Measured(compute=COMPUTE, intra_host=LINK, inter_host=LINK)
+    read = written(load_cluster("cpu8"), measured, tmp_path)
+    assert (tmp_path / "cluster" / "mine.yaml").is_file()
+    device = read.device
+    assert not read.nominal
+    assert (read.name, read.num_hosts, read.devices_per_host) == ("mine", 2, 4)
+    assert device.peak_flops_per_s == {"fp32": 8e9, "fp64": 4e9}
+    assert device.matmul_curve["fp32"].seconds(1e6) == pytest.approx(1e6 / 0.5)
+    assert device.kernel_gradient_curve["fp32"].points == ((1e6, 0.0625),)
+    assert device.element_s == pytest.approx(COMPUTE.element_s)
+    assert (device.op_overhead_s, device.program_launch_s) == pytest.approx((2e-6, 3e-4))
+    assert device.concurrency == COMPUTE.concurrency
+    assert read.inter_host.send_s(1e6) == pytest.approx(1e6 / 2e9)
+    assert read.intra_host.latency_s == pytest.approx(4096 / 1e8, rel=1e-3)
+    assert {key for key, source in read.sources.items() if "mode=profile" in source} >= {
+        "device.matmul_curve", "device.peak_tflops", "device.concurrency", "inter_host.collective_curve",
+    }  # fmt: skip
+    assert jax.__version__ in read.sources["device.concurrency"]
+
+
+def test_what_is_out_of_reach_is_taken_over_with_its_source(tmp_path):
+    known = load_cluster("dgx-a100")
+    compute = dataclasses.replace(
+        COMPUTE, products={"bf16": ((1e9, 4e14),)}, batched={}, convolutions={}, kernel_gradients={},
+        element_s={},
+    )  # fmt: skip
+    read = written(known, Measured(compute=compute, intra_host=None, inter_host=None), tmp_path)
+    assert read.device.peak_flops_per_s == known.device.peak_flops_per_s
+    assert read.device.matmul_efficiency["bf16"] == 1.0  # faster than its datasheet: all of it
+    assert read.device.matmul_efficiency["fp32"] == known.device.matmul_efficiency["fp32"]
+    assert read.inter_host.bytes_per_s == pytest.approx(known.inter_host.bytes_per_s)
+    for figure in ("device.peak_tflops", "inter_host.gbit_per_s"):
+        assert read.sources[figure] == known.sources[figure]
+
+
+def test_everything_is_measured(monkeypatch):
+    """With sizes that take no time; what comes out are times, and more for more work."""
+    monkeypatch.setattr(profile_compute, "ON_CPU", SMALL)
+    monkeypatch.setattr(profile_links, "ON_CPU_BYTES", (4096,))
+    cluster, told = load_cluster("cpu8"), []
+    measured = profile.measure(cluster, grid_of(cluster), told.append)
+    compute = measured.compute
+    assert [flops for flops, _ in compute.products["fp32"]] == [2 * 16**3, 2 * 32**3]
+    rates = [
+        rate
+        for curves in (compute.products, compute.batched, compute.convolutions)
+        for _, rate in curves["fp32"]
+    ]
+    assert min(*rates, *compute.element_s.values(), compute.memory_bytes_per_s) > 0
+    assert [count for count, _ in compute.concurrency] == [1, 2, 4, 8]
+    factors = [factor for _, factor in compute.concurrency]
+    assert factors[0] == 1.0
+    assert factors == sorted(factors)
+    for link in (measured.intra_host, measured.inter_host):
+        assert set(link.curves) == {
+            "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"
+        }  # fmt: skip
+    assert "launches" in told
+    assert "all-reduce along the devices" in told
+
+
+def test_twice_the_rounds_of_work_take_longer_than_one():
+    def body(held):
+        return tuple(x @ x for x in held)
+
+    one = Job(body=body, shapes=((256, 256),), guess_s=1e-3, value=1 / 256)
+    eight = dataclasses.replace(one, shapes=((256, 256),) * 8)
+    device = np.array(jax.devices()[:1], dtype=object)
+    assert round_s(eight, device) > 2 * round_s(one, device)
+
+
+def test_the_lower_quartile_is_the_median_of_the_faster_half():
+    assert lower_quartile([9.0, 1.0, 2.0, 100.0, 3.0]) == 2.0
+    assert lower_quartile([4.0]) == 4.0
+
+
+def test_calls_that_take_long_are_repeated_less(monkeypatch):
+    ticks = iter(np.arange(100) * 0.5)
+    monkeypatch.setattr(
+        "launcher.runtime.profiling.profile_timing.time.perf_counter", lambda: next(ticks)
+    )
+    calls = []
+    assert call_s(lambda: calls.append(1)) == 0.5
+    assert len(calls) == 1 + 5
+
+
+def test_a_cluster_that_is_not_here_is_refused():
+    with pytest.raises(ClusterError, match="cluster=dgx-a100 has 8 A100-SXM4-80GB in a host, and"):
+        profile.reachable(load_cluster("dgx-a100"))
+    assert profile.reachable(load_cluster("cpu8")).shape == (2, 4)
+
+
+def test_names_of_files():
+    assert profile.default_name(load_cluster("cpu8")).startswith("cpu8-")
+    profile.check_name(profile.default_name(load_cluster("cpu8")))
+    with pytest.raises(ConfigError, match="profile.name=cpu8 is a packaged cluster"):
+        profile.check_name("cpu8")
+    with pytest.raises(ConfigError, match="profile.name=a/b is no name for a cluster file"):
+        profile.check_name("a/b")
+
+
+def test_a_run_writes_a_file_that_the_command_line_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        profile, "measure",
+        lambda cluster, grid, progress: Measured(compute=COMPUTE, intra_host=LINK, inter_host=LINK),
+    )  # fmt: skip
+    monkeypatch.setattr(main.devices, "emulate", lambda num_devices: None)  # the tests have done so
+    config = load(["mode=profile", "cluster=cpu8", "profile.name=mine"])
+    assert main.run(config, tmp_path) == 0
+    found = load(["cluster=mine", f"hydra.searchpath=[file://{tmp_path}]"])
+    cluster = cluster_from_config(found.cluster)
+    assert cluster.device.program_launch_s == pytest.approx(3e-4)
+    assert profile.usage(tmp_path, "mine") == (
+        f"python -m launcher cluster=mine 'hydra.searchpath=[file://{tmp_path}]'"
+    )
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="profile.dir="):
+        profile.write_cluster(tmp_path / "file", "mine", {"sources": {}})
