@@ -31,6 +31,7 @@ from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.inter_op.judge import judged_s
 from launcher.autopar.inter_op.pace import pace_of
+from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.refine import refine
@@ -261,15 +262,18 @@ class Arranger:
         """
         memory_bytes, weight = self._memory_bytes, self._weight(p)
         whole = self._cut_equal(p, memory_bytes)
-        if whole.stages is None or self._fits(whole.stages):
+        if whole.stages is None:
             return whole
-        bound_s = busiest_submesh_s(
-            whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches,
-            memory_bytes, self.worth_s,
-        )  # fmt: skip
-        whole = replace(whole, bound_s=max(whole.bound_s, bound_s))
-        if whole.bound_s >= self.worth_s:
+        of_space = (whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches)
+        bound_s = max(whole.bound_s, paired_stages_s(*of_space, memory_bytes))
+        fits = self._fits(whole.stages)
+        if not fits and bound_s < self.worth_s:
+            bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
+        whole = replace(whole, bound_s=bound_s)
+        if bound_s >= self.worth_s:
             return replace(whole, stages=None)
+        if fits:
+            return whole
         prices = whole.lines[0].prices
         for _ in range(_MOST_RISES):
             # The prices are those of the sum over p submeshes.
