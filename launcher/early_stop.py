@@ -1,7 +1,8 @@
 """Being asked to stop before there is a run: the process ends at once, in the documented way.
 
 `python -m launcher` imports and composes for a moment before it can listen to signals as a run does
-(`runtime.interrupt`). Nothing is begun then, so nothing is lost, and there is nobody to catch an exception.
+(`runtime/training/interrupt.py`). Nothing is begun then, so nothing is lost, and there is nobody to catch
+an exception.
 """
 
 import os
