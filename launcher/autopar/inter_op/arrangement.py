@@ -35,6 +35,7 @@ from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.refine import refine
+from launcher.autopar.inter_op.slowest_stage import Bound, by_slowest_stage_s
 from launcher.autopar.inter_op.space import Space
 from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, shared_bytes
 from launcher.autopar.inter_op.submesh_bound import busiest_submesh_s, least_together
@@ -55,11 +56,16 @@ class Arrangement:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arranged:
-    """The best arrangement that was found, if one is worth it, and what none can beat."""
+    """The best arrangement that was found, if one is worth it, and what none can beat, part by part."""
 
     best: Arrangement | None
-    bound_s: float
+    bounds: tuple[Bound, ...]
     num_candidates: int
+
+    @property
+    def bound_s(self) -> float:
+        """What no arrangement can beat."""
+        return min((bound.least_s for bound in self.bounds), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,42 +97,60 @@ class Arranger:
         if self.schedule.virtual_stages > 1:
             return self._virtual()
         first = result = self._plan(self.space.num_submeshes)
+        bounds = (self._bound(first),)
         if result.stages is not None and not self._fits(result.stages):
-            result = self._by_number(first)
+            result, bounds = self._by_number(first)
         if result.stages is None:
-            return Arranged(None, result.bound_s, first.num_candidates)
-        return self._refined(result, first)
+            return Arranged(None, bounds, first.num_candidates)
+        return self._refined(result, first, bounds)
 
-    def _by_number(self, first: SearchResult) -> SearchResult:
+    def _bound(self, result: SearchResult) -> Bound:
+        """What no plan of a search can beat; what is not the least of all need not be sharper."""
+        if result.bound_s >= self.worth_s:
+            return Bound(result.bound_s)
+        pieces, rows = result.table.pieces, result.table.rows
+        memory_bytes = np.array([kind.device.usable_bytes for kind in self.cluster.kinds])
+        room_bytes = memory_bytes[np.array(self.space.kinds)[rows["submesh"]]]
+        return Bound(
+            result.bound_s,
+            partial(
+                by_slowest_stage_s, pieces, rows, self.schedule, self.num_microbatches, room_bytes
+            ),
+        )
+
+    def _by_number(self, first: SearchResult) -> tuple[SearchResult, tuple[Bound, ...]]:
         """Try every number of stages by itself, as long as it may still be the best."""
         least_s = np.max([line.by_stages() for line in first.lines], axis=0)
-        best, known_s, bounds_s = replace(first, stages=None), self.worth_s, []
+        best, known_s, bounds = replace(first, stages=None), self.worth_s, []
         failures: list[InfeasiblePlanError] = []
         numbers = [
             n for n in np.argsort(least_s, kind="stable").tolist() if math.isfinite(least_s[n])
         ]
         for at, number in enumerate(numbers):
             if least_s[number] >= known_s:
-                bounds_s += [float(least_s[n]) for n in numbers[at:]]
+                bounds += [Bound(float(least_s[n])) for n in numbers[at:]]
                 break
             try:
                 result = replace(self, worth_s=known_s)._plan(number)
             except InfeasiblePlanError as error:
                 failures.append(without_frames(error))
                 continue
-            bounds_s.append(result.bound_s)
+            bounds.append(self._bound(result))
             step_s = None if result.stages is None else self._judge(result.stages)
             if step_s is not None and step_s < known_s:
                 best, known_s = result, step_s
         if best.stages is None and math.isinf(self.worth_s):
             raise failures[0] if failures else self._no_fit()
-        return replace(best, bound_s=min(bounds_s, default=math.inf))
+        return best, tuple(bounds)
 
-    def _refined(self, result: SearchResult, first: SearchResult) -> Arranged:
+    def _refined(
+        self, result: SearchResult, first: SearchResult, bounds: tuple[Bound, ...]
+    ) -> Arranged:
         """Look, with the simulator, whether other stages are faster than those of the formula.
 
         Args:
             first: where all that fits is to be found.
+            bounds: of that.
         """
         num_candidates = first.num_candidates
         stages, step_s = result.stages, self._judge(result.stages)
@@ -136,11 +160,12 @@ class Arranger:
         )
         if better.stages is not None:
             stages, step_s = better.stages, better.step_s
-        bound_s = max(result.bound_s, better.step_s) if better.is_proven else result.bound_s
+        if better.is_proven:
+            bounds = (Bound(max(better.step_s, min(bounds).least_s)),)
         placement = self._place(stages)
         if not math.isfinite(step_s):
-            return Arranged(None, bound_s, num_candidates)
-        return Arranged(Arrangement(stages, placement, step_s), bound_s, num_candidates)
+            return Arranged(None, bounds, num_candidates)
+        return Arranged(Arrangement(stages, placement, step_s), bounds, num_candidates)
 
     @property
     def _v(self) -> int:
@@ -209,9 +234,9 @@ class Arranger:
             try:
                 result = alone._plan_equal(num_submeshes)
                 if result.stages is None:
-                    arranged = Arranged(None, result.bound_s, result.num_candidates)
+                    arranged = Arranged(None, (Bound(result.bound_s),), result.num_candidates)
                 else:
-                    arranged = alone._refined(result, result)
+                    arranged = alone._refined(result, result, (Bound(result.bound_s),))
             except InfeasiblePlanError as error:
                 failures.append(without_frames(error))
                 continue
@@ -221,7 +246,7 @@ class Arranger:
             raise self._no_fit() if found else failures[-1] if failures else self._no_groups()
         return Arranged(
             min(plans, key=lambda arrangement: arrangement.step_s, default=None),
-            min(arranged.bound_s for arranged in found),
+            tuple(bound for arranged in found for bound in arranged.bounds),
             sum(arranged.num_candidates for arranged in found),
         )
 

@@ -31,6 +31,7 @@ from launcher.autopar.inter_op.advice import (
 )
 from launcher.autopar.inter_op.arrangement import Arranged, Arrangement, Arranger
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
+from launcher.autopar.inter_op.slowest_stage import Bound, least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, Known, StageCosts, worthwhile
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
@@ -133,7 +134,7 @@ def search(
         wall_s=time.perf_counter() - start,
         ilp_solved=sum(attempt.num_solved for attempt in tried),
         priced=sum(attempt.num_candidates for attempt in tried),
-        bound_s=min(attempt.bound_s for attempt in tried),
+        bound_s=least_bound_s((b for t in tried for b in t.bounds), attempts.best()[0]),
         tried=tuple(sorted((*attempts.found, *attempts.failures))),
         cuts=next(iter(tried)).cuts,
     )
@@ -146,7 +147,7 @@ class _Tried:
     num_solved: int
     candidates: tuple[Candidate, ...]
     cuts: tuple[int, int]  # pieces, layers
-    bound_s: float
+    bounds: tuple[Bound, ...]
     num_candidates: int
 
     @property
@@ -167,7 +168,7 @@ class _Tried:
             num_solved=self.num_solved + other.num_solved,
             candidates=tuple(best.values()),
             cuts=self.cuts,
-            bound_s=min(self.bound_s, other.bound_s),
+            bounds=self.bounds + other.bounds,
             num_candidates=self.num_candidates + other.num_candidates,
         )
 
@@ -359,7 +360,7 @@ def _try_choices(
         num_solved=planner.num_solved - solved_before,
         candidates=tuple(candidates),
         cuts=(len(pieces), len(layered.layers)),
-        bound_s=min(arranged.bound_s for arranged in found),
+        bounds=tuple(bound for arranged in found for bound in arranged.bounds),
         num_candidates=sum(arranged.num_candidates for arranged in found),
     )
 

@@ -323,22 +323,49 @@ def sweep_longest(
     return _sweep(pieces, rows, rows["fits"], step)
 
 
-def _sweep(pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step) -> np.ndarray:
-    """The DP, of which only those entries are there that rows which fit are at, or lead to."""
+def sweep_waiting(
+    pieces: Pieces, rows: np.ndarray, own: np.ndarray, path: np.ndarray, trip: np.ndarray,
+    wait: Callable[[np.ndarray, int, np.ndarray], np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """The same where a stage also waits for what is behind it.
+
+    Args:
+        trip: of each row; the least sum of it behind a stage is what the stage may have to wait for.
+        wait: from that, called as (numbers of rows, stages behind them, sums), to seconds added to `own`.
+    """
+
+    def step(live: np.ndarray, stages: int, behind: np.ndarray, sums: np.ndarray) -> np.ndarray:
+        waits = own[live, None] + wait(live, stages - 1, sums)
+        return np.maximum(behind + path[live, None], waits, out=behind)
+
+    return _sweep(pieces, rows, rows["fits"], step, sweep(pieces, rows, trip, np.add))
+
+
+def _sweep(
+    pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step, *others: np.ndarray
+) -> np.ndarray:
+    """The DP, of which only those entries are there that rows which fit are at, or lead to.
+
+    Args:
+        step: from rows and what is behind them, in this table and in `others`, to what is at them.
+    """
     start, end, axis = rows["start"], rows["end"], pieces.axis
     spans = [_spans(start, end, fitting) for fitting in fits.T]
     table = _table(pieces, spans)
     used, submesh = np.unique(rows["submesh"], return_inverse=True)
     longest = max((ends.stop - ends.start for _, ends in spans), default=0)
-    behind = np.full((len(used), longest, axis.width), np.inf)
+    tables = (table, *others)
+    behind = np.full((len(tables), len(used), longest, axis.width), np.inf)
     for stages, (_, ends) in enumerate(spans, start=1):
         live = np.flatnonzero(fits[:, stages - 1])
         if not len(live):
             continue
         for index, name in enumerate(used):
             room, rest = axis.moves(name)
-            behind[index, : ends.stop - ends.start, room] = table[stages - 1, ends, rest]
-        ways = step(live, stages, behind[submesh[live], end[live] - ends.start])  # (rows, devices)
+            for there, known in zip(behind, tables, strict=True):
+                there[index, : ends.stop - ends.start, room] = known[stages - 1, ends, rest]
+        places = submesh[live], end[live] - ends.start
+        ways = step(live, stages, *(there[places] for there in behind))  # (rows, devices)
         groups = np.flatnonzero(np.diff(start[live], prepend=-1))
         table[stages, start[live[groups]]] = np.minimum.reduceat(ways, groups, axis=0)
     return table

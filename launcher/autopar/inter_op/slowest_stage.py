@@ -1,0 +1,153 @@
+"""A sharper bound, for schedules without virtual stages: plans one by one by how slow their slowest stage is.
+
+The bound of all plans is the least over ranges of max t, the time of the slowest stage, of the bound of the
+plans in that range. With rows that are no slower, more stages share the work evenly, and what lies before
+and behind a stage cannot be small. Beside the lines of `plan_bounds`, with their words and q for the number
+of stages behind i, there are these (again longest paths through the simulator's graph):
+
+    all      m times the least max t of the range
+    GPipe    sum of all t + c,  then (m - 1) t_i
+    1F1B     sum of t + c before i,  then m t_i,  and twice what a trip to the end and back takes longer than
+             the work meanwhile: at the beginning q forwards, at the end q backwards
+    ZB-H1    sum of F + c / 2 before i,  then m t_i + u_i,  and the same at the beginning alone
+
+A trip is the least sum behind i of t + c, for ZB-H1 of F + I + c.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from launcher.autopar.inter_op.pace import waited_for_s
+from launcher.autopar.inter_op.plan_bounds import lines_of
+from launcher.autopar.inter_op.stage_table import (
+    Pieces,
+    microbatch_time_s,
+    needed_bytes,
+    sweep,
+    sweep_waiting,
+    that_fit,
+)
+from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
+
+_NUM_RANGES = 5
+_CLOSE = 0.95  # of a plan's time: a bound that need not be sharper
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """What no plan of a part of a space can beat; `sharper` makes a better one, no better than it is told."""
+
+    least_s: float
+    sharper: Callable[[float], float] | None = None
+
+    def __lt__(self, other: "Bound") -> bool:
+        return self.least_s < other.least_s
+
+
+def least_bound_s(bounds: Iterable[Bound], step_s: float) -> float:
+    """What no plan of all parts can beat: the loosest bounds are made sharper as far as `step_s` needs it."""
+    heap = list(bounds)
+    heapq.heapify(heap)
+    while heap[0].least_s < _CLOSE * step_s and heap[0].sharper is not None:
+        loosest = heap[0]
+        heapq.heapreplace(heap, Bound(max(loosest.least_s, loosest.sharper(step_s))))
+    return heap[0].least_s
+
+
+def by_slowest_stage_s(
+    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int,
+    room_bytes: np.ndarray, enough_s: float,
+) -> float:  # fmt: skip
+    """What no plan can beat.
+
+    Args:
+        rows: those that fit into memory, as `stage_table.that_fit` returns them.
+        room_bytes: there is on a device, by row.
+        enough_s: a bound that is as good as any above it.
+    """
+    if not isinstance(schedule, ZbH1):
+        return _of_rows_s(pieces, rows, schedule, num_microbatches, enough_s)
+    # What a stage holds depends on the number of all stages.
+    bound_s = enough_s
+    for number in pieces.numbers_of_stages:
+        fitting = _in_all(number, pieces, rows, schedule, num_microbatches, room_bytes)
+        if len(fitting):
+            of_number_s = _of_rows_s(pieces, fitting, schedule, num_microbatches, bound_s)
+            bound_s = min(bound_s, of_number_s)
+    return bound_s
+
+
+def _in_all(
+    number: int, pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int,
+    room_bytes: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """The rows that fit where there are so many stages in all, and only where they are one of so many."""
+    place = number - np.arange(1, pieces.max_stages + 1)  # by the number of stages from one on
+    held, split = (
+        np.array([peak(i, number, m) if i >= 0 else 0 for i in place.tolist()])
+        for peak in (schedule.stash_peak, schedule.split_peak)
+    )
+    rows, starts = rows.copy(), rows["start"][:, None]
+    rows["fits"] &= (place >= 0) & ((starts == 0) == (place == 0)) & (place <= starts)
+    return that_fit(rows, needed_bytes(rows, held, split), room_bytes)
+
+
+def _of_rows_s(
+    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int, enough_s: float
+) -> float:  # fmt: skip
+    m, work_s = num_microbatches, _work_s(rows)
+    least_s = float(sweep(pieces, rows, work_s, np.maximum)[:, 0, -1].min())
+    if m * least_s >= enough_s:
+        return enough_s
+    bound_s = enough_s
+    for low_s, high_s in pairwise(np.geomspace(least_s, enough_s / m, _NUM_RANGES + 1)):
+        inside = rows[work_s <= math.nextafter(high_s, math.inf)]
+        by_stages = np.maximum(_by_stages(pieces, inside, schedule, m), m * low_s)
+        bound_s = min(bound_s, float(by_stages.min()))
+    return bound_s
+
+
+def _by_stages(
+    pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int
+) -> np.ndarray:
+    """The greatest of all lines, by the number of stages."""
+    own = _own_line(pieces, rows, schedule, num_microbatches)
+    lines = [line.by_stages() for line in lines_of(pieces, rows, schedule, num_microbatches)]
+    return np.max([own, *lines], axis=0)
+
+
+def _own_line(pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int) -> np.ndarray:
+    work_s, trip_s, arrived_s = _work_s(rows), microbatch_time_s(rows), rows["received_s"]
+    last_s = np.where(rows["start"] == 0, rows["once_s"], 0.0)
+    forward_s, backward_s = rows["forward_s"][:, None], rows["backward_s"][:, None]
+
+    def until_return(live: np.ndarray, behind: int, trips_s: np.ndarray) -> np.ndarray:
+        return np.maximum(trips_s - behind * forward_s[live], 0.0)
+
+    def both(live: np.ndarray, behind: int, trips_s: np.ndarray) -> np.ndarray:
+        first_s = until_return(live, behind, trips_s)
+        at_end_s = np.maximum(trips_s - behind * backward_s[live], 0.0)
+        # With so few microbatches the last forward comes before the first backward.
+        return first_s + at_end_s if m >= behind + 2 else np.maximum(first_s, at_end_s)
+
+    match schedule:
+        case GPipe():
+            sums = sweep(pieces, rows, trip_s + last_s, np.add)
+            table = sums + sweep(pieces, rows, (m - 1) * work_s, np.maximum)
+        case ZbH1():
+            own_s = m * work_s + arrived_s / 2 + rows["once_s"]
+            path_s, trip_s = rows["forward_s"] + arrived_s / 2, waited_for_s(rows)
+            table = sweep_waiting(pieces, rows, own_s, path_s, trip_s, until_return)
+        case _:
+            own_s = m * work_s + arrived_s + last_s
+            table = sweep_waiting(pieces, rows, own_s, trip_s + last_s, trip_s, both)
+    return table[:, 0, -1]
+
+
+def _work_s(rows: np.ndarray) -> np.ndarray:
+    return rows["forward_s"] + rows["backward_s"]
