@@ -26,8 +26,11 @@ from launcher.cli.held import run_held
 from launcher.cli.report import FULL_ERROR, exit_status_of, one_line
 from launcher.cli.run_folder import (
     CONFIG_FILE,
+    FolderBefore,
     missing_folders,
     override,
+    put_back,
+    remembered,
     run_dir_override,
     storage_errors,
     sweep_dir_override,
@@ -35,6 +38,7 @@ from launcher.cli.run_folder import (
 )
 from launcher.cli.running import run_logged
 from launcher.cli.srun_step import take_part
+from launcher.cli.trained_folder import beside_training
 from launcher.config import Config, conf_dir
 from launcher.errors import ConfigError, StoppedBySignal
 from launcher.slurm.job_folder import has_job
@@ -77,15 +81,21 @@ def _answer(debug: bool) -> int:
     if line.only_informs:
         return _inform(line)
     point = compose.check(line)
+    beside = beside_training(point, sys.argv[1:]) if point else None
+    if beside is not None:
+        sys.argv[1:] = beside
+        line = compose.parse(beside)
+        point = compose.check(line)
     run_dir = point and point.run_dir
     if run_dir is None:
         _check_alone()
     with storage_errors():
-        missing = () if run_dir is None else missing_folders(run_dir)
+        before = FolderBefore() if run_dir is None else missing_folders(run_dir)
         # Before Hydra, which writes into the folder of whatever else runs there.
         works = point is not None and point.config.mode != "submit"
-        lock = run_lock.take(run_dir) if works and not missing else None
-    task = _Task(line=line, debug=debug, missing=missing, lock=lock)
+        lock = run_lock.take(run_dir) if works and not before.missing else None
+        before = remembered(run_dir) if lock is not None else before
+    task = _Task(line=line, debug=debug, before=before, lock=lock)
     try:
         with storage_errors():  # of making the run's folder, since the task itself raises nothing
             _hand_to_hydra(task)
@@ -141,7 +151,7 @@ class _Task:
 
     line: compose.CommandLine
     debug: bool
-    missing: tuple[pathlib.Path, ...]  # folders that this run will make
+    before: FolderBefore  # the folder of a run, as it was
     lock: run_lock.RunLock | None  # on the folder of a run, if that was there before
     statuses: list[int] = field(default_factory=list)
     sweep_dir: pathlib.Path | None = None
@@ -210,7 +220,7 @@ class _Task:
         submits = composed.mode == "submit"
         status = (self._submit if submits else self._train)(composed, run_dir)
         if status == ConfigError.exit_status or (submits and not has_job(run_dir)):
-            take_back(run_dir, self.missing)
+            take_back(run_dir, self.before)
         self.statuses.append(status)
 
     def _train(self, composed: DictConfig, run_dir: pathlib.Path) -> int:
@@ -223,6 +233,7 @@ class _Task:
             debug=self.debug or composed.debug,
             again=self._command(run_dir),
             only_plans=composed.mode == "plan",
+            put_back=lambda: put_back(run_dir, self.before),
         )
 
     def _submit(self, composed: DictConfig, run_dir: pathlib.Path) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from launcher import run_lock
 from launcher.cli.report import exit_status_of
 from launcher.cli.run_folder import LOG_FILE, storage_errors
+from launcher.errors import ConfigError
 from launcher.run_state import note_end
 
 
@@ -17,6 +18,7 @@ def run_held(
     debug: bool,
     again: str | None = None,
     only_plans: bool = False,
+    put_back: Callable[[], None] = lambda: None,
 ) -> int:
     """Hold the folder, run, note the end, let go, and return the exit status.
 
@@ -24,6 +26,7 @@ def run_held(
         run: is told who has died in the folder, if somebody has.
         lock: of the folder, if it is held already.
         again: the command with which a run that a signal stopped goes on.
+        put_back: called after a config error, which promises that nothing is written.
     """
 
     def held() -> int:
@@ -31,13 +34,16 @@ def run_held(
             mine = lock or run_lock.take(run_dir)
         try:
             # What is noted before the folder is held is another run's.
-            return exit_status_of(
+            status = exit_status_of(
                 lambda: run(mine.left_by),
                 debug=debug,
                 log_file=str(run_dir / LOG_FILE),
                 again=again,
                 note=lambda status, line: note_end(run_dir, status, line, only_plans=only_plans),
             )
+            if status == ConfigError.exit_status:
+                put_back()
+            return status
         finally:
             mine.release()
 

@@ -1,14 +1,17 @@
 """The run's folder: what the command line writes there, and how that is taken back.
 
 A config error promises that nothing is written. Most are found before there is a folder; some
-only when the plan meets the model or the cluster. Then what this run made is removed again: only
-files that were written here, only folders that were not there before, and only when they are
-empty, since other runs may have started beside this one.
+only when the plan meets the model, the cluster, or the checkpoint of the run that has the folder.
+Then what this run made is removed again: only files that were written here, only folders that
+were not there before, and only when they are empty, since other runs may have started beside this
+one. In a folder that was there, these files are again what they were.
 """
 
 import contextlib
+import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from launcher.errors import StorageError
 from launcher.run_state import STATE_NAME
@@ -27,22 +30,68 @@ def storage_errors() -> Iterator[None]:
         raise StorageError(f"{error}: take another hydra.run.dir=<folder>") from error
 
 
-def missing_folders(run_dir: pathlib.Path) -> tuple[pathlib.Path, ...]:
-    """Return what making this folder will create, the innermost first; nothing if it is there."""
-    return tuple(folder for folder in (run_dir, *run_dir.parents) if not folder.exists())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderBefore:
+    """A run's folder before the run.
+
+    Attributes:
+        missing: The folders that will be made, the innermost first; none if it is there.
+        files: Of one that is there and that this run holds: what is in the files that it will write.
+        log_bytes: How long the log there is.
+    """
+
+    missing: tuple[pathlib.Path, ...] = ()
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
+    log_bytes: int = 0
 
 
-def take_back(run_dir: pathlib.Path, missing: tuple[pathlib.Path, ...]) -> None:
+def missing_folders(run_dir: pathlib.Path) -> FolderBefore:
+    """A folder that nobody holds, since it is not there, or may be somebody's."""
+    return FolderBefore(
+        missing=tuple(folder for folder in (run_dir, *run_dir.parents) if not folder.exists())
+    )
+
+
+def remembered(run_dir: pathlib.Path) -> FolderBefore:
+    """A folder that is there, and that this process holds."""
+    files = {
+        name: path.read_bytes() if (path := run_dir / name).is_file() else None
+        for name in (CONFIG_FILE, STATE_NAME, *HYDRA_FILES)
+    }
+    log = run_dir / LOG_FILE
+    return FolderBefore(files=files, log_bytes=log.stat().st_size if log.is_file() else 0)
+
+
+def take_back(run_dir: pathlib.Path, before: FolderBefore) -> None:
     """Remove what this run wrote, unless its folder was there before.
 
-    `missing` was found for the folder of a moment earlier, whose name may have another time in it;
-    the run's own folder is the first of them in any case.
+    The missing folders were found for a moment earlier, whose name may have another time in it; the run's own
+    folder is the first of them in any case.
     """
-    if not missing:
+    if not before.missing:
         return
     for name in (CONFIG_FILE, LOG_FILE, STATE_NAME, *HYDRA_FILES):
         (run_dir / name).unlink(missing_ok=True)
-    for folder in (run_dir / ".hydra", run_dir, *missing[1:]):
+    _remove_empty(run_dir / ".hydra", run_dir, *before.missing[1:])
+
+
+def put_back(run_dir: pathlib.Path, before: FolderBefore) -> None:
+    """Make a folder that was there what it was, while it is held."""
+    for name, content in before.files.items():
+        if content is None:
+            (run_dir / name).unlink(missing_ok=True)
+        else:
+            (run_dir / name).write_bytes(content)
+    if before.files:
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(run_dir / LOG_FILE, before.log_bytes)
+            if not before.log_bytes:
+                (run_dir / LOG_FILE).unlink()
+        _remove_empty(run_dir / ".hydra")
+
+
+def _remove_empty(*folders: pathlib.Path) -> None:
+    for folder in folders:
         try:
             folder.rmdir()
         except OSError:  # not empty, or not there: it is not ours alone
