@@ -113,6 +113,8 @@ def _run(config: Config, run_dir: Path) -> int:
     if config.mode == "plan":
         reporter.write_summary(planned)
         return 0
+    if config.mode == "train" and config.checkpoint.writes:
+        setup.start.store.check_writable()
     if runs_on_hosts(config, cluster):
         train_on_hosts(hosts_job(setup, planned), partial(plan_for_fewer, setup))
         return 0
@@ -327,6 +329,8 @@ def make_plan(setup: Setup) -> Planned:
     """Search for a plan, or take the one of a file."""
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
+            if setup.config.parallel.name != "from_file":
+                log.info("the plan is that of the checkpoint")
             return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
         note_phase(setup.run_dir, "planning")
         if setup.start.resumes and setup.options.num_microbatches is None:

@@ -194,6 +194,7 @@ def check_start(
                 f"{key}={here} is not the {there} of the checkpoint {where}, and the samples would come in "
                 f"another order: take {key}={there}, or the weights alone with resume_weights_only=true"
             )
+    _warn_of_schedule(run, config)
     if run.dataset != dataset_name:
         log.warning(
             "the checkpoint was trained on %s, and this run goes on with %s at sample %d",
@@ -204,6 +205,16 @@ def check_start(
             "the checkpoint is of a model with other settings, though its arrays have the same shapes "
             "(fingerprint %s, and here %s): heads, dropout or a model's arguments may differ",
             run.model.fingerprint, model.fingerprint,
+        )  # fmt: skip
+
+
+def _warn_of_schedule(run: RunEntry, config: Config) -> None:
+    """Decay ends at the last step: with another number of steps it is another schedule."""
+    before, decay = run.config.get("train", {}).get("steps"), config.optimizer.decay
+    if decay != "constant" and before not in (None, config.train.steps):
+        log.warning(
+            "train.steps=%d, and the run so far was to have %d: optimizer.decay=%s ends at the last step, so "
+            "the learning rate does not go on where it was", config.train.steps, before, decay,
         )  # fmt: skip
 
 

@@ -83,6 +83,8 @@ def test_it_goes_on_bit_for_bit(whole, stopped, monkeypatch, caplog):
     monkeypatch.setattr(main, "find_plan", None)  # the plan is that of the checkpoint
     assert run(stopped) == 0
     assert "going on after step 4" in caplog.text
+    assert "the plan is that of the checkpoint" in caplog.text
+    assert "the learning rate does not go on" not in caplog.text
     assert rows_of(stopped) == rows_of(whole)
     assert steps_of(stopped) == steps_of(whole)
     ours, theirs = summary_of(stopped), summary_of(whole)
@@ -91,6 +93,20 @@ def test_it_goes_on_bit_for_bit(whole, stopped, monkeypatch, caplog):
     assert run(stopped) == 0
     assert "all 6 steps are done already" in caplog.text
     assert rows_of(stopped) == rows_of(whole)
+
+
+def test_more_steps_with_a_learning_rate_that_decays_to_the_last(whole, tmp_path, caplog):
+    assert run(tmp_path / "a", f"resume={whole}", "train.steps=7", "optimizer.decay=cosine") == 0
+    told = "train.steps=7, and the run so far was to have 6: optimizer.decay=cosine ends at the last step"
+    assert told in caplog.text
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_compiling(tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr(main, "LocalExecutor", None)
+    told = r"no checkpoint can be written in .*/taken: .* \(checkpoint.dir\): give a folder"
+    with pytest.raises(StorageError, match=told):
+        run(tmp_path / "run", f"checkpoint.dir={tmp_path / 'taken'}")
 
 
 def test_from_another_folder(whole, tmp_path):

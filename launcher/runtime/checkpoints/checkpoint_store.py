@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -221,6 +222,18 @@ class CheckpointStore:
                 f"another hydra.run.dir"
             )
         return None
+
+    def check_writable(self) -> None:
+        """Make the folder, and raise StorageError now if nothing can be written there."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"no checkpoint can be written in {self.folder}: {error.strerror or error} "
+                f"(checkpoint.dir): give a folder that can be written to"
+            ) from error
 
     def remove_leftovers(self) -> None:
         """Remove what saves that were killed have left."""

@@ -93,7 +93,7 @@ def final_lines(summary: TrainSummary, meter: Meter, run_dir: Path) -> tuple[str
     if summary.eval_loss is not None:
         head += f", eval_loss {loss_text(summary.eval_loss)}"
     if summary.skipped_steps:
-        head += f", {count(summary.skipped_steps, 'step')} skipped by the loss scale"
+        head += f", {count(summary.skipped_steps, 'step')} skipped, as gradients were not finite"
     lines = [
         head,
         f"speed: {describe_speed(summary.measured, meter)}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from launcher.errors import TrainingError
 from launcher.runtime.checkpoints.checkpoint_manifest import Progress
 from launcher.runtime.records.goodput import Goodput
 from launcher.runtime.records.loss_watch import LossWatch
@@ -82,7 +83,7 @@ class Journal:
         self._best_loss = progress.best_loss
         self._eval_loss = progress.eval_loss
         self._peak_bytes_per_stage: tuple[int, ...] | None = None
-        self._skipped_steps = progress.skipped_steps
+        self._skipped_steps, self._is_scaled = progress.skipped_steps, False
         self._watch_numbers(progress.skipped_in_a_row)
         self.left_out = progress.left_out
         self._in_flight: Dispatched | None = None
@@ -131,6 +132,7 @@ class Journal:
             loss_scale=None if loss_scale is None else float(loss_scale),
         )
         self._skipped_steps += numbers.is_skipped
+        self._is_scaled = numbers.loss_scale is not None
         row = self._meter.train_row(
             step=self.num_steps,
             loss=numbers.loss,
@@ -214,6 +216,17 @@ class Journal:
             skipped_in_a_row=self._numbers.in_a_row,
             step_s=self._goodput.step_s,
             left_out=self.left_out,
+        )
+
+    def check_updates(self) -> None:
+        """Raise TrainingError where no step was an update, though each was forgiven; a dynamic loss
+        scale that is still being fitted is none."""
+        if self._is_scaled or not self.num_steps or self._skipped_steps < self.num_steps:
+            return
+        raise TrainingError(
+            f"none of the {self.num_steps} steps was an update, since no gradients were finite "
+            f"(train.nonfinite_steps={self._forgiven} forgives that): lower optimizer.learning_rate, or "
+            f"compute in model.dtype=fp32"
         )
 
     def finish(self, status: Status) -> TrainSummary:

@@ -98,6 +98,7 @@ def run(
         try:
             with explained(_with_step(journal, settings, explain_memory)):
                 _train_despite(executor, dataset, settings, journal, interrupt, checkpoints)
+                journal.check_updates()
                 checkpoints.finish()
                 at_end(journal.num_steps, interrupt.requested)
         except BaseException as error:

@@ -74,6 +74,14 @@ def test_a_bad_batch_now_and_then_is_forgiven(fake, learner, caplog):
     assert "step 8: loss nan, gradient norm nan: forgiven, as 2 of 2 in a row" in caplog.text
 
 
+def test_a_run_without_any_update_is_no_success(fake, learner):
+    sink = fake.Sink()
+    told = r"none of the 2 steps was an update, since no gradients were finite \(train.nonfinite_steps=2"
+    with pytest.raises(TrainingError, match=told):
+        fake.train(learner({0, 1}), fake.settings(2, nonfinite_steps=2), sink)
+    assert sink.summaries[0].status == "failed"
+
+
 def test_more_of_them_are_left_out_from_the_last_checkpoint_on(fake, learner, caplog):
     executor, sink = learner({5, 6, 7}), fake.Sink()
     checkpoints = Recorded(executor)
