@@ -11,7 +11,7 @@ from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.intra_op.layer_workspace import half_workspaces
 from launcher.autopar.intra_op.memory import ClassMemory, class_memories
-from launcher.autopar.programs.buffers import FUSED, Footprint, StageBuffers
+from launcher.autopar.programs.buffers import Footprint, StageBuffers
 from launcher.autopar.programs.instructions import Op
 from launcher.autopar.realized.realize import RealizedPlan, RealizedStage
 from launcher.autopar.sharding.param_costs import gradient_spec, optimizer_spec
@@ -40,7 +40,7 @@ def predicted_buffers(realized: RealizedPlan, index: int) -> StageBuffers:
         "optimizer state": _optimizer_bytes(realized, index, params),
     }
     return stage_buffers(
-        realized, index, sizes, lasting, lambda passing: _programs(realized, stage, passing)
+        realized, index, sizes, lasting, lambda passing: _programs(realized, index, passing)
     )
 
 
@@ -107,8 +107,9 @@ def _optimizer_bytes(realized: RealizedPlan, index: int, params: Mapping) -> flo
 
 
 def _programs(
-    realized: RealizedPlan, stage: RealizedStage, passing: Mapping[str, float]
+    realized: RealizedPlan, index: int, passing: Mapping[str, float]
 ) -> dict[str, Footprint]:
+    stage = realized.stages[index]
     wiring = realized.planner.wiring(*stage.stage.layers)
     memories = class_memories(realized.planner, stage.sharding, wiring)
     walk = _LayerWalk(realized, stage, memories)
@@ -117,7 +118,7 @@ def _programs(
     found = {
         "forward": Footprint(passing["kept"] + exports, walk.forward()),
         "backward": Footprint(returns, walk.backward()),
-        FUSED: Footprint(returns + exports, walk.forward_backward()),
+        "forward_backward": Footprint(returns + exports, walk.forward_backward()),
         "synchronize": Footprint(passing["gradients"], 0.0),
         "update": Footprint(0.0, 0.0),  # XLA updates parameters and optimizer state in place
     }
@@ -127,7 +128,23 @@ def _programs(
             "backward_input": Footprint(returns + for_weights, input_half),
             "backward_weight": Footprint(0.0, weight_half),
         }
+    for name in ("backward", "backward_weight", "forward_backward"):
+        if stage.stage.overlap and name in found:
+            found[f"{name}_synchronize"] = found[name] + _ending(realized, index)
     return found
+
+
+def _ending(realized: RealizedPlan, index: int) -> Footprint:
+    """What `synchronize` adds to the program of a backward pass: gradients, but for those that the sums
+    become where they are; and sums that it brings together, which are not written to the accumulators."""
+    stage, params = realized.stages[index], realized.planner.model.traced.param_avals
+    shape, sums = stage.settings.mesh.shape, stage.layout.accumulators
+    made = temporary = 0.0
+    for path, where in _gradient_specs(realized, index).items():
+        if sums.get(path) != where:
+            made += aval_bytes(params[path]) / num_shards(where, shape)
+            temporary += aval_bytes(params[path]) / num_shards(sums.get(path, where), shape)
+    return Footprint(made, temporary)
 
 
 class _LayerWalk:
