@@ -11,9 +11,9 @@ saves enough: of any other one, cotangents go on that would have to wait for wha
 A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
 where they are priced anew and not solved, until the best number is known.
 
-Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation; a price on memory
-under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. ZeRO-1 is not tried unless it is asked for: it sends more
-than ZeRO-2, and keeps more.
+Left out: choosing strategies anew for each range, for ZeRO-1 and -2, recomputation and overlap; a price on
+memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. ZeRO-1 is
+not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
 import itertools

@@ -234,7 +234,7 @@ class IntraOpPlanner:
         return problem
 
     def reduce_s(self, first: int, last: int, sharding: StageSharding) -> dict[Place, float]:
-        """What it takes to bring a parameter's gradients together, by (class, slot), in layers [first, last)."""
+        """Seconds to bring a parameter's gradients together, by (class, slot), in layers [first, last)."""
         wiring, found = self.wiring(first, last), {}
         for name in wiring.classes:
             for slot in self._fragment(name, sharding.settings).param_slots:

@@ -191,7 +191,16 @@ def _group(node: Node) -> GroupRef:
 def _stage(node: Node) -> Stage:
     found = node.fields(
         ("hosts", "devices"),
-        ("layers", "mesh", "recompute", "zero", "overlap", "params", "optimizer_state", "strategies"),
+        (
+            "layers",
+            "mesh",
+            "recompute",
+            "zero",
+            "overlap",
+            "params",
+            "optimizer_state",
+            "strategies",
+        ),
     )
     return Stage(
         layers=_optional(found["layers"], _layers, ()),

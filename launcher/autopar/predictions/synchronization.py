@@ -6,7 +6,7 @@ from launcher.autopar.realized.realized_stage import RealizedStage
 
 
 def synchronization_s(realized: RealizedPlan, stage: RealizedStage) -> float:
-    """The seconds of a stage, beside starting a program; with overlap, those behind its last backward pass."""
+    """Seconds of a stage, beside starting a program; with overlap, those behind its last backward pass."""
     all_s = stage.sharding.seconds.synchronize
     if not stage.stage.overlap:
         return all_s

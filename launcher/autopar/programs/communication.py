@@ -152,10 +152,8 @@ def _dependencies(
         for source, destination in pairs:
             made, read = at[homes[source]], at[homes[destination]]
             for k in microbatches:
-                made_at, read_at = made[op, source, k], read[op, destination, k]
-                if op is _BACKWARD and wiring.overlapping:
-                    made_at = _launch_end(lists[homes[source]], made_at, wiring.overlapping)
-                yield _Message(send, k, source, made_at, destination, read_at)
+                made_at = _launch_end(lists[homes[source]], made[op, source, k], wiring.overlapping)
+                yield _Message(send, k, source, made_at, destination, read[op, destination, k])
     # What a step's end sends stands behind the last instruction of its kind on the submesh: sent in
     # between, it would hold up what the order of messages puts before it.
     for owner, user in wiring.tied:
@@ -170,14 +168,13 @@ def _dependencies(
             yield _Message(Op.SEND_NORM, None, source, made[homes[source]], destination, read_at)
 
 
-def _launch_end(
-    entries: tuple[Instruction, ...], backward_at: int, overlapping: frozenset[int]
-) -> int:
-    """Where the launch ends that a backward belongs to: at itself, or at the `S` directly behind."""
-    stage, follows = entries[backward_at].stage, entries[backward_at + 1 : backward_at + 2]
+def _launch_end(entries: tuple[Instruction, ...], pass_at: int, overlapping: frozenset[int]) -> int:
+    """Where the launch of a pass ends: with itself, or with the `S` directly behind a backward."""
+    stage = entries[pass_at].stage
     if stage not in overlapping:
-        return backward_at
-    return backward_at + any(e.op is Op.SYNCHRONIZE and e.stage == stage for e in follows)
+        return pass_at
+    follows = entries[pass_at + 1 : pass_at + 2]
+    return pass_at + any(e.op is Op.SYNCHRONIZE and e.stage == stage for e in follows)
 
 
 def _lent_at(

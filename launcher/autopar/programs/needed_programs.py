@@ -1,7 +1,7 @@
 """Which compiled programs the stages of a plan need: those that their instructions are launched as.
 
-Left out are two that no compute instruction names: `zeros`, with which a step begins, and `reduce_tied`, which
-a stage needs whose layout has gradients of parameters that other stages own.
+Left out are two that no compute instruction names: `zeros`, with which a step begins, and `reduce_tied`,
+which a stage needs whose layout has gradients of parameters that other stages own.
 """
 
 from collections import Counter

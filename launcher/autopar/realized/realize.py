@@ -115,7 +115,7 @@ def realize(
         submesh_of=plan.submesh_of,
         overlapping=frozenset(i for i, stage in enumerate(plan.stages) if stage.overlap),
     )
-    _check_overlap(wiring)
+    check_overlap(wiring)
     schedule = schedule_by_name(plan.schedule, plan.virtual_stages)
     lists = schedule.build(len(stages), plan.num_microbatches)
     program = add_communication(lists, wiring)
@@ -198,7 +198,7 @@ def _check_state(stages: tuple[RealizedStage, ...]) -> None:
                 )
 
 
-def _check_overlap(wiring: Wiring) -> None:
+def check_overlap(wiring: Wiring) -> None:
     """Gradients that a stage waits for are there before its own last backward pass begins."""
     for owner, user in wiring.tied:
         if owner in wiring.overlapping and user < owner:

@@ -166,7 +166,11 @@ class StagePrograms(StageSignature):
     @cached_property
     def ending(self) -> Ending:
         """`synchronize` behind the last backward pass, in its program."""
-        params, specs, own = self.avals.params, self.layout.accumulators, self._accumulators(owned=True)
+        params, specs, own = (
+            self.avals.params,
+            self.layout.accumulators,
+            self._accumulators(owned=True),
+        )
         lent = self._accumulators(owned=False)
         gradients = {path: self.gradient_spec(path) for path in self.owned_paths}
         # Sums that lie as the gradients do become those; what is lent leaves as it came.

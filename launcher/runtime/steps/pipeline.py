@@ -231,11 +231,9 @@ class Pipeline:
         return (*grouped, self._lent_to(stage))
 
     def _take(self, stage: StageState, summed, *, ends: bool) -> None:
+        stage.accumulators, *made = summed if ends else (summed,)
         if ends:
-            stage.accumulators, gradients, square = summed
-            self._take_gradients(stage, gradients, square)
-        else:
-            stage.accumulators = summed
+            self._take_gradients(stage, *made)
 
     def _return(self, stage: StageState, microbatch: int, returns: Arrays) -> None:
         """Keep the cotangents for those that they are sent to; hand over what stays on the submesh."""
@@ -310,7 +308,9 @@ class Pipeline:
     # Messages. A send posts, and does not wait; a receive takes what was posted.
 
     def _send_activation(self, stage: StageState, instruction: Instruction):
-        return self._send(self.links.activations, instruction, stage.exports[instruction.microbatch])
+        return self._send(
+            self.links.activations, instruction, stage.exports[instruction.microbatch]
+        )
 
     def _send(
         self, channels: Mapping[Edge, Channel], instruction: Instruction, values: Arrays

@@ -1,18 +1,11 @@
 """Stages that synchronise while they go back for the last time train as one device does.
 
-Every program that ends with `synchronize` is there: a loop with its last microbatch behind it, a backward pass
-alone, one with its forward pass, and the second half of a split one; with gradients that lie as their sums do
-and others, and with gradients of tied parameters, lent and borrowed.
+Every program that ends with `synchronize` is there: a loop with its last microbatch behind it, a backward
+pass alone, one with its forward pass, and the second half of a split one; with gradients that lie as their
+sums do and others, and with gradients of tied parameters, lent and borrowed.
 """
 
-import dataclasses
-
-import jax
-import numpy as np
 import pytest
-
-from launcher.autopar.programs.needed_programs import needed_programs
-from launcher.models.optimizer import LossScaling
 
 STEPS = 20
 ALL = [0, 1, 2, 3]
@@ -83,7 +76,9 @@ PLAIN = [
     ("gpt", "1f1b"), ("moe", "zb_h1"), ("wrn", "interleaved"), ("gpt", "a loop, zero-2"),
     *(("custom", plan) for plan in PLANS if plan not in ("1f1b", "zb_h1", "interleaved")),
 ]  # fmt: skip
-SLOW = [(f, plan) for f in ("gpt", "moe", "wrn", "custom") for plan in PLANS if (f, plan) not in PLAIN]
+SLOW = [
+    (f, plan) for f in ("gpt", "moe", "wrn", "custom") for plan in PLANS if (f, plan) not in PLAIN
+]
 
 
 def overlapping(plan: str) -> dict:
