@@ -223,13 +223,15 @@ class StageCosts:
         own_s = self.num_microbatches * (field["forward_s"] + field["backward_s"]) + field["once_s"]
         params = [solved.memories[name].params[slot] for name, slot in self._table.places]
         sums = self._table.owned @ np.array([param.accumulator_bytes for param in params], float)
-        # What ends a step is there beside the last microbatch, and the sums as well as the accumulators.
-        more_bytes = field["stash_bytes"] + field["workspace_bytes"] + sums
+        # Gradients are there beside the last microbatch. A stage that is alone has both in one program,
+        # where they come as what the microbatch keeps goes.
+        more_bytes = field["stash_bytes"] + np.maximum(field["workspace_bytes"], sums)
         for (first, last), row in self._row.items():
             if first == 0 and saved_s[last - 1] > LEAST_SAVING * own_s[row]:
                 costs[row] = plain[row]
                 costs[row, _FIELDS.index("once_s")] -= saved_s[last - 1]
-                costs[row, _FIELDS.index("gradient_bytes")] += more_bytes[row]
+                is_alone = last == self._whole[1]
+                costs[row, _FIELDS.index("gradient_bytes")] += 0.0 if is_alone else more_bytes[row]
         return costs
 
     def _counts(self) -> np.ndarray:

@@ -128,22 +128,41 @@ def _programs(
             "backward_input": Footprint(returns + for_weights, input_half),
             "backward_weight": Footprint(0.0, weight_half),
         }
-    for name in ("backward", "backward_weight", "forward_backward"):
-        if stage.stage.overlap and name in found:
-            found[f"{name}_synchronize"] = found[name] + _ending(realized, index)
+    if stage.stage.overlap:
+        found |= _ending_programs(found, _ending(realized, index))
     return found
 
 
+def _ending_programs(found: Mapping[str, Footprint], ending: Footprint) -> dict[str, Footprint]:
+    """The programs of backward passes that end with `synchronize`.
+
+    The most that a layer needs, and all sums and gradients, are rarely there at once: what one layer needs
+    goes as the next ones' sums come, and so does what a forward pass in the same program left.
+    """
+    made_bytes, sum_bytes = ending.result_bytes, ending.temporary_bytes
+    ended = {}
+    for name in ("backward", "backward_weight", "forward_backward"):
+        if name in found:
+            free_bytes = made_bytes if name == "forward_backward" else 0.0
+            ended[f"{name}_synchronize"] = Footprint(
+                found[name].result_bytes + made_bytes,
+                max(found[name].temporary_bytes - free_bytes, sum_bytes),
+            )
+    return ended
+
+
 def _ending(realized: RealizedPlan, index: int) -> Footprint:
-    """What `synchronize` adds to the program of a backward pass: gradients, but for those that the sums
-    become where they are; and sums that it brings together, which are not written to the accumulators."""
+    """What `synchronize` adds to a program: gradients, but for those that sums become where they are; and
+    the sums that it brings together, which are not written to the accumulators unless these are the
+    program's own, as in a step that is one program."""
     stage, params = realized.stages[index], realized.planner.model.traced.param_avals
     shape, sums = stage.settings.mesh.shape, stage.layout.accumulators
     made = temporary = 0.0
     for path, where in _gradient_specs(realized, index).items():
         if sums.get(path) != where:
             made += aval_bytes(params[path]) / num_shards(where, shape)
-            temporary += aval_bytes(params[path]) / num_shards(sums.get(path, where), shape)
+            if len(realized.stages) > 1:
+                temporary += aval_bytes(params[path]) / num_shards(sums.get(path, where), shape)
     return Footprint(made, temporary)
 
 

@@ -75,11 +75,6 @@ class Footprint:
     result_bytes: float
     temporary_bytes: float
 
-    def __add__(self, other: "Footprint") -> "Footprint":
-        """Return what both add in one program."""
-        made = self.result_bytes + other.result_bytes
-        return Footprint(made, self.temporary_bytes + other.temporary_bytes)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageBuffers:
