@@ -110,6 +110,7 @@ class DeviceConfig:
     op_overhead_us: float = 0.0  # of each kernel
     program_launch_us: float = 0.0  # of each program of a step
     array_launch_us: float = 0.0  # of each array that it takes or makes
+    overlaps_collectives: bool | None = None  # beside computation; null: if it is an accelerator
     # [[devices of a host that compute at once, how many times slower each is], ...]
     concurrency: list[Any] = field(default_factory=list)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from launcher.autopar.clusters.hosts import AnyCluster, Cluster
 from launcher.autopar.clusters.mesh import DATA
@@ -14,6 +15,7 @@ from launcher.autopar.inter_op.advice import memory_cures
 from launcher.autopar.inter_op.placement import Placement
 from launcher.autopar.inter_op.search import Candidate, Search, search
 from launcher.autopar.inter_op.space import PlanOptions
+from launcher.autopar.inter_op.stage_costs import LEAST_SAVING
 from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.intra_op.stage_layout import training_layout
 from launcher.autopar.plans.plan import Plan, RunnerUp, SearchStats, Stage
@@ -134,9 +136,29 @@ def _judge(
             break
         progress(f"simulating {candidate.num_microbatches} microbatches, {candidate.schedule}")
         plan = _as_plan(candidate, model, cluster, options)
-        realized = realize(plan, model, cluster, candidate.planner, footprint)
-        judged.append((candidate, realized, foresee(realized, cluster)))
+        realizing = partial(
+            realize, model=model, cluster=cluster, planner=candidate.planner, optimizer=footprint
+        )
+        judged.append((candidate, *_foreseen(plan, cluster, realizing)))
     return judged
+
+
+def _foreseen(
+    plan: Plan, cluster: AnyCluster, realizing: Callable[[Plan], RealizedPlan]
+) -> tuple[RealizedPlan, Outlook]:
+    """Simulate a plan in full; without overlap, if that saves too little of the step, or takes memory
+    that is not there."""
+    realized = realizing(plan)
+    outlook = foresee(realized, cluster)
+    if not any(stage.overlap for stage in plan.stages):
+        return realized, outlook
+    stages = tuple(replace(stage, overlap=False) for stage in plan.stages)
+    plain = realizing(replace(plan, stages=stages))
+    without = foresee(plain, cluster)
+    limit_s = (1.0 - LEAST_SAVING) * without.prediction.step_s
+    is_worth_it = outlook.prediction.step_s <= limit_s
+    fits = _tightest(realized, outlook).fits or not _tightest(plain, without).fits
+    return (realized, outlook) if is_worth_it and fits else (plain, without)
 
 
 def _with_less_memory(cluster: AnyCluster, which: Sequence[bool], over_bytes: float) -> AnyCluster:
@@ -234,6 +256,7 @@ def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage
         mesh=tuple(zip(pick.mesh.axis_names, pick.mesh.shape, strict=True)),
         recompute=pick.recompute,
         zero=pick.zero,
+        overlap=pick.overlap,
         params={},
         optimizer_state={},
         strategies={},

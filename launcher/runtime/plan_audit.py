@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from launcher.autopar.programs.needed_programs import PER_MICROBATCH, needed_programs
+from launcher.autopar.programs.needed_programs import needed_programs
 from launcher.autopar.realized.realize import RealizedPlan
 from launcher.autopar.sharding.audit import Audit, audit
 from launcher.autopar.sharding.collectives import Collective, hlo_dtype
@@ -60,15 +60,16 @@ def audit_plan(
         return [_audit_loop(realized, programs[0], loose)]
     needed = needed_programs(realized.program, realized.wiring)
     alike: dict[Hashable, list[int]] = {}
-    for index, names in enumerate(needed):
-        alike.setdefault((names, _likeness(realized, index)), []).append(index)
+    for index, times in enumerate(needed):
+        alike.setdefault((tuple(times), _likeness(realized, index)), []).append(index)
     found = []
     for number, stages in enumerate(alike.values()):
         progress(f"auditing {number + 1} of {len(alike)} kinds of stages")
         stage = programs[stages[0]]
         for name, compile_ in stage.compilations(needed[stages[0]]).items():
-            times = realized.plan.num_microbatches if name in PER_MICROBATCH else 1
-            result = _audit(stage, compile_, does={name})
+            times = needed[stages[0]].get(name, 1)  # `reduce_tied` once a step
+            does = {"synchronize"} if name.endswith("synchronize") else {name}
+            result = _audit(stage, compile_, does=does)
             found.append(ProgramAudit(tuple(stages), name, times, result))
     return found
 
@@ -81,7 +82,8 @@ def _audit_loop(
     result = _audit(programs, loop.compile, does={"synchronize", "update"})
     num_microbatches, name = realized.plan.num_microbatches, "step"
     if num_microbatches > 1:
-        name += f" (a loop over {num_microbatches} microbatches, whose collectives stand here once)"
+        name += f" (a loop over {num_microbatches} microbatches, whose collectives stand here once"
+        name += ", and those of the last one, behind it, again)" if loop.overlaps else ")"
     return ProgramAudit((0,), name, 1, result)
 
 

@@ -151,6 +151,9 @@ WRONG = [
         "stages.0.recompute", "some", "stages[0].recompute=some is unknown: take none or layer"
     ),
     changed("stages.0.zero", 7, "stages[0].zero=7 is not in 0..3: choose one of them"),
+    changed(
+        "stages.0.overlap", "yes", "stages[0].overlap='yes' is no boolean: write true or false"
+    ),
     changed("stages.0.params", {"nope": [None]}, "params['nope'] ... drop it"),
     changed("stages.0.params", {KERNEL: ["tensor"]}, "has 1 entry ... write an entry per dim"),
     changed("stages.0.params", {KERNEL: ["x", None]}, "kernel']=x is unknown: take data or tensor"),

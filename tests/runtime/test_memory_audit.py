@@ -11,7 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from launcher.bench.memory import MODELS, PLANS, measure
 from launcher.runtime.memory_audit import HIGHEST, LOWEST, footprint, report, shard_bytes
 
-FAST = [("gpt-tiny", "data"), ("gpt-tiny", "zb-h1, layer"), ("gpt-tiny", "zero-2")]
+FAST = [
+    ("gpt-tiny", "data"), ("gpt-tiny", "zb-h1, layer"), ("gpt-tiny", "zero-2"),
+    ("gpt-tiny", "zero-2, overlap"), ("gpt-tiny", "1f1b, overlap"),
+]  # fmt: skip
 
 
 def check(model: str, plan: str) -> None:
@@ -68,3 +71,20 @@ def test_the_loss_in_chunks_takes_less_and_no_more_than_predicted():
         predicted[chunks], measured[chunks] = last.predicted_bytes, last.measured_bytes
     assert measured[4] < 0.5 * measured[1]
     assert predicted[4] < 0.65 * predicted[1]
+
+
+@pytest.mark.parametrize(("forced", "at"), [
+    ({"num_microbatches": 1, "schedule": "gpipe"}, "0B0+0S"),
+    ({"num_microbatches": 1, "schedule": "gpipe", "zero": 2}, "0B0+0S"),
+    ({"num_microbatches": 1, "schedule": "zb_h1"}, "0W0+0S"),
+])  # fmt: skip
+def test_what_ends_a_step_is_there_beside_the_last_microbatch(monkeypatch, forced, at):
+    """Of few short samples and many parameters, the most is held by the launch that ends with `S`."""
+    config = dataclasses.replace(
+        MODELS["gpt-tiny"], hidden=256, heads=4, seq_len=16, vocab_size=4000
+    )
+    given = {"dp": 2, "tp": 1, "pp": 2, "overlap": True, **forced}
+    monkeypatch.setattr("launcher.bench.memory.PLANS", {"wide": given})
+    audits = measure(config, "wide")
+    assert audits[0].at == at
+    assert all(LOWEST <= audit.ratio <= HIGHEST for audit in audits), report(audits)

@@ -12,6 +12,7 @@ from launcher import models
 from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
+from launcher.autopar.realized.realize import realize
 from launcher.autopar.sharding.shards import Ledger
 from launcher.config import GptConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
@@ -107,6 +108,43 @@ def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
         sum(priced for a in once for (kind, *_), priced, _ in a.audit.rows if kind in reductions)
         > 20
     )
+
+
+@pytest.mark.parametrize(("family", "hosts", "plan", "names"), [
+    ("gpt", 2, "stages of data, zero-2", {"backward_synchronize", "forward_backward_synchronize"}),
+    ("moe", 2, "split, zero-3", {"backward_weight_synchronize"}),
+    ("wrn", 2, "data, zero-2", set()),
+])  # fmt: skip
+def test_overlapping_programs_have_the_collectives_of_both(family, hosts, plan, names):
+    """And as many as the programs apart: nothing is brought together twice."""
+    planned, model, optimizer, grid = planned_of(family, hosts, plan)
+    stages = tuple(dataclasses.replace(stage, overlap=True) for stage in planned.plan.stages)
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
+    overlapping = realize(
+        dataclasses.replace(planned.plan, stages=stages), model, machine, planned.planner,
+        planned.stages[0].settings.optimizer,
+    )  # fmt: skip
+    audits, apart = (
+        plan_audit.audit_plan(realized, model, optimizer, grid, lambda text: None)
+        for realized in (overlapping, planned)
+    )
+    assert all(audit.audit.agrees for audit in audits), f"\n{plan_audit.report(audits)}"
+    assert {audit.program for audit in audits if audit.program.endswith("_synchronize")} == names
+    if names:
+        assert all(a.times == 1 for a in audits if a.program in names)
+        assert in_a_step(audits) == in_a_step(apart)
+    else:
+        (step,) = audits
+        assert "and those of the last one, behind it, again" in str(step)
+
+
+def in_a_step(audits) -> Counter:
+    """How often each collective is priced in a step."""
+    found: Counter = Counter()
+    for audited in audits:
+        for what, priced, _ in audited.audit.rows:
+            found[what] += priced * audited.times * len(audited.stages)
+    return found
 
 
 HALVES = ("backward_input", "backward_weight")

@@ -42,6 +42,7 @@ class Device:
         op_overhead_s: What each kernel takes beside its work.
         program_launch_s: What starting each program of a step takes.
         array_launch_s: What each array adds to it that the program takes or makes.
+        overlaps_collectives: Whether a collective runs beside computation that does not wait for it.
         concurrency: (devices of a machine that compute at once, how many times slower each of them is).
     """
 
@@ -61,6 +62,7 @@ class Device:
     op_overhead_s: float = 0.0
     program_launch_s: float = 0.0
     array_launch_s: float = 0.0
+    overlaps_collectives: bool = False
     concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     @property
@@ -115,13 +117,14 @@ def read_device(node: Node) -> Device:
         (
             "reserved_gib", "matmul_curve", "convolution_curve", "kernel_gradient_curve",
             "batched_matmul_curve", "element_ns", "op_overhead_us",
-            "program_launch_us", "array_launch_us", "concurrency",
+            "program_launch_us", "array_launch_us", "overlaps_collectives", "concurrency",
         ),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
     known = {dtype: peak for dtype, peak in peaks.items() if not peak.is_null}
     efficiency = fields["matmul_efficiency"].fields(tuple(known))
     memory_gib = fields["memory_gib"].positive()
+    accelerator, overlaps = fields["accelerator"].boolean(), fields["overlaps_collectives"]
     curves = {
         name: read_curves(fields[name], known, size_unit=GIGA, rate_unit=1.0, maximum=1.0)
         for name in _CURVES
@@ -136,10 +139,11 @@ def read_device(node: Node) -> Device:
         },
         memory_bytes_per_s=fields["memory_gb_per_s"].positive() * GIGA,
         has_bf16=fields["has_bf16"].boolean(),
-        accelerator=fields["accelerator"].boolean(),
+        accelerator=accelerator,
         op_overhead_s=_or_zero(fields["op_overhead_us"]) * _MICRO,
         program_launch_s=_or_zero(fields["program_launch_us"]) * _MICRO,
         array_launch_s=_or_zero(fields["array_launch_us"]) * _MICRO,
+        overlaps_collectives=accelerator if overlaps.is_null else overlaps.boolean(),
         concurrency=_read_concurrency(fields["concurrency"]),
         element_s=_read_elements(fields["element_ns"]),
         **curves,

@@ -34,6 +34,7 @@ from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
 from launcher.autopar.inter_op.slowest_stage import Bound, least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, Known, StageCosts, worthwhile
+from launcher.autopar.inter_op.stage_table import StageOption
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
 from launcher.autopar.programs.schedules import schedule_by_name
 from launcher.autopar.realized.realize import layered_model
@@ -61,8 +62,9 @@ class Candidate:
     def decisions(self) -> tuple:
         """What tells it from others: two with the same ones differ in the sharding of ops alone."""
         stages = (
-            (c.first, c.last, c.option.tag.mesh.shape, c.option.tag.recompute, c.option.tag.zero)
+            (c.first, c.last, pick.mesh.shape, pick.recompute, pick.zero, pick.overlap)
             for c in self.arrangement.stages
+            for pick in [c.option.tag]
         )
         return self.num_microbatches, self.schedule, self.virtual_stages, *stages
 
@@ -338,7 +340,7 @@ def _try_choices(
             space=replace(space, num_submeshes=way.num_submeshes),
             schedule=schedule_by_name(name, v),
             num_microbatches=num_microbatches,
-            options=lambda *of: costs[space.kinds[of[-1]]].options(*of),
+            options=partial(_options, costs, space, name),
             cuts=way.cuts,
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
             cures=memory_cures(options, cluster),
@@ -363,6 +365,14 @@ def _try_choices(
         bounds=tuple(bound for arranged in found for bound in arranged.bounds),
         num_candidates=sum(arranged.num_candidates for arranged in found),
     )
+
+
+def _options(
+    costs: Sequence[StageCosts], space: Space, schedule: str, *of: int
+) -> Sequence[StageOption]:
+    """The ways to run layers [first, last) on a submesh, called as (first, last, submesh)."""
+    options = costs[space.kinds[of[-1]]].options(*of)
+    return [o for o in options if not o.tag.overlap] if schedule == "zb_h1" else options
 
 
 def _layers(

@@ -5,12 +5,15 @@ then priced on top of its solution. For given strategies the cost of a range is 
 class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges. Of the
 options of a range those are kept that no other one beats in time and memory alike.
 
+Overlap of synchronisation with the last backward pass is offered to the stage of the first layer, where it
+saves enough: of any other one, cotangents go on that would have to wait for what is left of it.
+
 A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
 where they are priced anew and not solved, until the best number is known.
 
-Left out: choosing strategies anew for each range, for ZeRO-1 and -2, and for recomputation; a price on memory
-under ZeRO-3, which leaves little of it to save. ZeRO-1 is not tried unless it is asked for: it sends more
-than ZeRO-2, and keeps more.
+Left out: choosing strategies anew for each range, for ZeRO-1 and -2, recomputation and overlap; a price on
+memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. ZeRO-1 is
+not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
 """
 
 import itertools
@@ -36,12 +39,14 @@ from launcher.autopar.intra_op.memory import (
     range_memory,
     unread_memory,
 )
+from launcher.autopar.intra_op.overlapped import saved_s as saved_s_by_last
 from launcher.autopar.intra_op.stage_problem import Group, StageSettings
 from launcher.autopar.intra_op.wiring import StageWiring
 from launcher.autopar.intra_op.wiring_table import WiringTable
 from launcher.autopar.sharding.restrictions import Experts, Restrictions
 
 _ROOMY = 0.25  # of a device's memory
+LEAST_SAVING = 0.01  # of a step: overlapping takes longer to compile
 _FIELDS = (
     "forward_s", "backward_s", "weight_s", "once_s",
     "fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes",
@@ -89,6 +94,7 @@ class StagePick:
     zero: int
     recompute: str
     sharding: StageSharding
+    overlap: bool = False
 
 
 class StageCosts:
@@ -170,19 +176,22 @@ class StageCosts:
                     continue  # its shards leave little to save
                 solved = self._solved(mesh, zero, weight)
                 for recompute in self.choices.recompute:
-                    picks.append(StagePick(mesh, weight, zero, recompute, solved.sharding))
-                    costs.append(self._costs(solved, recompute))
+                    pick = StagePick(mesh, weight, zero, recompute, solved.sharding)
+                    plain = self._costs(solved, recompute)
+                    picks += [pick, replace(pick, overlap=True)]
+                    costs += [plain, self._overlapping(solved, recompute, plain)]
         if not picks:
             return [()] * len(self._row)
         by_range = np.stack(costs, axis=1)  # (ranges, options, fields)
+        there = np.isfinite(by_range).all(axis=2)
         return [
             tuple(
                 StageOption(
                     **dict(zip(_FIELDS, costs[option].tolist(), strict=True)), tag=picks[option]
                 )
-                for option in _undominated(costs)
+                for option in _undominated(costs, np.flatnonzero(live))
             )
-            for costs in by_range
+            for costs, live in zip(by_range, there, strict=True)
         ]
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
@@ -206,6 +215,24 @@ class StageCosts:
             "gradient_bytes": memory.gradient_bytes,
         }
         return np.stack([fields[name] for name in _FIELDS], axis=1)
+
+    def _overlapping(self, solved: _Solved, recompute: str, plain: np.ndarray) -> np.ndarray:
+        """The same with overlap, where that saves enough; infinite where it does not."""
+        saved_s = saved_s_by_last(self.planner, solved.sharding, self._whole, recompute)
+        costs, field = np.full_like(plain, np.inf), dict(zip(_FIELDS, plain.T, strict=True))
+        own_s = self.num_microbatches * (field["forward_s"] + field["backward_s"]) + field["once_s"]
+        params = [solved.memories[name].params[slot] for name, slot in self._table.places]
+        sums = self._table.owned @ np.array([param.accumulator_bytes for param in params], float)
+        # Gradients are there beside the last microbatch. A stage that is alone has both in one program,
+        # where they come as what the microbatch keeps goes.
+        more_bytes = field["stash_bytes"] + np.maximum(field["workspace_bytes"], sums)
+        for (first, last), row in self._row.items():
+            if first == 0 and saved_s[last - 1] > LEAST_SAVING * own_s[row]:
+                costs[row] = plain[row]
+                costs[row, _FIELDS.index("once_s")] -= saved_s[last - 1]
+                is_alone = last == self._whole[1]
+                costs[row, _FIELDS.index("gradient_bytes")] += 0.0 if is_alone else more_bytes[row]
+        return costs
 
     def _counts(self) -> np.ndarray:
         """How often each group of costs occurs in each range."""
@@ -270,17 +297,19 @@ class StageCosts:
         return self._strategies[key]
 
 
-def _undominated(costs: np.ndarray) -> np.ndarray:
+def _undominated(costs: np.ndarray, live: np.ndarray) -> np.ndarray:
     """The numbers of those that none of the others beats, or equals and comes before, in all that counts.
 
     Args:
         costs: one row per option, as `_FIELDS` says.
+        live: the numbers of the options that there are.
     """
+    costs = costs[live]
     field = dict(zip(_FIELDS, costs.T, strict=True))
     seconds, weight_s = field["forward_s"] + field["backward_s"], field["weight_s"]
     # A half of a backward pass may be waited for, or fill a gap: more of it is not simply worse.
     costs = np.column_stack([costs, seconds, seconds - weight_s, seconds - 2 * weight_s])
-    return unbeaten(costs)
+    return live[unbeaten(costs)]
 
 
 def worthwhile(

@@ -233,6 +233,20 @@ class IntraOpPlanner:
             self._add_boundary(problem, ("return", name, slot), BACKWARD_INPUT)
         return problem
 
+    def reduce_s(self, first: int, last: int, sharding: StageSharding) -> dict[Place, float]:
+        """Seconds to bring a parameter's gradients together, by (class, slot), in layers [first, last)."""
+        wiring, found = self.wiring(first, last), {}
+        for name in wiring.classes:
+            for slot in self._fragment(name, sharding.settings).param_slots:
+                of, at = wiring.aliases.get((name, slot), (name, slot))
+                fragment = self._fragment(of, sharding.settings)
+                keys = fragment.key("accumulator", at), fragment.key("slot", at)
+                if keys[0] in fragment.choices:
+                    where = tuple(fragment.choices[key].index(sharding.picks[key]) for key in keys)
+                    costs = fragment.param_costs(sharding.settings.zero)[at]
+                    found[name, slot] = float(costs.reduce_s[where])
+        return found
+
     def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
         of_ops = (name, settings.mesh, settings.restrictions, settings.compute.key)
         key = (*of_ops, settings.zero == 3, settings.optimizer)

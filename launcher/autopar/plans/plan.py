@@ -54,6 +54,7 @@ class Stage:
             the solver.
         recompute: What the backward pass computes again: "none", "layer" or "full".
         zero: What the data axis shards: 0 nothing, 1 optimizer state, 2 gradients too, 3 all.
+        overlap: Gradients are brought together during the last backward pass, in its program.
         params: Parameter path -> how it lies on the mesh.
         optimizer_state: The same for what the optimizer keeps of it.
         strategies: Group of ops -> one text per op, as `picks` writes and reads it.
@@ -65,6 +66,7 @@ class Stage:
     mesh: tuple[tuple[str, int], ...] = ()
     recompute: str = "none"
     zero: int = 0
+    overlap: bool = False
     params: Mapping[str, SpecList] = field(default_factory=dict)
     optimizer_state: Mapping[str, SpecList] = field(default_factory=dict)
     strategies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -318,10 +320,9 @@ class _Extent:
 
 
 def _check_indices(place: str, indices: tuple[int, ...], extent: _Extent, key: str) -> None:
-    limit = extent.number
     if not indices:
         raise PlanError(f"{place}=[] has 0 entries, at least 1 is needed: add one")
-    missing = [index for index in indices if not 0 <= index < limit]
+    limit, missing = extent.number, [i for i in indices if not 0 <= i < extent.number]
     if missing:
         raise PlanError(
             f"{place} has {ranges(missing)}, outside 0..{limit - 1} ({key}={limit}): "
@@ -358,8 +359,7 @@ def _check_mesh(place: str, stage: Stage) -> None:
         raise PlanError(
             f"{place}.mesh {shape} is {math.prod(lengths)} devices, and "
             f"{count(len(stage.hosts), 'host')} x {count(len(stage.devices), 'device')} are "
-            f"{stage.num_devices}: "
-            "change the mesh or the devices"
+            f"{stage.num_devices}: change the mesh or the devices"
         )
 
 

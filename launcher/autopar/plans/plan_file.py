@@ -73,6 +73,8 @@ def to_json(plan: Plan) -> str:
         del tree["cluster"]["groups"]
     for stage in tree["stages"]:
         stage["layers"] = stage["layers"] or None
+        if not stage["overlap"]:  # likewise
+            del stage["overlap"]
         stage["mesh"] = dict(stage["mesh"]) or None
     return _layout(tree, "") + "\n"
 
@@ -189,7 +191,16 @@ def _group(node: Node) -> GroupRef:
 def _stage(node: Node) -> Stage:
     found = node.fields(
         ("hosts", "devices"),
-        ("layers", "mesh", "recompute", "zero", "params", "optimizer_state", "strategies"),
+        (
+            "layers",
+            "mesh",
+            "recompute",
+            "zero",
+            "overlap",
+            "params",
+            "optimizer_state",
+            "strategies",
+        ),
     )
     return Stage(
         layers=_optional(found["layers"], _layers, ()),
@@ -198,6 +209,7 @@ def _stage(node: Node) -> Stage:
         mesh=_optional(found["mesh"], _mesh, ()),
         recompute=_optional(found["recompute"], Node.text, "none"),
         zero=_optional(found["zero"], lambda zero: zero.integer(0), 0),
+        overlap=_optional(found["overlap"], Node.boolean, False),
         params=_optional(found["params"], _specs, {}),
         optimizer_state=_optional(found["optimizer_state"], _specs, {}),
         strategies=_optional(found["strategies"], _strategies, {}),

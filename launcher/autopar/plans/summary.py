@@ -20,6 +20,7 @@ from launcher.autopar.text.wording import (
     either,
     large,
     percent,
+    ranges,
     seconds,
     shortened,
     size,
@@ -175,6 +176,10 @@ def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
         note += f"; memory: of {limits}; times: of a microbatch; once: of a step"
     if plan.virtual_stages > 1:
         note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
+    overlapping = [index for index, stage in enumerate(plan.stages) if stage.overlap]
+    if overlapping:
+        word = "stage" if len(overlapping) == 1 else "stages"
+        note += f"; gradients of {word} {ranges(overlapping)}: synchronised during the last backward pass"
     yield from textwrap.wrap(note, WIDTH)
 
 

@@ -21,6 +21,7 @@ from launcher.autopar.plans.plan import Plan, Prediction
 from launcher.autopar.plans.stage_hosts import devices_of
 from launcher.autopar.predictions.launch_arrays import launch_arrays
 from launcher.autopar.predictions.predicted_buffers import predicted_buffers
+from launcher.autopar.predictions.synchronization import synchronization_s
 from launcher.autopar.programs.buffers import peak
 from launcher.autopar.programs.crowded import Crowd, simulate_crowded
 from launcher.autopar.programs.launches import submesh_launches
@@ -129,8 +130,13 @@ def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
         backward_weight_s=with_arrays(
             (s.backward_weight_s for s in shardings), (a.backward for a in arrays)
         ),
-        synchronize_s=with_arrays(
-            (s.synchronize_s for s in shardings), (a.synchronize for a in arrays)
+        synchronize_s=tuple(
+            synchronization_s(realized, stage) if stage.stage.overlap else own_s
+            for stage, own_s in zip(
+                realized.stages,
+                with_arrays((s.synchronize_s for s in shardings), (a.synchronize for a in arrays)),
+                strict=True,
+            )
         ),
         update_s=with_arrays((s.update_s for s in shardings), (a.update for a in arrays)),
         activation_s=across.activation_s,

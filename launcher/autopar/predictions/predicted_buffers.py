@@ -11,7 +11,7 @@ from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.intra_op.layer_workspace import half_workspaces
 from launcher.autopar.intra_op.memory import ClassMemory, class_memories
-from launcher.autopar.programs.buffers import FUSED, Footprint, StageBuffers
+from launcher.autopar.programs.buffers import Footprint, StageBuffers
 from launcher.autopar.programs.instructions import Op
 from launcher.autopar.realized.realize import RealizedPlan, RealizedStage
 from launcher.autopar.sharding.param_costs import gradient_spec, optimizer_spec
@@ -40,7 +40,7 @@ def predicted_buffers(realized: RealizedPlan, index: int) -> StageBuffers:
         "optimizer state": _optimizer_bytes(realized, index, params),
     }
     return stage_buffers(
-        realized, index, sizes, lasting, lambda passing: _programs(realized, stage, passing)
+        realized, index, sizes, lasting, lambda passing: _programs(realized, index, passing)
     )
 
 
@@ -107,8 +107,9 @@ def _optimizer_bytes(realized: RealizedPlan, index: int, params: Mapping) -> flo
 
 
 def _programs(
-    realized: RealizedPlan, stage: RealizedStage, passing: Mapping[str, float]
+    realized: RealizedPlan, index: int, passing: Mapping[str, float]
 ) -> dict[str, Footprint]:
+    stage = realized.stages[index]
     wiring = realized.planner.wiring(*stage.stage.layers)
     memories = class_memories(realized.planner, stage.sharding, wiring)
     walk = _LayerWalk(realized, stage, memories)
@@ -117,7 +118,7 @@ def _programs(
     found = {
         "forward": Footprint(passing["kept"] + exports, walk.forward()),
         "backward": Footprint(returns, walk.backward()),
-        FUSED: Footprint(returns + exports, walk.forward_backward()),
+        "forward_backward": Footprint(returns + exports, walk.forward_backward()),
         "synchronize": Footprint(passing["gradients"], 0.0),
         "update": Footprint(0.0, 0.0),  # XLA updates parameters and optimizer state in place
     }
@@ -127,7 +128,42 @@ def _programs(
             "backward_input": Footprint(returns + for_weights, input_half),
             "backward_weight": Footprint(0.0, weight_half),
         }
+    if stage.stage.overlap:
+        found |= _ending_programs(found, _ending(realized, index))
     return found
+
+
+def _ending_programs(found: Mapping[str, Footprint], ending: Footprint) -> dict[str, Footprint]:
+    """The programs of backward passes that end with `synchronize`.
+
+    The most that a layer needs, and all sums and gradients, are rarely there at once: what one layer needs
+    goes as the next ones' sums come, and so does what a forward pass in the same program left.
+    """
+    made_bytes, sum_bytes = ending.result_bytes, ending.temporary_bytes
+    ended = {}
+    for name in ("backward", "backward_weight", "forward_backward"):
+        if name in found:
+            free_bytes = made_bytes if name == "forward_backward" else 0.0
+            ended[f"{name}_synchronize"] = Footprint(
+                found[name].result_bytes + made_bytes,
+                max(found[name].temporary_bytes - free_bytes, sum_bytes),
+            )
+    return ended
+
+
+def _ending(realized: RealizedPlan, index: int) -> Footprint:
+    """What `synchronize` adds to a program: gradients, but for those that sums become where they are; and
+    the sums that it brings together, which are not written to the accumulators unless these are the
+    program's own, as in a step that is one program."""
+    stage, params = realized.stages[index], realized.planner.model.traced.param_avals
+    shape, sums = stage.settings.mesh.shape, stage.layout.accumulators
+    made = temporary = 0.0
+    for path, where in _gradient_specs(realized, index).items():
+        if sums.get(path) != where:
+            made += aval_bytes(params[path]) / num_shards(where, shape)
+            if len(realized.stages) > 1:
+                temporary += aval_bytes(params[path]) / num_shards(sums.get(path, where), shape)
+    return Footprint(made, temporary)
 
 
 class _LayerWalk:

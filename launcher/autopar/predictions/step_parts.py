@@ -3,7 +3,7 @@
     computation       the forward and backward passes, without collectives
     recomputation     the forward passes once more, collectives included
     communication     collectives inside stages, in those passes
-    synchronization   of gradients, once a step
+    synchronization   of gradients, once a step; what is not hidden behind the last backward pass
     update            of parameters, once a step
     transfers         a submesh idles, and would not if values came from other stages in no time
     bubble            it idles all the same
@@ -16,6 +16,7 @@ bubble together, averaged over submeshes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from launcher.autopar.predictions.synchronization import synchronization_s
 from launcher.autopar.programs.timeline import Timeline
 from launcher.autopar.realized.realize import RealizedPlan
 from launcher.autopar.realized.realized_stage import RealizedStage
@@ -100,7 +101,7 @@ def _busy(realized: RealizedPlan, stage: RealizedStage) -> dict[str, float]:
         "computation_s": times * computation_s,
         "recomputation_s": times * (sharding.forward_s + sharding.backward_s - passes_s),
         "communication_s": times * (passes_s - computation_s),
-        "synchronization_s": sharding.seconds.synchronize,
+        "synchronization_s": synchronization_s(realized, stage),
         "update_s": sharding.seconds.update,
     }
 

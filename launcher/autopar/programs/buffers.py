@@ -2,8 +2,8 @@
 
 The same walk serves twice: with the bytes that the planner predicts, and with those of the compiled
 programs. Between instructions a submesh holds what docs/schedules.md lists; while a program runs it also
-holds what the program makes, and its temporary buffers. Two instructions that are launched as one program
-leave nothing in between.
+holds what the program makes, and its temporary buffers. Instructions that are launched as one program leave
+nothing in between.
 
 Left out: what an allocator loses to fragmentation, copies on their way between submeshes, scalars, and
 batches that wait for their step.
@@ -18,16 +18,20 @@ from launcher.autopar.programs.launches import Launch
 
 Parts = Mapping[str, float]
 
-PROGRAM_OF = {
-    Op.FORWARD: "forward",
-    Op.BACKWARD: "backward",
-    Op.BACKWARD_INPUT: "backward_input",
-    Op.BACKWARD_WEIGHT: "backward_weight",
-    Op.SYNCHRONIZE: "synchronize",
-    Op.UPDATE: "update",
-    Op.SEND_TIED_GRADIENT: "reduce_tied",
+REDUCE_TIED = "reduce_tied"
+_PROGRAMS = {
+    (Op.FORWARD,): "forward",
+    (Op.BACKWARD,): "backward",
+    (Op.BACKWARD_INPUT,): "backward_input",
+    (Op.BACKWARD_WEIGHT,): "backward_weight",
+    (Op.FORWARD, Op.BACKWARD): "forward_backward",
+    (Op.BACKWARD, Op.SYNCHRONIZE): "backward_synchronize",
+    (Op.BACKWARD_WEIGHT, Op.SYNCHRONIZE): "backward_weight_synchronize",
+    (Op.FORWARD, Op.BACKWARD, Op.SYNCHRONIZE): "forward_backward_synchronize",
+    (Op.SYNCHRONIZE,): "synchronize",
+    (Op.UPDATE,): "update",
+    (Op.SEND_TIED_GRADIENT,): REDUCE_TIED,
 }
-FUSED = "forward_backward"
 
 # What an instruction makes and leaves behind, and what it ends, by the names of `StageBuffers`.
 _LEAVES = {
@@ -52,6 +56,11 @@ _ARRIVES_AS = {
     Op.RECEIVE_TIED_GRADIENT: "tied gradients",
     Op.RECEIVE_TIED_PARAMETER: "new tied parameters",
 }
+
+
+def program_of(launch: Launch) -> str | None:
+    """The name of a stage's program that a launch runs; None where it runs none."""
+    return _PROGRAMS.get(launch.ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +129,7 @@ def _walk(launches: Iterable[Launch], stages: Mapping[int, StageBuffers]):
         if first.is_receive:
             size = stage.received.get((first.op, first.peer), 0.0)
             live.add(_ARRIVES_AS.get(first.op, "norms"), first.stage, first.microbatch, size)
-        name = FUSED if launch.is_fused else PROGRAM_OF.get(first.op)
-        running = stage.programs.get(name, _NOTHING)
+        running = stage.programs.get(program_of(launch), _NOTHING)
         live.parts["results"] = running.result_bytes
         live.parts["temporary"] = running.temporary_bytes
         yield launch, live.total + running.result_bytes + running.temporary_bytes, live.parts

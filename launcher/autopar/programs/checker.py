@@ -8,9 +8,10 @@ Proven, in this order, each resting on the ones before:
 2. In each list, what makes a value stands before what reads it, and both before what frees it (the
    table `_BEFORE`, and `_handed_over` for values that stay on the submesh); forwards and sums of
    gradients take the microbatches in order. With 1, nothing leaks, and nothing is read that is gone.
-3. Between two submeshes, each direction's sends and receives are in the same order. (4 would find it
+3. Between two submeshes, each direction's sends and receives are in the same order. (5 would find it
    too, and say less.)
-4. Nothing deadlocks even if a send waits for its receive: the lists are played so. Who does not
+4. Where a stage overlaps, its `S` stands directly behind its last backward: both are one launch.
+5. Nothing deadlocks even if a send waits for its receive: the lists are played so. Who does not
    wait can only be earlier, so executors whose sends return at once do not deadlock either.
 
 A list is a total order, so the hosts of a submesh, which play the same list, start the same
@@ -23,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 
-from launcher.autopar.programs.instructions import Instruction, Op
+from launcher.autopar.programs.instructions import LAST_BACKWARDS, Instruction, Op
 from launcher.autopar.programs.program import Program, Wiring
 from launcher.errors import ScheduleError
 
@@ -97,6 +98,7 @@ def check(program: Program, wiring: Wiring) -> None:
     for submesh in range(program.num_submeshes):
         _check_order(program, before, submesh)
     _check_channels(program, homes)
+    _check_overlaps(program, wiring)
     _check_no_deadlock(program, homes)
 
 
@@ -211,6 +213,8 @@ def _before(wiring: Wiring, homes: Sequence[int]) -> _Before:
     for stage in range(len(homes)):
         for op, earlier in _BEFORE.items():
             before[op, stage] += [(other, stage) for other in earlier]
+        if stage in wiring.overlapping:  # which leaves the gradients alone that it lends
+            before[Op.SYNCHRONIZE, stage].remove((Op.SEND_TIED_GRADIENT, stage))
     for later, earlier in _handed_over(wiring, homes):
         if homes[later[1]] == homes[earlier[1]]:
             before[later].append(earlier)
@@ -268,6 +272,18 @@ def _check_channels(program: Program, homes: Sequence[int]) -> None:
             if not receive.is_partner_of(send):
                 what = f"{send} is sent where {receive} is received"
                 raise _error(program, what, (place, other))
+
+
+def _check_overlaps(program: Program, wiring: Wiring) -> None:
+    """With 2, no message stands between the two, and they are those of the last microbatch."""
+    for submesh, entries in enumerate(program.lists):
+        for index, entry in enumerate(entries):
+            if entry.op is not Op.SYNCHRONIZE or entry.stage not in wiring.overlapping:
+                continue
+            other = entries[index - 1]
+            if other.stage != entry.stage or other.op not in LAST_BACKWARDS:
+                what = f"{entry} stands behind {other}, and is launched with its last backward"
+                raise _error(program, what, ((submesh, index - 1), (submesh, index)))
 
 
 def _is_next(

@@ -15,6 +15,10 @@ reads it, or before the send that follows them in the order, whichever comes fir
 
 Frees stand directly behind the last reader: of what a forward or backward made for other stages,
 the last send; of the stash of a microbatch, the backward, or its second half.
+
+Where a stage overlaps, its `S` is one launch with its last backward, or with the second half of it: it stands
+directly behind, what is sent of either and what is freed come after both, and gradients of tied parameters
+are received before both.
 """
 
 from collections import defaultdict
@@ -22,7 +26,12 @@ from collections.abc import Iterator
 from itertools import permutations
 from typing import NamedTuple
 
-from launcher.autopar.programs.instructions import RECEIVE_OF_SEND, Instruction, Op
+from launcher.autopar.programs.instructions import (
+    LAST_BACKWARDS,
+    RECEIVE_OF_SEND,
+    Instruction,
+    Op,
+)
 from launcher.autopar.programs.program import (
     Program,
     Wiring,
@@ -113,8 +122,17 @@ def format_grid(program: Program) -> str:
 
 def _with_step_end(compute: tuple[Instruction, ...], wiring: Wiring) -> tuple[Instruction, ...]:
     stages = sorted({entry.stage for entry in compute})
-    ops = (Op.SYNCHRONIZE, Op.NORM, Op.UPDATE) if wiring.with_norm else (Op.SYNCHRONIZE, Op.UPDATE)
-    return (*compute, *(Instruction(op=op, stage=stage) for op in ops for stage in stages))
+    ops = (Op.NORM, Op.UPDATE) if wiring.with_norm else (Op.UPDATE,)
+    last = {entry.stage: at for at, entry in enumerate(compute) if entry.op in LAST_BACKWARDS}
+    overlapping = {last[stage]: stage for stage in stages if stage in wiring.overlapping}
+    passes: list[Instruction] = []
+    for at, entry in enumerate(compute):
+        passes.append(entry)
+        if at in overlapping:
+            passes.append(Instruction(op=Op.SYNCHRONIZE, stage=overlapping[at]))
+    apart = [stage for stage in stages if stage not in wiring.overlapping]
+    passes += [Instruction(op=Op.SYNCHRONIZE, stage=stage) for stage in apart]
+    return (*passes, *(Instruction(op=op, stage=stage) for op in ops for stage in stages))
 
 
 def _dependencies(
@@ -134,19 +152,45 @@ def _dependencies(
         for source, destination in pairs:
             made, read = at[homes[source]], at[homes[destination]]
             for k in microbatches:
-                made_at, read_at = made[op, source, k], read[op, destination, k]
-                yield _Message(send, k, source, made_at, destination, read_at)
+                made_at = _launch_end(lists[homes[source]], made[op, source, k], wiring.overlapping)
+                yield _Message(send, k, source, made_at, destination, read[op, destination, k])
     # What a step's end sends stands behind the last instruction of its kind on the submesh: sent in
     # between, it would hold up what the order of messages puts before it.
     for owner, user in wiring.tied:
-        synchronize = at[homes[owner]][Op.SYNCHRONIZE, owner, None]
-        before_own = min(_places(lists[homes[user]], Op.SYNCHRONIZE)) - 1  # the last backward
-        yield _Message(Op.SEND_TIED_GRADIENT, None, user, before_own, owner, synchronize)
+        own = user if homes[user] == homes[owner] else None
+        made_at = _lent_at(lists[homes[user]], own, wiring.overlapping)
+        read_at = at[homes[owner]][Op.SYNCHRONIZE, owner, None] - (owner in wiring.overlapping)
+        yield _Message(Op.SEND_TIED_GRADIENT, None, user, made_at, owner, read_at)
     if wiring.with_norm:
         made = [max(_places(entries, Op.SYNCHRONIZE)) for entries in lists]
         for source, destination in permutations(range(len(homes)), 2):
             read_at = at[homes[destination]][Op.NORM, destination, None]
             yield _Message(Op.SEND_NORM, None, source, made[homes[source]], destination, read_at)
+
+
+def _launch_end(entries: tuple[Instruction, ...], pass_at: int, overlapping: frozenset[int]) -> int:
+    """Where the launch of a pass ends: with itself, or with the `S` directly behind a backward."""
+    stage = entries[pass_at].stage
+    if stage not in overlapping:
+        return pass_at
+    follows = entries[pass_at + 1 : pass_at + 2]
+    return pass_at + any(e.op is Op.SYNCHRONIZE and e.stage == stage for e in follows)
+
+
+def _lent_at(
+    entries: tuple[Instruction, ...], stage: int | None, overlapping: frozenset[int]
+) -> int:
+    """Behind which place the gradients of tied parameters are complete.
+
+    Args:
+        stage: whose, where they stay on the submesh; None: they are sent, behind the last backward of all.
+    """
+    backwards = [
+        at
+        for at, entry in enumerate(entries)
+        if entry.op in LAST_BACKWARDS and stage in (None, entry.stage)
+    ]
+    return _launch_end(entries, backwards[-1], overlapping)
 
 
 def _parameters(lists: ComputeLists, wiring: Wiring, homes: tuple[int, ...]) -> Iterator[_Message]:
@@ -240,6 +284,7 @@ class _Frees:
     """Inserts frees into lists that have everything else."""
 
     def __init__(self, wiring: Wiring, homes: tuple[int, ...]) -> None:
+        self._overlapping = wiring.overlapping
         # Per stage that makes something for others: how many messages it is sent in.
         self._num_sends: dict[Op, dict[int, int]] = {
             Op.FREE_ACTIVATION: defaultdict(int),
@@ -254,20 +299,34 @@ class _Frees:
         """Add each free behind the last instruction that makes or reads what it frees."""
         left: dict[tuple[Op, int, int], int] = {}
         merged: list[Instruction] = []
-        last_backwards = (_BACKWARD, Op.BACKWARD_WEIGHT)
-        for entry in entries:
+        held_back: list[Instruction] = []  # by a launch that has not ended
+        for at, entry in enumerate(entries):
             merged.append(entry)
-            op, stage, microbatch = entry.op, entry.stage, entry.microbatch
-            if op in last_backwards:
-                merged.append(Instruction(op=Op.FREE_STASH, stage=stage, microbatch=microbatch))
-            free = _FREED.get(op)
-            if free is None or stage not in self._num_sends[free]:
-                continue
-            key = (free, stage, microbatch)
-            left[key] = left.get(key, self._num_sends[free][stage] + 1) - 1
-            if left[key] == 0:
-                merged.append(Instruction(op=free, stage=stage, microbatch=microbatch))
+            held_back += self._behind(entry, left)
+            if held_back and not self._goes_on(entries, at):
+                merged += held_back
+                held_back.clear()
         return tuple(merged)
+
+    def _behind(
+        self, entry: Instruction, left: dict[tuple[Op, int, int], int]
+    ) -> Iterator[Instruction]:
+        """Yield what may be freed behind an instruction; `left` counts what still reads the others."""
+        op, stage, microbatch = entry.op, entry.stage, entry.microbatch
+        if op in LAST_BACKWARDS:
+            yield Instruction(op=Op.FREE_STASH, stage=stage, microbatch=microbatch)
+        free = _FREED.get(op)
+        if free is None or stage not in self._num_sends[free]:
+            return
+        key = (free, stage, microbatch)
+        left[key] = left.get(key, self._num_sends[free][stage] + 1) - 1
+        if left[key] == 0:
+            yield Instruction(op=free, stage=stage, microbatch=microbatch)
+
+    def _goes_on(self, entries: tuple[Instruction, ...], at: int) -> bool:
+        """Whether a backward is launched with what stands behind it."""
+        is_backward = entries[at].op in LAST_BACKWARDS
+        return is_backward and _launch_end(entries, at, self._overlapping) > at
 
 
 def _require_complete(compute_lists: ComputeLists, wiring: Wiring) -> None:

@@ -17,10 +17,12 @@ from itertools import chain
 
 from launcher.autopar.programs.instructions import (
     COMPUTES,
+    LAST_BACKWARDS,
     RECEIVE_OF_READER,
     RECEIVES,
     SENDS,
     Instruction,
+    Op,
 )
 from launcher.autopar.programs.program import Program
 from launcher.autopar.programs.schedules import stash_peaks
@@ -116,7 +118,7 @@ class _Play:
         for own in self.submeshes:
             entry = own.entry
             waits = own.left_s is None and entry is not None and entry.op in COMPUTES
-            if waits and not own.expected[_key(entry)]:
+            if waits and not self._expects(own):
                 yield self._arrived_s(own)[0]
 
     def _pass(self, next_s: float, speeds: Mapping[int, float]) -> None:
@@ -155,16 +157,22 @@ class _Play:
     def _start(self, own: _Submesh, entry: Instruction) -> bool:
         """Begin to compute, if what the instruction reads is there."""
         arrived_s, made_s = self._arrived_s(own)
-        if own.expected[_key(entry)] or arrived_s > self.now_s:
+        if self._expects(own) or arrived_s > self.now_s:
             return False
-        own.arrivals.pop(_key(entry), None)
+        for key in _read_by(entry):
+            own.arrivals.pop(key, None)
         own.exposed_s += self.now_s - max(own.free_s, min(made_s, self.now_s))
         own.start_s, own.left_s = self.now_s, self.durations.compute_s(entry.op)[entry.stage]
         return True
 
     def _arrived_s(self, own: _Submesh) -> tuple[float, float]:
         """When the last value that the next instruction reads arrives, and when it was made."""
-        return own.arrivals.get(_key(own.entry), _PENDING)
+        found = [own.arrivals.get(key, _PENDING) for key in _read_by(own.entry)]
+        return max(arrived_s for arrived_s, _ in found), max(made_s for _, made_s in found)
+
+    def _expects(self, own: _Submesh) -> bool:
+        """Whether a value that the next instruction reads has not been sent yet."""
+        return any(own.expected[key] for key in _read_by(own.entry))
 
     def _receive(self, index: int, own: _Submesh, entry: Instruction) -> None:
         """Post a receive; messages of a channel are matched with receives in their order."""
@@ -198,9 +206,11 @@ class _Play:
         )
 
 
-def _key(entry: Instruction) -> tuple:
-    """By which the values are known that a compute instruction reads."""
-    return RECEIVE_OF_READER.get(entry.op), entry.stage, entry.microbatch
+def _read_by(entry: Instruction) -> tuple[tuple, ...]:
+    """By which keys the values are known that a compute instruction reads."""
+    own = (RECEIVE_OF_READER.get(entry.op), entry.stage, entry.microbatch)
+    lent = (Op.RECEIVE_TIED_GRADIENT, entry.stage, None)
+    return (own, lent) if entry.op in LAST_BACKWARDS else (own,)
 
 
 def simulate_crowded(program: Program, durations: Durations, crowd: Crowd) -> Timeline:

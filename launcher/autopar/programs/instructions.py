@@ -83,6 +83,9 @@ RECEIVE_OF_READER = {
 A received tied parameter is read by the next step.
 """
 
+LAST_BACKWARDS = (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+"""What a stage's gradients are complete behind; it reads what `S` does where both are one launch."""
+
 _PARTNER = RECEIVE_OF_SEND | {receive: send for send, receive in RECEIVE_OF_SEND.items()}
 _TEXT = re.compile(
     r"(?P<stage>\d+)(?P<op>(?:SEND_|RECV_)[FBGNP]|FREE_[FBK]|[FBIWSNU])(?P<microbatch>\d+)?"

@@ -24,6 +24,8 @@ class Wiring:
         tied: (owner, user) of parameters that two stages read and the owner updates.
         with_norm: Whether the update needs the norm of all gradients (clipping, loss scaling).
         submesh_of: The submesh of each stage; None: stage i lies on submesh i, alone.
+        overlapping: The stages that bring their gradients together while they go back for the last time:
+            their `S` stands directly behind that backward, and is launched with it.
     """
 
     edges: tuple[tuple[int, int], ...]
@@ -31,6 +33,7 @@ class Wiring:
     tied: tuple[tuple[int, int], ...] = ()
     with_norm: bool = False
     submesh_of: tuple[int, ...] | None = None
+    overlapping: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for name, pairs in (("edges", self.edges), ("tied", self.tied)):

@@ -20,6 +20,7 @@ from itertools import chain
 
 from launcher.autopar.programs.instructions import (
     COMPUTES,
+    LAST_BACKWARDS,
     RECEIVE_OF_READER,
     RECEIVES,
     SENDS,
@@ -141,6 +142,10 @@ class _Submesh:
         """Run a compute instruction; return when it starts."""
         received = RECEIVE_OF_READER.get(entry.op)
         arrived_s, made_s = self.arrivals.pop((received, entry.stage, entry.microbatch), _PENDING)
+        lent = (Op.RECEIVE_TIED_GRADIENT, entry.stage, None)
+        if lent in self.arrivals and entry.op in LAST_BACKWARDS:
+            lent_s = self.arrivals.pop(lent)
+            arrived_s, made_s = max(arrived_s, lent_s[0]), max(made_s, lent_s[1])
         start_s = max(self.clock_s, arrived_s)
         self.exposed_s += start_s - max(self.compute_end_s, min(made_s, start_s))
         self.clock_s = self.compute_end_s = start_s + duration_s

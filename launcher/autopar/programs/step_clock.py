@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from launcher.autopar.programs.instructions import (
     COMPUTES,
+    LAST_BACKWARDS,
     RECEIVE_OF_READER,
     RECEIVES,
     SENDS,
@@ -88,6 +89,9 @@ class _Recorder:
         if entry.op in COMPUTES:
             read = (RECEIVE_OF_READER.get(entry.op), entry.stage, entry.microbatch)
             arrived = self.arrived.pop(read, _START)
+            lent = (Op.RECEIVE_TIED_GRADIENT, entry.stage, None)
+            if lent in self.arrived and entry.op in LAST_BACKWARDS:
+                arrived = self._move(arrived, self.arrived.pop(lent), None)
             self.clock[submesh] = self._move(
                 self.clock[submesh], arrived, (entry.op, entry.stage, 0)
             )

@@ -138,13 +138,13 @@ class StageEmitter:
 
     def backward_weight(
         self, params: Arrays, batch: Arrays, key_data, imports: Arrays, kept: Arrays,
-        weight_kept: Arrays, accumulators: Arrays,
+        weight_kept: Arrays, accumulators: Arrays, turns: Turns,
     ):  # fmt: skip
         """The second half of `backward`. Of its inputs it reads no more than `split` says.
 
         Returns the accumulators with the microbatch's gradients added.
         """
-        turns, sums = self.turns(), self._unpacked(accumulators)
+        sums = self._unpacked(accumulators)
         inputs = self._inputs(params, {}, batch, key_data, imports, turns)
         for index in self._backwards():
             own = self._between(index, inputs, kept, weight_kept)

@@ -113,7 +113,9 @@ def realize(
         tied=tuple(tied),
         with_norm=True,
         submesh_of=plan.submesh_of,
+        overlapping=frozenset(i for i, stage in enumerate(plan.stages) if stage.overlap),
     )
+    check_overlap(wiring)
     schedule = schedule_by_name(plan.schedule, plan.virtual_stages)
     lists = schedule.build(len(stages), plan.num_microbatches)
     program = add_communication(lists, wiring)
@@ -194,6 +196,16 @@ def _check_state(stages: tuple[RealizedStage, ...]) -> None:
                     f"(parallel.pp={len(stages)}): take parallel.pp=1, or change the model so that what "
                     f"reads it also writes it"
                 )
+
+
+def check_overlap(wiring: Wiring) -> None:
+    """Gradients that a stage waits for are there before its own last backward pass begins."""
+    for owner, user in wiring.tied:
+        if owner in wiring.overlapping and user < owner:
+            raise PlanError(
+                f"stages[{owner}].overlap=true has the stage bring its gradients together during its last "
+                f"backward pass, and stage {user}, which goes back after it, has some for it: write false"
+            )
 
 
 def _owners(planner: IntraOpPlanner, stages: tuple[RealizedStage, ...]):

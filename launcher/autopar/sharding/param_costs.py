@@ -23,13 +23,15 @@ class ParamCosts:
 
     Attributes:
         update_s: to update it.
-        synchronize_s: to bring the sum of its gradients to its state, and the new value home.
+        reduce_s: to bring the sum of its gradients to its state.
+        synchronize_s: that, and to bring the new value home.
         hand_on_s: to bring the sum home, in a stage that then sends it to the one that updates it.
         weight_bytes: per device, as are the others.
         accumulator_bytes: by the specs of the accumulator.
     """
 
     update_s: np.ndarray
+    reduce_s: np.ndarray
     synchronize_s: np.ndarray
     hand_on_s: np.ndarray
     weight_bytes: np.ndarray
@@ -61,6 +63,7 @@ def param_costs(
     reduce_s = hand_on_s if zero == 1 else reshard_matrix(aval, accumulators, states, mesh)
     return ParamCosts(
         update_s=update_s if accumulators else update_s + gather_s,
+        reduce_s=reduce_s,
         synchronize_s=reduce_s + gather_s,
         hand_on_s=hand_on_s,
         weight_bytes=aval_bytes(aval) / shards(homes),

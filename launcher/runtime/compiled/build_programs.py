@@ -5,7 +5,6 @@ from collections.abc import Collection
 import jax.numpy as jnp
 import numpy as np
 
-from launcher.autopar.programs.needed_programs import needed_programs
 from launcher.autopar.realized.realize import RealizedPlan
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
@@ -21,16 +20,15 @@ def build_programs(
     `grid` are hosts by devices per host.
     """
     return {
-        index: _programs(realized, index, model, optimizer, grid, split="backward_weight" in needed)
-        for index, needed in enumerate(needed_programs(realized.program, realized.wiring))
+        index: _programs(realized, index, model, optimizer, grid)
+        for index in range(len(realized.stages))
         if stages is None or index in stages
     }
 
 
 def _programs(
-    realized: RealizedPlan, index: int, model: Model, optimizer: Optimizer, grid: np.ndarray, *,
-    split: bool,
-) -> StagePrograms:  # fmt: skip
+    realized: RealizedPlan, index: int, model: Model, optimizer: Optimizer, grid: np.ndarray
+) -> StagePrograms:
     stage = realized.stages[index]
     # A parameter that no gradient reaches is updated too, as by an optimizer that sees zeros.
     owned = {
@@ -52,5 +50,5 @@ def _programs(
         tied=tied,
         num_norms=len(realized.stages),
         settings=stage.settings,
-        split=split,
+        split=realized.program.splits_backward,
     )

@@ -1,5 +1,5 @@
 """The programs that a stage runs once per microbatch: forward, backward, the halves of a split backward
-pass, and forward and backward in one.
+pass, and forward and backward in one; those that complete gradients also with what ends the microbatches.
 
 What the forward pass keeps comes as a tuple of dicts, by when it goes (`KeptGroups`); whoever runs the
 programs passes them on with a star, and lets go of all but the last after the first half. Accumulators are
@@ -8,8 +8,9 @@ else is: imports, leaves of the batch and cotangents may have other readers.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import jax
 from jax import lax
@@ -40,6 +41,42 @@ class KeptGroups:
         """Kept values, or anything that is keyed alike, in their groups."""
         groups = self.donated, self.released, self.remaining
         return tuple({name: kept[name] for name in group} for group in groups)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ending:
+    """What a program does with the sums of gradients behind its backward pass.
+
+    Attributes:
+        sums: the accumulators that go in, abstractly: those that become results, and then perhaps others.
+        received: what else goes in behind them, perhaps nothing.
+        made: what comes out in their place.
+        run: (accumulators, *received, turns) -> made, on one device's shards.
+    """
+
+    sums: tuple[Arrays, ...]
+    received: tuple[Arrays, ...]
+    made: object
+    run: Callable
+
+    @property
+    def inputs(self) -> tuple[Arrays, ...]:
+        return (*self.sums, *self.received)
+
+    def grouped(self, accumulators: Arrays) -> tuple[Arrays, ...]:
+        """Accumulators as they go in."""
+        return tuple({path: accumulators[path] for path in group} for group in self.sums)
+
+    def ended(self, summands: Sequence[Arrays], add: Callable, turns: Turns):
+        """Let `add` add to the accumulators, and go on from there.
+
+        Args:
+            summands: the arguments that `inputs` describes.
+            add: accumulators -> the sums of gradients, and anything else.
+        """
+        count = len(self.sums)
+        sums, *others = add(_together(summands[:count]))
+        return (self.run(sums, *summands[count:], turns), *others)
 
 
 class MicrobatchPrograms:
@@ -79,25 +116,30 @@ class MicrobatchPrograms:
         inputs = (abstract.params, abstract.state, abstract.batch, abstract.key, abstract.imports)
         return self._compile(forward, inputs, (abstract.exports, abstract.new_state, self._kept))
 
-    def compile_backward(self) -> jax.stages.Compiled:
-        """(params, batch, key, imports, *kept groups, cotangents, accumulators)
-        -> (accumulators, returns)"""
+    @cached_property
+    def _passing(self) -> Ending:
+        """Accumulators go on as they are."""
+        sums = self._abstract.accumulators
+        return Ending((sums,), (), sums, lambda accumulators, turns: accumulators)
+
+    def compile_backward(self, ending: Ending | None = None) -> jax.stages.Compiled:
+        """(params, batch, key, imports, *kept groups, cotangents, *what the ending takes)
+        -> (what it makes, returns)"""
+        ending = ending or self._passing
 
         def backward(params, batch, key, imports, *rest):
-            *groups, cotangents, accumulators = rest
-            kept = _together(groups)
-            return self.emitter.backward(
-                params, batch, key, imports, kept, cotangents, accumulators
+            kept, cotangents, turns = _together(rest[:3]), rest[3], self.emitter.turns()
+            add = partial(
+                self.emitter.backward, params, batch, key, imports, kept, cotangents, turns=turns
             )
+            return ending.ended(rest[4:], add, turns)
 
         abstract = self._abstract
         inputs = (
             abstract.params, abstract.batch, abstract.key, abstract.imports, *self._kept, abstract.cotangents,
-            abstract.accumulators,
+            *ending.inputs,
         )  # fmt: skip
-        return self._compile(
-            backward, inputs, (abstract.accumulators, abstract.returns), donated=(4, 8)
-        )
+        return self._compile(backward, inputs, (ending.made, abstract.returns), donated=(4, 8))
 
     def compile_backward_input(self) -> jax.stages.Compiled:
         """(params, batch, key, imports, *kept groups, cotangents) -> (kept for weights, returns)"""
@@ -116,11 +158,23 @@ class MicrobatchPrograms:
             backward_input, inputs, (self._weight_kept, abstract.returns), donated=(4,)
         )
 
-    def compile_backward_weight(self) -> jax.stages.Compiled:
-        """(params, batch, key, imports, remaining, kept for weights, accumulators) -> accumulators
+    def compile_backward_weight(self, ending: Ending | None = None) -> jax.stages.Compiled:
+        """(params, batch, key, imports, remaining, kept for weights, *what the ending takes)
+        -> what it makes
 
         Of the batch and the imports it takes those that `split` names.
         """
+        ending = ending or self._passing
+
+        def backward_weight(*arguments):
+            turns = self.emitter.turns()
+
+            def add(accumulators):
+                return (self.emitter.backward_weight(*arguments[:6], accumulators, turns),)
+
+            (made,) = ending.ended(arguments[6:], add, turns)
+            return made
+
         abstract, still = self._abstract, self.split
         *_, remaining = self._kept
         inputs = (
@@ -128,11 +182,9 @@ class MicrobatchPrograms:
             {name: leaf for name, leaf in abstract.batch.items() if name in still.batch},
             abstract.key,
             {value: leaf for value, leaf in abstract.imports.items() if value in still.imports},
-            remaining, self._weight_kept, abstract.accumulators,
+            remaining, self._weight_kept, *ending.inputs,
         )  # fmt: skip
-        return self._compile(
-            self.emitter.backward_weight, inputs, abstract.accumulators, donated=(6,)
-        )
+        return self._compile(backward_weight, inputs, ending.made, donated=(6,))
 
     def forward_backward(
         self, params: Arrays, state: Arrays, batch: Arrays, key, imports: Arrays, cotangents: Arrays,
@@ -150,15 +202,29 @@ class MicrobatchPrograms:
         )
         return exports, new_state, accumulators, returns
 
-    def compile_forward_backward(self) -> jax.stages.Compiled:
-        """(params, state, batch, key, imports, cotangents, accumulators) -> as `forward_backward`."""
+    def compile_forward_backward(self, ending: Ending | None = None) -> jax.stages.Compiled:
+        """(params, state, batch, key, imports, cotangents, *what the ending takes)
+        -> as `forward_backward`, with what it makes in place of the accumulators."""
+        ending = ending or self._passing
+
+        def both(*arguments):
+            turns = self.emitter.turns()
+
+            def add(accumulators):
+                made = self.forward_backward(*arguments[:6], accumulators, turns)
+                exports, new_state, sums, returns = made
+                return sums, exports, new_state, returns
+
+            summed, exports, new_state, returns = ending.ended(arguments[6:], add, turns)
+            return exports, new_state, summed, returns
+
         abstract = self._abstract
         inputs = (
             abstract.params, abstract.state, abstract.batch, abstract.key, abstract.imports,
-            abstract.cotangents, abstract.accumulators,
+            abstract.cotangents, *ending.inputs,
         )  # fmt: skip
-        outputs = (abstract.exports, abstract.new_state, abstract.accumulators, abstract.returns)
-        return self._compile(self.forward_backward, inputs, outputs, donated=(6,))
+        outputs = (abstract.exports, abstract.new_state, ending.made, abstract.returns)
+        return self._compile(both, inputs, outputs, donated=(6,))
 
     @property
     def _kept(self) -> tuple[Arrays, Arrays, Arrays]:

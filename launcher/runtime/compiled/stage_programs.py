@@ -11,7 +11,7 @@ Parameters are keyed by path, values that cross stages by their number in the tr
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from launcher.autopar.whole_graph.run_sharded import run
 from launcher.autopar.whole_graph.shard_as_given import shard_as_given
 from launcher.autopar.whole_graph.sharded_graph import ShardedGraph
 from launcher.models.optimizer import Optimizer
-from launcher.runtime.compiled.microbatch_programs import MicrobatchPrograms
+from launcher.runtime.compiled.microbatch_programs import Ending, MicrobatchPrograms
 from launcher.runtime.compiled.stage_signature import StageSignature
 from launcher.runtime.compiled.update import (
     UpdateInputs,
@@ -50,17 +50,21 @@ class Compiled:
     """The executables of a stage, as far as its instructions need them.
 
     `forward_backward` is for both of a microbatch at once; `backward_input` and `backward_weight` are the
-    halves of a split backward pass; `reduce_tied` is there where another stage's parameters are read.
+    halves of a split backward pass; `reduce_tied` is there where another stage's parameters are read. Where
+    a stage overlaps, `synchronize` is part of the last of them.
     """
 
     zeros: jax.stages.Compiled
-    synchronize: jax.stages.Compiled
     update: jax.stages.Compiled
+    synchronize: jax.stages.Compiled | None = None
     forward: jax.stages.Compiled | None = None
     backward: jax.stages.Compiled | None = None
     backward_input: jax.stages.Compiled | None = None
     backward_weight: jax.stages.Compiled | None = None
     forward_backward: jax.stages.Compiled | None = None
+    backward_synchronize: jax.stages.Compiled | None = None
+    backward_weight_synchronize: jax.stages.Compiled | None = None
+    forward_backward_synchronize: jax.stages.Compiled | None = None
     reduce_tied: jax.stages.Compiled | None = None
 
 
@@ -117,16 +121,21 @@ class StagePrograms(StageSignature):
 
     def compilations(self, names: Collection[str]) -> dict[str, Callable[[], jax.stages.Compiled]]:
         """How to compile the fields of `Compiled` that are named, and those that are needed anyway."""
+        programs = self.microbatch
         known = {
             "zeros": self._compile_zeros,
-            "forward": self.microbatch.compile_forward,
-            "backward": self.microbatch.compile_backward,
-            "backward_input": self.microbatch.compile_backward_input,
-            "backward_weight": self.microbatch.compile_backward_weight,
-            "forward_backward": self.microbatch.compile_forward_backward,
+            "forward": programs.compile_forward,
+            "backward_input": programs.compile_backward_input,
             "synchronize": self._compile_synchronize,
             "update": self.compile_update,
         }
+        for name, compile_ in (
+            ("backward", programs.compile_backward),
+            ("backward_weight", programs.compile_backward_weight),
+            ("forward_backward", programs.compile_forward_backward),
+        ):
+            known[name] = compile_
+            known[f"{name}_synchronize"] = partial(compile_, self.ending)
         found = {name: known[name] for name in names}
         if self._accumulators(owned=False):
             found["reduce_tied"] = self._compile_reduce_tied
@@ -153,6 +162,36 @@ class StagePrograms(StageSignature):
     def _accumulators(self, *, owned: bool) -> dict[str, Spec]:
         specs = self.layout.accumulators
         return {path: spec for path, spec in specs.items() if (path in self.owned) == owned}
+
+    @cached_property
+    def ending(self) -> Ending:
+        """`synchronize` behind the last backward pass, in its program."""
+        params, specs, own = (
+            self.avals.params,
+            self.layout.accumulators,
+            self._accumulators(owned=True),
+        )
+        lent = self._accumulators(owned=False)
+        gradients = {path: self.gradient_spec(path) for path in self.owned_paths}
+        # Sums that lie as the gradients do become those; what is lent leaves as it came.
+        alike = {p: spec for p, spec in specs.items() if p in lent or spec == gradients[p]}
+        others = {path: spec for path, spec in own.items() if path not in alike}
+        received = self.abstracts({path: gradients[path] for path in self.tied}, params)
+
+        def run(sums, parts, turns):
+            end = partial(self.synchronize_shards, sums, parts)
+            made = self.emitter.apart(end, turns)
+            return {path: sums[path] for path in lent}, *made
+
+        return Ending(
+            sums=(self.abstracts(alike, params), self.abstracts(others, params)),
+            received=({path: [aval] * self.tied[path] for path, aval in received.items()},),
+            made=(
+                self.abstracts(lent, params), self.abstracts(gradients, params),
+                self._whole_like(jnp.zeros((), self.norm_dtype)),
+            ),
+            run=run,
+        )  # fmt: skip
 
     def _compile_synchronize(self) -> jax.stages.Compiled:
         """(accumulators, gradients received) -> (gradients, squared norm), of owned parameters."""

@@ -157,6 +157,7 @@ def as_file(cluster: Cluster, measured: Measured, name: str) -> dict[str, object
             "reserved_gib": device.reserved_bytes / _GIB,
             "has_bf16": device.has_bf16,
             "accelerator": device.accelerator,
+            "overlaps_collectives": device.overlaps_collectives,
             **figures,
         },
         "intra_host": intra_host,

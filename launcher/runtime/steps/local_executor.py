@@ -120,8 +120,7 @@ class LocalExecutor(Executor):
     def _compile_loop(self) -> WholeStep:
         """The step of the only stage as one program."""
         traced = self.realized.planner.model.traced
-        count = self.plan.num_microbatches
-        loop = WholeStep(self.stages[0], self._loose, count, traced, seed=self.seed)
+        loop = WholeStep(self.stages[0], self._loose, self.plan, traced, seed=self.seed)
         self._compile_all({"step": partial(self._compile, 0, loop.compile)})
         loop.take(self.compilation.executables["step"])
         return loop

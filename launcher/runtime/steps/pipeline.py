@@ -23,6 +23,7 @@ from launcher.runtime.steps.links import NORM, Links, hand_over_copies
 from launcher.runtime.steps.loose_metrics import LooseMetrics
 from launcher.runtime.steps.means import LOSS, Means
 from launcher.runtime.steps.memory_error import Doing, is_memory_error, memory_error, memory_errors
+from launcher.runtime.steps.neighbours import Neighbours
 from launcher.runtime.steps.placement import PlacedBatch, Placer
 from launcher.runtime.steps.stage_state import StageState, Stash
 from launcher.runtime.steps.transport import Channel
@@ -49,7 +50,7 @@ class Pipeline:
         self._means = Means(realized, programs, loose, links.transport)
         self._traced = realized.planner.model.traced
         self._num_steps = 0
-        self._neighbours = _Neighbours(realized)
+        self._neighbours = Neighbours(realized)
         self._handlers: dict[Op, Callable[[StageState, Instruction], object]] = {
             Op.FORWARD: self._forward, Op.BACKWARD: self._backward,
             Op.BACKWARD_INPUT: self._backward_input, Op.BACKWARD_WEIGHT: self._backward_weight,
@@ -71,8 +72,11 @@ class Pipeline:
         ]
 
     def _action(self, launch: Launch) -> Action:
-        first = launch.first
-        handler = self._forward_backward if launch.is_fused else self._handlers[first.op]
+        first, ops = launch.first, launch.ops
+        is_both = ops[:2] == (Op.FORWARD, Op.BACKWARD)
+        handler = self._forward_backward if is_both else self._handlers[first.op]
+        if launch.is_fused and ops[-1] is Op.SYNCHRONIZE:
+            handler = partial(handler, ends=True)
         return partial(handler, self.stages[first.stage], first)
 
     def step(self, placed: PlacedBatch) -> StepResult:
@@ -164,30 +168,38 @@ class Pipeline:
         imports = stage.imports.pop(microbatch, {})
         return Stash(placed.batches[microbatch], placed.keys[microbatch], imports)
 
-    def _forward_backward(self, stage: StageState, instruction: Instruction):
+    # The last backward pass of a stage that overlaps `ends`: with synchronize in the same program it takes
+    # and makes what that does, in place of the accumulators.
+
+    def _forward_backward(self, stage: StageState, instruction: Instruction, *, ends: bool = False):
         """exports, new state, accumulators, returns = forward_backward(...)"""
+        compiled = stage.compiled
+        run = compiled.forward_backward_synchronize if ends else compiled.forward_backward
         stash = self._stash(stage, instruction.microbatch)
         cotangents = stage.beginnings.of({})
-        exports, new_state, stage.accumulators, returns = stage.compiled.forward_backward(
+        exports, new_state, summed, returns = run(
             stage.params, stage.state, stash.batch, stash.key, stash.imports, cotangents,
-            stage.accumulators,
+            *self._summands(stage, ends=ends),
         )  # fmt: skip
         stage.state = {**stage.state, **new_state}
         stage.stash[instruction.microbatch] = stash
         self._collect(exports)
         self._return(stage, instruction.microbatch, returns)
-        return exports, stage.accumulators, returns
+        self._take(stage, summed, ends=ends)
+        return exports, summed, returns
 
-    def _backward(self, stage: StageState, instruction: Instruction):
+    def _backward(self, stage: StageState, instruction: Instruction, *, ends: bool = False):
         """accumulators, returns = backward(params, stash, cotangents, accumulators)"""
+        run = stage.compiled.backward_synchronize if ends else stage.compiled.backward
         k, stash = instruction.microbatch, stage.stash[instruction.microbatch]
         cotangents = stage.beginnings.of(stage.cotangents.pop(k, {}))
-        stage.accumulators, returns = stage.compiled.backward(
+        summed, returns = run(
             stage.params, stash.batch, stash.key, stash.imports, *stash.kept, cotangents,
-            stage.accumulators,
+            *self._summands(stage, ends=ends),
         )  # fmt: skip
         self._return(stage, k, returns)
-        return stage.accumulators, returns
+        self._take(stage, summed, ends=ends)
+        return summed, returns
 
     def _backward_input(self, stage: StageState, instruction: Instruction):
         """kept for the weights, returns = backward_input(params, stash, cotangents)"""
@@ -200,14 +212,28 @@ class Pipeline:
         self._return(stage, k, returns)
         return stash.weight_kept, returns
 
-    def _backward_weight(self, stage: StageState, instruction: Instruction):
+    def _backward_weight(self, stage: StageState, instruction: Instruction, *, ends: bool = False):
         """accumulators = backward_weight(params, stash, kept for the weights, accumulators)"""
-        stash = stage.stash[instruction.microbatch]
-        stage.accumulators = stage.compiled.backward_weight(
+        compiled, stash = stage.compiled, stage.stash[instruction.microbatch]
+        run = compiled.backward_weight_synchronize if ends else compiled.backward_weight
+        summed = run(
             stage.params, stash.batch, stash.key, stash.imports, *stash.kept, stash.weight_kept,
-            stage.accumulators,
+            *self._summands(stage, ends=ends),
         )  # fmt: skip
-        return stage.accumulators
+        self._take(stage, summed, ends=ends)
+        return summed
+
+    def _summands(self, stage: StageState, *, ends: bool) -> tuple:
+        """What a backward pass adds its gradients to."""
+        if not ends:
+            return (stage.accumulators,)
+        grouped = stage.programs.ending.grouped(stage.accumulators)
+        return (*grouped, self._lent_to(stage))
+
+    def _take(self, stage: StageState, summed, *, ends: bool) -> None:
+        stage.accumulators, *made = summed if ends else (summed,)
+        if ends:
+            self._take_gradients(stage, *made)
 
     def _return(self, stage: StageState, microbatch: int, returns: Arrays) -> None:
         """Keep the cotangents for those that they are sent to; hand over what stays on the submesh."""
@@ -221,19 +247,26 @@ class Pipeline:
     def _synchronize(self, stage: StageState, instruction: Instruction):
         """gradients, squared norm = synchronize(accumulators, tied gradients)"""
         del instruction
-        for user in self._neighbours.users_here[stage.index]:
-            channel = self.links.tied_gradients[user, stage.index]
-            lent = self._lent_gradients(self.stages[user], stage.index)
-            self._add_tied(stage, channel.hand_over(lent))
         sums, own = stage.accumulators, stage.programs.owned
         # What belongs to other stages may not have been read yet.
         stage.accumulators = {path: total for path, total in sums.items() if path not in own}
         summed = {path: sums[path] for path in stage.programs.summed}
-        stage.gradients, square = stage.compiled.synchronize(summed, stage.tied_gradients)
-        stage.tied_gradients = {}
+        gradients, square = stage.compiled.synchronize(summed, self._lent_to(stage))
+        self._take_gradients(stage, gradients, square)
+        return gradients, square
+
+    def _lent_to(self, stage: StageState) -> dict[str, list[jax.Array]]:
+        """The gradients that other stages have for parameters of this one."""
+        for user in self._neighbours.users_here[stage.index]:
+            channel = self.links.tied_gradients[user, stage.index]
+            lent = self._lent_gradients(self.stages[user], stage.index)
+            self._add_tied(stage, channel.hand_over(lent))
+        return stage.tied_gradients
+
+    def _take_gradients(self, stage: StageState, gradients: Arrays, square: jax.Array) -> None:
+        stage.gradients, stage.tied_gradients = gradients, {}
         for index in self._neighbours.siblings[stage.index]:
             self.stages[index].norms[stage.index] = square
-        return stage.gradients, square
 
     def _norm(self, stage: StageState, instruction: Instruction) -> None:
         """The norms stay apart until the update adds them up, in the order of the stages."""
@@ -275,14 +308,14 @@ class Pipeline:
     # Messages. A send posts, and does not wait; a receive takes what was posted.
 
     def _send_activation(self, stage: StageState, instruction: Instruction):
-        values = stage.exports[instruction.microbatch]
-        return self._send(self.links.activations, instruction, values)
+        return self._send(
+            self.links.activations, instruction, stage.exports[instruction.microbatch]
+        )
 
     def _send(
         self, channels: Mapping[Edge, Channel], instruction: Instruction, values: Arrays
     ) -> object:
-        channel = channels[instruction.stage, instruction.peer]
-        return channel.send(values, self._number(instruction))
+        return channels[instruction.stage, instruction.peer].send(values, self._number(instruction))
 
     def _number(self, instruction: Instruction) -> int:
         """Of a message, among all that its channel carries."""
@@ -294,8 +327,7 @@ class Pipeline:
         return received
 
     def _send_cotangent(self, stage: StageState, instruction: Instruction):
-        values = stage.returns[instruction.microbatch]
-        return self._send(self.links.cotangents, instruction, values)
+        return self._send(self.links.cotangents, instruction, stage.returns[instruction.microbatch])
 
     def _receive_cotangent(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.cotangents, instruction)
@@ -303,8 +335,7 @@ class Pipeline:
         return received
 
     def _receive(self, channels: Mapping[Edge, Channel], instruction: Instruction) -> Arrays:
-        channel = channels[instruction.peer, instruction.stage]
-        return channel.receive(self._number(instruction))
+        return channels[instruction.peer, instruction.stage].receive(self._number(instruction))
 
     def _add_cotangents(self, stage: StageState, microbatch: int, peer: int, moved: Arrays) -> None:
         received = stage.cotangents.setdefault(microbatch, {})
@@ -335,8 +366,7 @@ class Pipeline:
             owner.tied_gradients.setdefault(path, []).append(gradient)
 
     def _send_norm(self, stage: StageState, instruction: Instruction):
-        values = {NORM: stage.norms[stage.index]}
-        return self._send(self.links.norms, instruction, values)
+        return self._send(self.links.norms, instruction, {NORM: stage.norms[stage.index]})
 
     def _receive_norm(self, stage: StageState, instruction: Instruction):
         received = self._receive(self.links.norms, instruction)[NORM]
@@ -368,26 +398,3 @@ class Pipeline:
     def _report(self, scalars: Mapping) -> None:
         for name, value in scalars.items():
             self._reported[name].append(value)
-
-
-class _Neighbours:
-    """By stage: the stages it exchanges something with, and those of them on its own submesh.
-
-    What stays on a submesh is no message: it is handed over where it is made.
-    """
-
-    def __init__(self, realized: RealizedPlan):
-        wiring, stages = realized.wiring, range(len(realized.stages))
-        submesh = realized.program.submesh_of
-
-        def pairs(edges) -> dict[int, list[int]]:
-            return {stage: [other for one, other in edges if one == stage] for stage in stages}
-
-        def here(edges) -> dict[int, list[int]]:
-            return pairs([(one, other) for one, other in edges if submesh[one] == submesh[other]])
-
-        back = [(destination, source) for source, destination in wiring.differentiable]
-        self.later, self.earlier = pairs(wiring.edges), pairs(back)
-        self.fed_here, self.returned_here = here(wiring.edges), here(back)
-        self.users_here = here(wiring.tied)
-        self.siblings = here([(one, other) for one in stages for other in stages])

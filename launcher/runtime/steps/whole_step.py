@@ -3,17 +3,20 @@
 Nothing enters or leaves such a stage in the midst of a step, so its list of instructions, a forward and a
 backward of each microbatch in turn, then `S`, `N` and `U`, can be dispatched at once: a loop over
 microbatches inside one XLA program. It computes what the instructions compute one by one, and lets XLA
-fuse across them.
+fuse across them. Where the stage overlaps, the last microbatch stands behind the loop, in one straight line
+with `S`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from launcher.autopar.graphs.trace import TracedModel
+from launcher.autopar.plans.plan import Plan
 from launcher.autopar.programs.instructions import Op
 from launcher.autopar.programs.program import Program
 from launcher.autopar.realized.apart import Turns
@@ -46,7 +49,7 @@ def hollow_loop(
     """The step of a plan that is one loop, to be compiled and not to be run: its stage holds nothing."""
     hollow = StageState(0, programs, {}, {}, optimizer_state=None, loss_scale=None)
     traced = realized.planner.model.traced
-    return WholeStep(hollow, loose, realized.plan.num_microbatches, traced, seed=0)
+    return WholeStep(hollow, loose, realized.plan, traced, seed=0)
 
 
 class WholeStep:
@@ -57,16 +60,16 @@ class WholeStep:
     """
 
     def __init__(
-        self, stage: StageState, loose: LooseMetrics, num_microbatches: int, traced: TracedModel, *,
-        seed: int,
-    ):  # fmt: skip
+        self, stage: StageState, loose: LooseMetrics, plan: Plan, traced: TracedModel, *, seed: int
+    ):
         self._stage, self._programs = stage, stage.programs
-        self._num_microbatches, self._loss = num_microbatches, traced.loss
+        self._num_microbatches, self._loss = plan.num_microbatches, traced.loss
+        self.overlaps = plan.stages[0].overlap
         exports = self._programs.layout.exports
         self._reported = {n: v for n, v in traced.metrics.items() if v in exports}
         self._reported |= {LOSS: traced.loss}
         self._placer = StackedPlacer(
-            self._programs, loose, num_microbatches=num_microbatches, seed=seed
+            self._programs, loose, num_microbatches=self._num_microbatches, seed=seed
         )
         self.place = self._placer.place
         self._executable: jax.stages.Compiled | None = None
@@ -130,13 +133,23 @@ class WholeStep:
             only = {name: leaf[0] for name, leaf in batch.items()}, keys[0]
             (sums, after), reported = self._microbatch(params, loss_scale, carry, only, turns)
         else:
-            repeated = partial(self._loop_body, params, loss_scale)
-            (sums, after), reported = lax.scan(repeated, carry, (batch, keys))
-            reported = {name: leaf.mean(axis=0) for name, leaf in reported.items()}
             turns = emitter.turns()
+            run = partial(self._loop_body, params, loss_scale)
+            (sums, after), reported = self._looped(run, carry, (batch, keys), turns)
+            reported = {name: leaf.mean(axis=0) for name, leaf in reported.items()}
         update = partial(self._update, params, optimizer_state, loss_scale, sums, state, after)
         made = emitter.apart(update, turns)
         return made._replace(params=params | made.params, state=after | made.state), reported
+
+    def _looped(self, run: Callable, carry, inputs, turns: Turns):
+        """All microbatches, those in a loop that nothing else waits for; what they report is stacked."""
+        if not self.overlaps:
+            return lax.scan(run, carry, inputs)
+        before, last = (jax.tree.map(itemgetter(of), inputs) for of in (slice(-1), -1))
+        carry, reported = lax.scan(run, carry, before)
+        carry, of_last = self._programs.emitter.apart(partial(run, carry, last), turns)
+        stacked = {n: jnp.concatenate([leaf, of_last[n][None]]) for n, leaf in reported.items()}
+        return carry, stacked
 
     def _loop_body(self, params: Arrays, loss_scale, carry, inputs):
         # Or XLA gathers all parameters before the loop, and holds them throughout.

@@ -74,7 +74,7 @@ def _notes(recording: Recording, incomparable: str | None) -> str:
         )
     if any(span.launch.is_fused for span in recording.spans) and not recording.is_one_program:
         notes.append(
-            "A forward and a backward that are one program (F+B) are drawn cut in the plan's ratio."
+            "Instructions that are one program (such as F+B) are drawn cut in the plan's ratio."
         )
     if incomparable:
         notes.append(f"Compare proportions, not seconds, with the plan: {escape(incomparable)}.")

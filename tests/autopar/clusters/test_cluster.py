@@ -210,6 +210,7 @@ MISTAKES = [
     ("device.matmul_curve", {"fp32": [[1, 2]]}, "device.matmul_curve.fp32[0][1]=2 is not in"),
     ("device.convolution_curve", {"fp32": []}, "device.convolution_curve.fp32=a list of 0 has no"),
     ("device.op_overhead_us", -1, "device.op_overhead_us=-1 is not in 0.."),
+    ("device.overlaps_collectives", 1, "device.overlaps_collectives=1 is no boolean"),
     ("device.program_launch_us", "x", "device.program_launch_us='x' is no number"),
     ("device.concurrency", [[2, 1], [1, 1]], "device.concurrency=a list of 2 does not ascend"),
     (
@@ -252,6 +253,19 @@ def test_without_them_nothing_depends_on_size():
     device = load_cluster("cpu8").device
     assert (device.op_overhead_s, device.program_launch_s, device.slowdown(None)) == (0.0, 0.0, 1.0)
     assert device.convolution_curve == {}
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_accelerators_communicate_beside_computing_unless_a_file_says_otherwise(
+    tmp_path, accelerator
+):
+    tree = copy.deepcopy(MINE)
+    tree["device"]["accelerator"] = accelerator
+    device = load_cluster(write_cluster(tmp_path, tree)).device
+    assert device.overlaps_collectives == accelerator
+    tree["device"]["overlaps_collectives"] = not accelerator
+    device = load_cluster(write_cluster(tmp_path, tree)).device
+    assert device.overlaps_collectives != accelerator
 
 
 def test_what_was_measured_can_be_set_on_the_command_line():

@@ -1,6 +1,7 @@
 """Plan files: there and back, what may be left out, and that nothing malformed gets through."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -46,6 +47,17 @@ def test_a_plan_comes_back_as_it_went(plan, tmp_path):
     write_plan(plan, path)
     assert read_plan(path) == plan
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_an_overlap_is_written_where_there_is_one(plan):
+    first, second = plan.stages
+    assert "overlap" not in to_json(plan)
+    changed_plan = dataclasses.replace(
+        plan, stages=(first, dataclasses.replace(second, overlap=True))
+    )
+    text = to_json(changed_plan)
+    assert [stage.get("overlap") for stage in json.loads(text)["stages"]] == [None, True]
+    assert from_json(text) == changed_plan
 
 
 def test_the_layout_is_stable_and_readable(plan, golden):

@@ -29,4 +29,10 @@ def test_a_stage_needs_what_its_instructions_are_launched_as(
     tied = ((0, 3),)  # what is lent and given back is no program of an instruction's own
     wiring = Wiring.chain(4, tied=tied, with_norm=True, virtual_stages=virtual_stages)
     lists = schedule_by_name(name, virtual_stages).build(4, num_microbatches)
-    assert needed_programs(add_communication(lists, wiring), wiring) == needed
+    found = needed_programs(add_communication(lists, wiring), wiring)
+    assert tuple(map(tuple, found)) == needed
+    for times in found:
+        assert {n: times[n] for n in times if n not in ONCE} == dict.fromkeys(
+            [n for n in times if n not in ONCE], num_microbatches
+        )
+        assert all(times[name] == 1 for name in ONCE)

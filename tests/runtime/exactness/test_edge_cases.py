@@ -66,6 +66,11 @@ PLANS = {
         ],
     },
 }  # fmt: skip
+PLANS |= {
+    f"{name}, overlapping": PLANS[name]
+    | {"stages": [stage | {"overlap": True} for stage in PLANS[name]["stages"]]}
+    for name in ("2x2", "interleaved on one submesh", "zb_h1")
+}
 SKIPPING = LossScaling(scale=2.0**8, dynamic=True)
 LEARNING_RATE = 1.0
 
@@ -176,7 +181,10 @@ def ladder_of(exact):
     return build
 
 
-LADDERS = ["interleaved on one submesh", "zb_h1"]
+LADDERS = [
+    "interleaved on one submesh", "zb_h1", "interleaved on one submesh, overlapping",
+    "zb_h1, overlapping",
+]  # fmt: skip
 
 
 def test_the_ladder_crosses_stages_in_every_way(exact):

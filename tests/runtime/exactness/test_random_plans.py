@@ -86,7 +86,10 @@ def draw_stage(rng: random.Random, layers: int, submesh: Submesh, samples: int) 
 
 def drawn(seed: int, batch: int) -> tuple[str, dict]:
     """Family and plan; one model after the other."""
-    return FAMILIES[seed % len(FAMILIES)], draw_plan(random.Random(seed), batch)
+    given, rng = draw_plan(random.Random(seed), batch), random.Random(f"overlap {seed}")
+    for stage in given["stages"]:
+        stage["overlap"] = rng.random() < 0.4
+    return FAMILIES[seed % len(FAMILIES)], given
 
 
 def check(exact, seed: int, note) -> None:
@@ -125,6 +128,7 @@ def test_random_plans_are_plans_of_all_kinds(exact):
         for stage in plan.stages:
             seen["zero"][stage.zero] += 1
             seen["recompute"][stage.recompute] += 1
+            seen["overlap"][stage.overlap, plan.schedule] += 1
             seen["mesh"][stage.mesh] += 1
             assert plan.microbatch_size % dict(stage.mesh)["data"] == 0
             assert math.prod(length for _, length in stage.mesh) == stage.num_devices
@@ -132,6 +136,7 @@ def test_random_plans_are_plans_of_all_kinds(exact):
     assert set(seen["microbatches"]) == {1, 2, 4, 8, 16}
     assert set(seen["stages"]) == {1, 2, 3, 4, 6}
     assert set(seen["zero"]) == {0, 1, 2, 3}
+    assert set(seen["overlap"]) == set(itertools.product([False, True], SCHEDULES))
     assert set(seen["recompute"]) == {"none", "layer", "full"}
     assert len(seen["mesh"]) > 8
     assert min(seen["schedule"].values()) > 10

@@ -15,7 +15,7 @@ import pytest
 from launcher import models
 from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.inter_op.space import PlanOptions
-from launcher.autopar.make_plan import find_plan
+from launcher.autopar.make_plan import adopt_plan, find_plan
 from launcher.autopar.programs.communication import add_communication
 from launcher.autopar.programs.instructions import RECEIVE_OF_READER
 from launcher.autopar.programs.launches import launches
@@ -34,6 +34,7 @@ from launcher.runtime.traces.recording import Recording
 PLANS = {
     "1f1b": {"pp": 2, "dp": 2, "tp": 1, "schedule": "1f1b"},
     "one program": {"pp": 1, "dp": 2, "tp": 2},
+    "1f1b, overlapping": {"pp": 2, "dp": 2, "tp": 1, "schedule": "1f1b"},
 }
 PATIENCE_S = 120
 
@@ -53,6 +54,10 @@ def executor_for(plan: str) -> LocalExecutor:
             mode="manual", global_batch=8, num_microbatches=4, optimizer=transform, **PLANS[plan]
         )
         planned = find_plan(model, machine, options, lambda text: None)
+        if plan.endswith("overlapping"):
+            stages = (dataclasses.replace(s, overlap=True) for s in planned.plan.stages)
+            changed = dataclasses.replace(planned.plan, stages=tuple(stages))
+            planned = adopt_plan(changed, model, machine, options)
         optimizer = Optimizer(transform=transform, clip_norm=0.5, schedule=lambda step: 0.1)
         grid = np.array(jax.devices()[:4], dtype=object)[None]
         return LocalExecutor(planned.realized, model, optimizer, grid, seed=3)
@@ -94,6 +99,8 @@ def test_a_traced_step_computes_what_another_computes_to_the_bit(plan):
     wanted = [entry for entries in recording.program.lists for entry in entries]
     assert sorted(map(str, played)) == sorted(map(str, wanted))
     assert recording.is_one_program == (plan == "one program")
+    together = {str(span.launch) for span in recording.spans} & {"0B3+0S", "1F3+1B3+1S"}
+    assert len(together) == (2 if plan == "1f1b, overlapping" else 0)
 
 
 def test_nothing_begins_before_what_it_reads_is_there():
