@@ -172,6 +172,21 @@ def _check_loss(config: CustomConfig, model: Model) -> None:
         )
     with _blaming(config, "loss(batch) in evaluation, after module.eval(),"):
         jax.eval_shape(model.eval_loss, *arguments)
+    _check_gradient(config, model, (*arguments, key_data))
+
+
+def _check_gradient(config: CustomConfig, model: Model, arguments: tuple[Any, ...]) -> None:
+    """Refuse a loss that JAX cannot differentiate: plans are made of both passes."""
+    differentiate = jax.grad(model.loss, has_aux=True, allow_int=True)
+    try:
+        jax.eval_shape(differentiate, *arguments)
+    except Exception as error:  # JAX's own of many kinds, or whatever a rule of the user's raises
+        raise ConfigError(
+            f"JAX cannot differentiate loss(batch): {_one_line(error)} "
+            f"(model.target={config.target} model.args={config.args}): replace that operation, give "
+            f"it a derivative with jax.custom_vjp, or put jax.lax.stop_gradient around what it reads; "
+            f"debug=true shows where"
+        ) from error
 
 
 def _check_result(config: CustomConfig, result: Any) -> None:

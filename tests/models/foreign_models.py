@@ -137,3 +137,42 @@ def evaluation_fails(rngs):
 
 def raising(rngs):
     raise KeyError("no such layer")
+
+
+class Underivable(Line):
+    """Its loss has a value, and JAX has no gradient for it."""
+
+    def __init__(self, rngs, kind):
+        super().__init__(rngs)
+        self.kind = kind
+
+    def loss(self, batch):
+        value = jnp.mean(self.slope[...] * batch["x"])
+        if self.kind == "stopped":
+            value = value + _halved(jax.lax.stop_gradient(value))
+        if self.kind == "loop":
+            value = _halved(value)
+        if self.kind == "callback":
+            value = jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), value.dtype), value)
+        if self.kind == "svd":
+            left, _, _ = jnp.linalg.svd(value * jnp.ones((2, 3)))
+            value = jnp.sum(left)
+        if self.kind == "rule":
+            value = _with_broken_rule(value)
+        return value, {}
+
+
+def _halved(value):
+    return jax.lax.while_loop(lambda x: x > 1, lambda x: x / 2, value)
+
+
+@jax.custom_vjp
+def _with_broken_rule(value):
+    return value
+
+
+_with_broken_rule.defvjp(lambda value: (value, None), lambda _, cotangent: [][0])
+
+
+def underivable(rngs, kind):
+    return Underivable(rngs, kind)

@@ -229,3 +229,26 @@ def test_wrong_models_are_refused_in_one_line(target, args, message):
         build(target, **args)
     assert "\n" not in str(raised.value)
     assert f"model.target={target}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("loop", "ValueError: Reverse-mode differentiation does not work for lax.while_loop"),
+        ("callback", "ValueError: Pure callbacks do not support JVP"),
+        ("svd", "NotImplementedError: .*"),
+        ("rule", "IndexError: list index out of range"),
+    ],
+)
+def test_a_loss_without_a_gradient_is_refused_in_one_line(kind, says):
+    message = (
+        rf"JAX cannot differentiate loss\(batch\): {says}.* "
+        rf"\(model.target=foreign_models:underivable .*jax.custom_vjp, or put jax.lax.stop_gradient"
+    )
+    with pytest.raises(ConfigError, match=message) as raised:
+        build("foreign_models:underivable", kind=kind)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_loss_may_read_what_has_no_gradient():
+    assert build("foreign_models:underivable", kind="stopped").num_parameters == 1
