@@ -180,12 +180,14 @@ REFUSED = [
     (("train.global_batch=64",), r"train.global_batch=64 is not the 32 of the checkpoint"),
     (
         ("model.layers=3",),
-        r"does not fit model=gpt model.size=tiny: it lacks 36: optimizer/0/mu/blocks/2/"
+        r"of model=gpt model.size=tiny model.layers=2 does not fit model=gpt model.size=tiny "
+        r"model.layers=3: it lacks 36: optimizer/0/mu/blocks/2/"
         r"attention/out/bias, .*, \.\.\.: give model=gpt model.size=tiny model.layers=2$",
     ),
     (
         ("model.vocab_size=300",),
-        r"it has otherwise 3: .*\(float32\[256,64\] there, float32\[300,64\] here\)",
+        r"model.vocab_size=300: it has otherwise 3: .*\(float32\[256,64\] there, float32\[300,64\] here\)"
+        r".*: give model=gpt model.size=tiny model.layers=2 model.vocab_size=256$",
     ),
     (("optimizer=sgd",), r"it lacks .*optimizer/0/trace.*has besides .*: give optimizer=adamw"),
     (("resume=none",), "has a checkpoint of step 4, and this run would begin at step 0"),

@@ -8,7 +8,7 @@ the config.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
 from launcher.errors import ConfigError
@@ -166,6 +166,16 @@ def default_global_batch(family: str, size: str) -> int:
     if size == "tiny":
         return 32
     return _GLOBAL_BATCH_OF.get((family, size), _GLOBAL_BATCH[family])
+
+
+def table_fields(family: str, size: str) -> dict[str, Any]:
+    """Return the fields of a size, by their names in the config; none of one that no table has."""
+    tables = {"gpt": GPT_SIZES, "moe": MOE_SIZES, "wrn": WRN_SIZES}
+    entry = tables.get(family, {}).get(size)
+    if entry is None:
+        return {}
+    parts = (entry.transformer, entry.experts) if isinstance(entry, MoeSize) else (entry,)
+    return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
 
 def gpt_size(config: GptConfig) -> TransformerSize:

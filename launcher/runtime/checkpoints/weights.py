@@ -29,6 +29,7 @@ from launcher.autopar.plans.plan import Plan
 from launcher.autopar.text.atomic_file import storage_error
 from launcher.errors import ConfigError
 from launcher.models.model import Model
+from launcher.models.origin import Origin, origin_of, overrides_of, overrides_text
 from launcher.regular_file import open_regular
 
 log = logging.getLogger(__name__)
@@ -171,10 +172,11 @@ def open_weights(path: Path, model: Model) -> WeightsFile:
     _check_tensors(found, model)
     made_by = found.metadata.get("fingerprint", model.fingerprint)
     if made_by != model.fingerprint:
+        there = _origin(found)
         log.warning(
             "model.weights=%s was written by a model of other sizes%s, though its tensors have the same "
             "shapes (fingerprint %s, and here %s): heads, dropout or a model's arguments may differ",
-            path, _origin(found), made_by, model.fingerprint,
+            path, f" ({there})" if there else "", made_by, model.fingerprint,
         )  # fmt: skip
     return found
 
@@ -247,7 +249,6 @@ def _check_tensors(file: WeightsFile, model: Model) -> None:
         name: Entry(np.dtype(shape.dtype), shape.shape, 0, 0)
         for name, shape in {**model.abstract_params, **model.abstract_state}.items()
     }
-    described = f"model={model.name} model.size={model.size}"
     lacking = sorted(wanted.keys() - file.entries.keys())
     spare = sorted(file.entries.keys() - wanted.keys())
     if lacking or spare:
@@ -258,30 +259,43 @@ def _check_tensors(file: WeightsFile, model: Model) -> None:
         ]
         raise ConfigError(
             f"model.weights={file.path} {' and '.join(parts)}, of the {len(wanted)} tensors of "
-            f"{described}: give the model that it was written by{_origin(file)}"
+            f"{origin_of(model)}: {_give(file, model)}"
         )
     for name, want in wanted.items():
-        _check_tensor(file, name, want, described)
+        _check_tensor(file, name, want, model)
 
 
-def _check_tensor(file: WeightsFile, name: str, want: Entry, described: str) -> None:
+def _check_tensor(file: WeightsFile, name: str, want: Entry, model: Model) -> None:
     have = file.entries[name]
     if have.shape != want.shape:
-        cure = f"give the model that it was written by{_origin(file)}"
+        cure = _give(file, model)
     elif have.dtype != want.dtype:
         cure = "take the model.dtype that it was written with (fp64 keeps float64, others float32)"
     else:
         return
     raise ConfigError(
-        f"model.weights={file.path} has {name} as {have}, and in {described} it is {want}: {cure}"
+        f"model.weights={file.path} has {name} as {have}, and in {origin_of(model)} it is {want}: {cure}"
     )
 
 
-def _origin(file: WeightsFile) -> str:
-    keys = {"model": "model", "size": "model.size", "dtype": "model.dtype"}
-    known = [f"{keys[key]}={file.metadata[key]}" for key in keys if key in file.metadata]
-    known += filter(None, [file.metadata.get("overrides")])
-    return f" ({' '.join(known)})" if known else ""
+def _give(file: WeightsFile, model: Model) -> str:
+    there = _origin(file)
+    if there is None:
+        return "give the model that it was written by"
+    says_all = "overrides" in file.metadata
+    keys = there.keys_instead_of(model) if says_all else there
+    return f"give the model that it was written by ({keys})"
+
+
+def _origin(file: WeightsFile) -> Origin | None:
+    """Who a file says that it was written by, if it does."""
+    said = file.metadata
+    if not {"model", "size"} <= said.keys():
+        return None
+    overrides = overrides_of(said.get("overrides", ""))
+    return Origin(
+        name=said["model"], size=said["size"], dtype=said.get("dtype"), overrides=overrides
+    )
 
 
 def describe(model: Model, plan: Plan, step: int) -> dict[str, str]:
@@ -296,7 +310,7 @@ def describe(model: Model, plan: Plan, step: int) -> dict[str, str]:
         "model": model.name,
         "size": model.size,
         "dtype": model.dtype,
-        "overrides": " ".join(f"model.{name}={value}" for name, value in model.overrides.items()),
+        "overrides": overrides_text(model),
         "fingerprint": model.fingerprint,
         "step": str(step),
         "plan": f"{plan.schedule}, {plan.num_microbatches} microbatches: {'; '.join(stages)}",

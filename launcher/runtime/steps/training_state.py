@@ -11,6 +11,7 @@ others, such as step counts, are equal on all stages. Randomness has no array: i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from launcher.autopar.graphs.trace import Input, Role
 from launcher.errors import ConfigError
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer
+from launcher.models.origin import Origin, origin_of
 from launcher.runtime.checkpoints.checkpoint_manifest import ArrayEntry, Manifest
 from launcher.runtime.checkpoints.weights import held_arrays
 from launcher.runtime.compiled.stage_programs import StagePrograms
@@ -121,18 +123,17 @@ def check_arrays(manifest: Manifest, where: str, model: Model, optimizer: Optimi
 
 
 def _mismatch(manifest: Manifest, where: str, model: Model, parts: str, names: list[str]) -> str:
-    there = manifest.run.model
+    entry = manifest.run.model
+    # The others are kept in the same dtype.
+    is_dtype = "fp64" in (entry.dtype, model.dtype) and entry.dtype != model.dtype
+    there = Origin(name=entry.name, size=entry.size, overrides=entry.overrides)
+    keys = replace(there, dtype=entry.dtype if is_dtype else None).keys_instead_of(model)
+    cure = f"give {keys}"
     is_optimizer = bool(names) and all(name.startswith(f"{OPTIMIZER}/") for name in names)
-    keys = [f"model={there.name}", f"model.size={there.size}"]
-    keys += [f"model.{key}={value}" for key, value in there.overrides.items()]
-    cure = f"give {' '.join(keys)}"
     if is_optimizer:
         name = manifest.run.config["optimizer"]["name"]
         cure = f"give optimizer={name}, or take the weights alone with resume_weights_only=true"
-    return (
-        f"the checkpoint {where} of model={there.name} model.size={there.size} does not fit "
-        f"model={model.name} model.size={model.size}: it {parts}: {cure}"
-    )
+    return f"the checkpoint {where} of {there} does not fit {origin_of(model)}: it {parts}: {cure}"
 
 
 def _described(aval) -> str:

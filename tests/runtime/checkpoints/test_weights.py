@@ -147,17 +147,17 @@ def changed(arrays, model, tmp_path, **changes):
 
 def test_other_names_shapes_and_dtypes(tmp_path, model, arrays):
     bias = "final_norm/bias"
+    here = "model=gpt model.size=tiny model.layers=1"
+    # A file that says nothing of overrides may have had any.
     cure = "give the model that it was written by (model=gpt model.size=tiny model.dtype=fp32)"
     message = changed(arrays, model, tmp_path, **{bias: None, "spare": jnp.ones(2)})
     assert f"lacks 1, such as {bias} and has besides 1, such as spare, of the 16" in message
     assert message.endswith(cure)
     message = changed(arrays, model, tmp_path, **{bias: jnp.ones(3)})
-    assert (
-        f"has {bias} as float32[3], and in model=gpt model.size=tiny it is float32[64]" in message
-    )
+    assert f"has {bias} as float32[3], and in {here} it is float32[64]" in message
     assert message.endswith(cure)
     message = changed(arrays, model, tmp_path, **{bias: jnp.ones(64, jnp.float16)})
-    assert f"has {bias} as float16[64], and in model=gpt model.size=tiny it is float32" in message
+    assert f"has {bias} as float16[64], and in {here} it is float32" in message
     assert "take the model.dtype that it was written with" in message
 
 
@@ -168,6 +168,17 @@ def test_a_file_names_the_sizes_that_were_overridden(tmp_path, model):
     write_weights(path, {"a": jnp.ones(2)}, metadata)
     origin = "(model=gpt model.size=tiny model.dtype=fp32 model.layers=3 model.dropout=0.5)"
     assert refusal(path, model).endswith(f"give the model that it was written by {origin}")
+
+
+def test_a_field_that_only_the_new_model_sets_is_named(tmp_path, model, arrays):
+    path = tmp_path / "w.safetensors"
+    write_weights(path, arrays, describe(model, plan_of(stage_of((0, 1), mesh=(1, 1))), 7))
+    wider = models.build(GptConfig(size="tiny", dtype="fp32", layers=1, hidden=96))
+    message = refusal(path, wider)
+    assert (
+        "in model=gpt model.size=tiny model.hidden=96 model.layers=1 it is float32[96]" in message
+    )
+    assert message.endswith("model.dtype=fp32 model.layers=1 model.hidden=64)")
 
 
 def _with_header(header: dict, data: bytes) -> bytes:
