@@ -33,6 +33,7 @@ from launcher.inputs import (
     runs_on_hosts,
     train_settings,
 )
+from launcher.machine_limits import free_memory_bytes
 from launcher.models.model import Model
 from launcher.models.optimizer import Optimizer, build_optimizer
 from launcher.on_hosts import HostsJob, train_on_hosts
@@ -119,6 +120,8 @@ def _run(config: Config, run_dir: Path) -> int:
         train_on_hosts(hosts_job(setup, planned), partial(plan_for_fewer, setup))
         return 0
     grid = devices.acquire(cluster, emulated=emulates(config))
+    if emulates(config) or not cluster.has_accelerators:
+        devices.warn_of_shared_memory(planned.plan, free_memory_bytes())
     if config.mode == "eval":
         evaluate(setup, planned, grid)
     else:

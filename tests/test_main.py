@@ -6,6 +6,8 @@ import pathlib
 import pytest
 
 from launcher import main
+from launcher.autopar.plans.plan_file import read_plan
+from launcher.autopar.text.wording import size
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, InfeasiblePlanError, PlanError
 from launcher.inputs import find_cluster
@@ -254,3 +256,31 @@ def test_cpu_devices_stand_in_where_no_accelerator_is_wanted(monkeypatch, given,
     monkeypatch.setattr(main.devices, "emulate", asked.append)
     find_cluster(load(given))
     assert asked == ([] if count is None else [count])
+
+
+@pytest.mark.parametrize(("free_gib", "is_told"), [(0.0001, True), (1000, False), (None, False)])
+def test_more_than_the_machine_has_is_told_before_compiling(
+    tmp_path, monkeypatch, caplog, free_gib, is_told
+):
+    class BegunError(Exception):
+        """Compiling would begin."""
+
+    def begin(*arguments, **named):
+        raise BegunError
+
+    free_bytes = None if free_gib is None else int(free_gib * 2**30)
+    monkeypatch.setattr(main, "free_memory_bytes", lambda: free_bytes)
+    monkeypatch.setattr(main, "LocalExecutor", begin)
+    given = [*QUICK, "parallel=manual", "parallel.tp=2", "parallel.pp=2", "runtime=emulate"]
+    with pytest.raises(BegunError):
+        main.run(load(given), tmp_path)
+    plan = read_plan(tmp_path / "plan.json")
+    needed_bytes = 4 * sum(plan.predicted.peak_bytes_per_device)
+    told = [
+        r.getMessage() for r in caplog.records if "share this machine's memory" in r.getMessage()
+    ]
+    assert len(told) == is_told
+    if told:
+        assert told[0].startswith(f"the plan needs {size(needed_bytes)} on 8 CPU devices together")
+        assert "and 105 KiB are free of it (model.size=tiny, cluster=" in told[0]
+        assert "mode=plan" in told[0]

@@ -18,7 +18,7 @@ MAX_NESTING = 3
 # A module imports from its own room and from rooms further left.
 LAYERS = (
     ("launcher", "errors", "slurm_config"),
-    ("config", "early_stop", "regular_file", "secrets", "small_file"),
+    ("config", "early_stop", "regular_file", "secrets", "small_file", "machine_limits"),
     ("logs", "run_lock", "run_state"),
     ("limits",),
     ("checks",),

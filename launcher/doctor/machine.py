@@ -8,35 +8,34 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from launcher.doctor.limits import Limits, available_memory, cgroup_cpus, cgroup_memory
+from launcher.doctor.limits import Limits
+from launcher.machine_limits import (
+    CGROUPS,
+    PROC,
+    available_memory,
+    cgroup_cpus,
+    cgroup_memory,
+    text_of,
+)
 
-_CGROUPS = Path("/sys/fs/cgroup")
 _SHM = Path("/dev/shm")
 
 
 def read_limits() -> Limits:
     """Read the limits of this process."""
-    own = text_of(Path("/proc/self/cgroup"))
-    limit_bytes, used_bytes = cgroup_memory(_CGROUPS, own)
+    own = text_of(PROC / "self" / "cgroup")
+    limit_bytes, used_bytes = cgroup_memory(CGROUPS, own)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Limits(
-        available_bytes=available_memory(text_of(Path("/proc/meminfo"))),
+        available_bytes=available_memory(text_of(PROC / "meminfo")),
         cgroup_memory_bytes=limit_bytes,
         cgroup_used_bytes=used_bytes,
         num_cpus=_num_cpus(),
-        cgroup_cpus=cgroup_cpus(_CGROUPS, own),
+        cgroup_cpus=cgroup_cpus(CGROUPS, own),
         open_files=_count(soft),
         open_files_most=_count(hard),
         shm_bytes=_free_bytes(_SHM),
     )
-
-
-def text_of(path: Path) -> str:
-    """Return what a file of the kernel says; "" on systems that have none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def reach(server: str, limit_s: float) -> str | None:

@@ -23,6 +23,7 @@ from launcher.doctor.commands import Runner
 from launcher.doctor.findings import Finding
 from launcher.doctor.versions import Requirement
 from launcher.errors import ClusterError, ConfigError, StorageError
+from launcher.machine_limits import text_of
 from launcher.runtime.compiled.cache_folder import cache_folder
 from launcher.runtime.records.wandb_login import is_logged_in
 
@@ -111,7 +112,7 @@ def _machine() -> Iterable[Check]:
 
 def _storage(around: Surroundings) -> Iterable[Check]:
     status = StorageError.exit_status
-    mounts = machine.text_of(_MOUNTS)
+    mounts = text_of(_MOUNTS)
     yield Check(
         group="storage",
         run=lambda: storage.check_space(around.folder, os.statvfs, mounts),

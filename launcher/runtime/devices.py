@@ -5,6 +5,7 @@ come before anything that touches a device.
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,11 @@ import jax
 import numpy as np
 
 from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.plans.plan import Plan
+from launcher.autopar.text.wording import count, size
 from launcher.errors import ClusterError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +87,20 @@ def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
     for host, width in enumerate(widths):
         grid[host, :width] = list(itertools.islice(left, width))
     return grid
+
+
+def warn_of_shared_memory(plan: Plan, free_bytes: int | None) -> None:
+    """CPU devices share the machine's memory: say so where a plan needs more than is free of it."""
+    peaks = plan.predicted.peak_bytes_per_device
+    needed_bytes = sum(
+        stage.num_devices * peaks[index] for index, stage in enumerate(plan.submeshes)
+    )
+    if free_bytes is None or needed_bytes <= free_bytes:
+        return
+    log.warning(
+        "the plan needs %s on %s together, which share this machine's memory, and %s are free of it "
+        "(model.size=%s, cluster=%s): look at the plan alone with mode=plan, or take a smaller "
+        "model.size or cluster",
+        size(needed_bytes), count(plan.num_devices, "CPU device"), size(free_bytes),
+        plan.model.size, plan.cluster.name,
+    )  # fmt: skip
