@@ -207,6 +207,13 @@ def check_plan(plan: Plan, model: Model, cluster: AnyCluster) -> None:
             f"the plan is for model={plan.model.name}, and the model to train is model={model.name}: "
             f"take the plan's, or plan again"
         )
+    # A fingerprint says more than the size, and a module of a user's own has none.
+    by_size = plan.model.fingerprint is None and model.name != "custom"
+    if by_size and plan.model.size != model.size:
+        raise PlanError(
+            f"the plan is for model.size={plan.model.size}, and the model to train is "
+            f"model.size={model.size}: take the plan's, or write that size into the plan"
+        )
     plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
 
 
@@ -329,9 +336,9 @@ def _runner_up(
     stages, v = candidate.arrangement.stages, candidate.virtual_stages
     shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
     more = "" if len(stages) <= 4 else ", ..."
+    on = f" on {count(len(stages) // v, 'submesh')}" if v > 1 else ""
     return RunnerUp(
-        description=f"{count(len(stages), 'stage')} ({shapes}{more})"
-        f"{f' on {len(stages) // v} submeshes' if v > 1 else ''}, "
+        description=f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
         f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}",
         step_s=step_s,
         why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}",

@@ -321,6 +321,15 @@ def test_a_plan_for_another_dtype_is_warned_of(gpt, cpu8, dtype, is_told, caplog
     assert ("set model.dtype=bf16" in caplog.text) == is_told
 
 
+def test_a_bare_plan_for_another_size_is_refused(gpt, cpu8):
+    other = replace(bare(_TWO), model=ModelRef(name="gpt", size="125m"))
+    message = r"for model\.size=125m, .* is model\.size=tiny: take the plan's, or write that size"
+    with pytest.raises(PlanError, match=message):
+        adopt_plan(other, gpt, cpu8, options("auto"))
+    same = replace(other, model=replace(other.model, fingerprint=gpt.fingerprint))
+    assert adopt_plan(same, gpt, cpu8, options("auto")).plan.model.size == "tiny"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_microbatches", [2, 8])
 def test_auto_is_no_slower_than_any_plan_by_hand_in_the_simulator(gpt, cpu8, num_microbatches):

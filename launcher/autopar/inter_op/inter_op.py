@@ -42,6 +42,7 @@ from launcher.autopar.inter_op.stage_table import (
     that_fit,
     trace_back,
 )
+from launcher.autopar.text.wording import size
 from launcher.errors import InfeasiblePlanError
 
 # Where the search divides the range of max t_i at first, in multiples of the least there is: the
@@ -262,8 +263,9 @@ def _infeasible(
         )
     row, stages = np.argwhere(rows["fits"] & (excess == least))[0]
     least_bytes, memory_bytes = need_bytes[row, stages], room_bytes[row]
+    over_bytes = math.ceil(least_bytes - memory_bytes)
     return InfeasiblePlanError(
         f"the least demanding plan needs {least_bytes / 2**30:.2f} GiB on a device that has "
-        f"{memory_bytes / 2**30:.2f} GiB, {math.ceil(least_bytes - memory_bytes):,} bytes too many "
+        f"{memory_bytes / 2**30:.2f} GiB, {size(over_bytes)} or {over_bytes:,} bytes too many "
         f"(parallel.num_microbatches={num_microbatches}); {cures}"
     )

@@ -20,7 +20,13 @@ from launcher.autopar.pages.stage_bars import bar_legend, memory_bar, time_bar
 from launcher.autopar.pages.timeline_picture import timeline_svg
 from launcher.autopar.plans.plan import AXIS_NAMES, Plan, Prediction
 from launcher.autopar.plans.stage_hosts import devices_of, peaks_by_kind
-from launcher.autopar.plans.summary import headline, mfu, schedule_text, stage_cells
+from launcher.autopar.plans.summary import (
+    candidates_text,
+    headline,
+    mfu,
+    schedule_text,
+    stage_cells,
+)
 from launcher.autopar.plans.tensor_groups import Shapes, Split, TensorGroup, tensor_groups
 from launcher.autopar.predictions.step_parts import StepParts
 from launcher.autopar.programs.timeline import Timeline
@@ -82,9 +88,7 @@ def _head(plan: Plan, cluster: AnyCluster, extras: PageExtras) -> str:
         f"schedule {schedule_text(plan)}"
     )
     if plan.search is not None:
-        batch += (
-            f"; found in {seconds(plan.search.wall_s)} among {plan.search.candidates:,} candidates"
-        )
+        batch += f"; found in {seconds(plan.search.wall_s)} among {candidates_text(plan.search)}"
     nominal = (
         f'<div class="note">The figures of {escape(cluster.name)} are nominal, not measured: '
         "compare plans by them, not with a clock.</div>"

@@ -5,12 +5,13 @@ picture of the same is `plan_page`.
 """
 
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
 from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.plans.budget import Budget, budget_text
-from launcher.autopar.plans.plan import AXIS_NAMES, Plan, Prediction, Stage
+from launcher.autopar.plans.plan import AXIS_NAMES, Plan, Prediction, SearchStats, Stage
 from launcher.autopar.plans.stage_hosts import devices_of, peak_flops_per_s, peaks_by_kind
 from launcher.autopar.plans.tensor_groups import Shapes, TensorGroup, tensor_groups
 from launcher.autopar.text.wording import (
@@ -19,6 +20,7 @@ from launcher.autopar.text.wording import (
     digits,
     either,
     large,
+    noun_for,
     percent,
     ranges,
     seconds,
@@ -32,6 +34,7 @@ _STAGES_WIDE = 13
 _MOST_STAGES, _MOST_TENSORS, _MOST_PLACEMENTS = 24, 8, 3
 _LEAST_FRACTION = 0.005  # of the model's bytes; smaller groups of tensors are not shown
 _WIDEST = 22  # columns of a tensor's shape or spec
+_SPLIT = re.compile(r"([a-z*]+)=(\d+)")
 _RIGHT = frozenset(("stage", "zero", "memory", "forward", "backward", "once"))
 
 
@@ -76,6 +79,11 @@ def schedule_text(plan: Plan) -> str:
     return f"{plan.schedule}, {plan.virtual_stages} stages on each of {submeshes}"
 
 
+def candidates_text(search: SearchStats) -> str:
+    """Say among how many a plan was found."""
+    return f"{search.candidates:,} {noun_for(search.candidates, 'candidate')}"
+
+
 def mfu(predicted: Prediction, plan: Plan, cluster: AnyCluster) -> float | None:
     """Return the predicted share of the device's peak; None where no peak is known."""
     peak = peak_flops_per_s(plan, cluster, plan.model.dtype or "")
@@ -90,6 +98,11 @@ def _head(plan: Plan, cluster: AnyCluster, params: Shapes) -> Iterator[str]:
         f"{count(plan.global_batch, 'sample')} = {count(plan.num_microbatches, 'microbatch')} "
         f"of {each}, schedule {schedule_text(plan)}",
     )
+    idle = cluster.num_devices - plan.num_devices
+    if idle > 0:
+        yield from _wrapped(
+            "idle", f"{count(idle, 'device')} of the {cluster.num_devices}, on which no stage lies"
+        )
     if plan.predicted is None:
         yield from _wrapped("predicted", "nothing, the plan has not been priced")
     else:
@@ -98,7 +111,7 @@ def _head(plan: Plan, cluster: AnyCluster, params: Shapes) -> Iterator[str]:
         gap = plan.search.optimality_gap
         yield from _wrapped(
             "searched",
-            f"{plan.search.candidates:,} candidates, {count(plan.search.ilp_solved, 'sharding problem')} in "
+            f"{candidates_text(plan.search)}, {count(plan.search.ilp_solved, 'sharding problem')} in "
             f"{seconds(plan.search.wall_s)}"
             f"{'' if gap is None else f'; no plan of its space is more than {percent(gap)} faster'}",
         )
@@ -211,9 +224,24 @@ def _tensors(plan: Plan, params: Shapes) -> Iterator[str]:
     others = [name for name in rows[0] if name != "tensor"]
     room = WIDTH - sum(2 + max(len(name), *(len(row[name]) for row in rows)) for name in others)
     yield from _table([row | {"tensor": shortened(row["tensor"], room)} for row in rows])
-    yield (
-        f"the {len(shown)} largest of {count(len(groups), 'group')}; "
-        "[-, tensor=4]: dim 1 is split over the 4 devices of the tensor axis"
+    yield f"the {len(shown)} largest of {count(len(groups), 'group')}; {_legend(shown)}"
+
+
+def _legend(groups: Sequence[TensorGroup]) -> str:
+    """Explain how specs are written by the first axis that splits a tensor here."""
+    splits = (
+        split
+        for group in groups
+        for placement in group.placements[:_MOST_PLACEMENTS]
+        for split in (placement.weights, placement.optimizer_state)
+    )
+    found = _SPLIT.search(" ".join(split.text for split in splits if split))
+    if found is None:
+        return "-: a dim that is not split"
+    axis, devices = found.groups()
+    return (
+        f"[-, {axis}={devices}]: dim 1 is split over the {devices} devices of the {axis} "
+        f"{'axes' if '*' in axis else 'axis'}"
     )
 
 

@@ -7,12 +7,16 @@ _BINARY = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 def count(number: int, noun: str) -> str:
     """Write a number with its noun: `1 host`, `2 batches`, `3 entries`."""
+    return f"{number} {noun_for(number, noun)}"
+
+
+def noun_for(number: int, noun: str) -> str:
+    """Put a noun into the form that goes with a number."""
     if number == 1:
-        return f"1 {noun}"
+        return noun
     if noun.endswith("ry"):
-        return f"{number} {noun[:-1]}ies"
-    ending = "es" if noun.endswith(("ch", "sh")) else "s"
-    return f"{number} {noun}{ending}"
+        return f"{noun[:-1]}ies"
+    return f"{noun}{'es' if noun.endswith(('ch', 'sh')) else 's'}"
 
 
 def either(choices: Sequence[str]) -> str:

@@ -110,3 +110,36 @@ def test_mfu_needs_a_known_peak(plan, cpu8):
 
 def test_the_headline_without_shapes(plan, cpu8):
     assert headline(plan, cpu8, {}).startswith("gpt tiny (fp32) on cpu8")
+
+
+def test_devices_without_a_stage_are_told(plan, cpu8):
+    assert "idle" not in summarize(plan, cpu8)
+    alone = dataclasses.replace(plan, stages=plan.stages[:1], predicted=None)
+    assert "idle       4 devices of the 8, on which no stage lies\n" in summarize(alone, cpu8)
+    narrow = dataclasses.replace(plan.stages[1], devices=(0, 1, 2), mesh=())
+    seven = dataclasses.replace(plan, stages=(plan.stages[0], narrow), predicted=None)
+    assert "idle       1 device of the 8, " in summarize(seven, cpu8)
+
+
+def test_one_candidate(plan, cpu8):
+    one = dataclasses.replace(plan, search=dataclasses.replace(plan.search, candidates=1))
+    assert "searched   1 candidate, 12 sharding problems" in summarize(one, cpu8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "legend"),
+    [
+        ((None, "data"), "[-, data=2]: dim 1 is split over the 2 devices of the data axis"),
+        (
+            (("data", "tensor"), None),
+            "[-, data*tensor=4]: dim 1 is split over the 4 devices of the data*tensor axes",
+        ),
+        ((None, None), "1 group; -: a dim that is not split"),
+    ],
+)
+def test_specs_are_explained_by_one_that_is_there(plan, cpu8, params, spec, legend):
+    kernel = {"blocks/0/mlp/up/kernel": spec}
+    stages = (dataclasses.replace(plan.stages[0], params=kernel, optimizer_state={}),)
+    text = summarize(dataclasses.replace(plan, stages=stages, predicted=None), cpu8, params)
+    assert legend in text
+    assert "tensor=4" not in text or "tensor=4" in legend
