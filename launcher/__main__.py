@@ -2,9 +2,10 @@
 
 import sys
 
-from launcher import early_stop
+from launcher import early_stop, standard_streams
 
 early_stop.listen()
+standard_streams.outlive_readers()
 
 from launcher.cli import main  # noqa: E402 - importing takes a moment, in which a signal may come
 

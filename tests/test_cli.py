@@ -35,6 +35,10 @@ def run(config, run_dir):
         case ["bug"]: raise RuntimeError("broken inside")
         case ["full"]: raise OSError(28, "No space left on device", str(run_dir / "x"))
         case ["preempted"]: return 75
+        case ["many" | "many then config" as what]:
+            for number in range(2000):  # more than a pipe holds
+                logging.getLogger("launcher.main").info("line %d%s", number, "." * 50)
+            if what != "many": raise errors.ConfigError("mend it")
         case ["interrupt"]: raise KeyboardInterrupt
         case ["killed"]: os.kill(os.getpid(), signal.SIGKILL)
         case ["wait"]:
@@ -238,16 +242,60 @@ def test_a_file_that_cannot_be_written_is_a_storage_error(launch, tmp_path, name
     assert result.stderr.count("\n") == 1
 
 
-def test_a_closed_pipe_is_quiet(environment, tmp_path):
-    shell = f"{sys.executable} -m launcher --help | head -1"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("arguments", "stand_in", "status", "said"),
+    [
+        ("--help", "", 0, ""),
+        ("seed=0", "many", 0, ""),
+        ("seed=0", "many then config", 2, "launcher: mend it\n"),
+        ("--multirun seed=0,1", "many:many", 0, ""),
+    ],
+)
+def test_a_run_goes_on_when_nobody_reads_it(
+    environment, tmp_path, arguments, stand_in, status, said, unbuffered
+):
     result = subprocess.run(
-        ["bash", "-c", shell],
+        [
+            "bash",
+            "-c",
+            f"{sys.executable} -m launcher {arguments} | head -1; exit ${{PIPESTATUS[0]}}",
+        ],
         cwd=tmp_path,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
+        env=environment | {"PYTHONUNBUFFERED": unbuffered, "STAND_IN": stand_in},
         capture_output=True,
         text=True,
     )
-    assert result.stderr == ""
+    assert (result.returncode, result.stderr) == (status, said)
+    logs = (path.read_text() for path in tmp_path.rglob("launcher.log"))
+    assert all(text.count("line") == 2000 for text in logs)
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "1 and 2"])
+def test_a_run_without_standard_streams(environment, tmp_path, closed):
+    closings = " ".join(f"{number}>&-" for number in closed.split(" and "))
+    result = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} -m launcher {closings}"],
+        cwd=tmp_path,
+        env=environment | {"STAND_IN": "many"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    (log,) = tmp_path.rglob("launcher.log")
+    assert log.read_text().count("line") == 2000
+
+
+def test_a_run_whose_errors_nobody_reads(environment, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher"],
+        cwd=tmp_path,
+        env=environment | {"STAND_IN": "many then config"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    process.stderr.close()
+    assert process.wait(60) == 2
 
 
 def test_each_point_of_a_sweep_has_a_process_and_a_folder(launch, tmp_path):

@@ -18,7 +18,10 @@ MAX_NESTING = 3
 # A module imports from its own room and from rooms further left.
 LAYERS = (
     ("launcher", "errors", "slurm_config"),
-    ("config", "early_stop", "regular_file", "secrets", "small_file", "machine_limits"),
+    (
+        *("config", "early_stop", "machine_limits", "regular_file", "secrets", "small_file"),
+        "standard_streams",
+    ),
     ("logs", "run_lock", "run_state"),
     ("limits",),
     ("checks",),

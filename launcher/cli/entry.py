@@ -129,8 +129,6 @@ def _inform(line: compose.CommandLine) -> int:
         if line.completes:  # the shell would print it into the line that is being typed
             return ConfigError.exit_status
         raise explain(error, line.overrides) from error
-    except BrokenPipeError:  # whoever reads, such as `head`, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except SystemExit as end:  # Hydra has said what is wrong and exits with 1 after it
         return ConfigError.exit_status if end.code else 0
     return 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from launcher import run_lock
+from launcher import run_lock, standard_streams
 from launcher.cli.frozen import read_config
 from launcher.cli.held import run_held
 from launcher.cli.report import noting, reason_of
@@ -92,4 +92,5 @@ def _newest_checkpoint(run_dir: Path) -> int:
 
 
 if __name__ == "__main__":
+    standard_streams.outlive_readers()
     sys.exit(main(sys.argv[1:]))
