@@ -191,6 +191,9 @@ class _Task:
             run_dir=run_dir,
             number=settings.job.num,
         )
+        if composed.mode == "submit" and composed.dry_run:
+            sys.stdout.write(f"{jobs.title_of_script(run_dir, settings.overrides.task)}\n")
+            sys.stdout.flush()
         status = sweep.run(command, folder=settings.runtime.cwd, debug=self.debug)
         self.statuses.append(status)
         if status:

@@ -79,7 +79,8 @@ def submit_runs(runs: Sequence[Run], top: Path, *, again: str, waits: bool, show
     top, folder = top.absolute(), Path.cwd()
     if shows:
         for run, script in zip(runs, scripts(runs, top, folder), strict=True):
-            title = [f"# {run.run_dir}: {' '.join(run.overrides)}"] * (len(runs) > 1)
+            # A script alone can be submitted as it is printed: its first line must be that of bash.
+            title = [title_of_script(run.run_dir, run.overrides)] * (len(runs) > 1)
             _say("\n".join((*title, script)))
         return 0
     jobs: list[Job] = []
@@ -90,6 +91,11 @@ def submit_runs(runs: Sequence[Run], top: Path, *, again: str, waits: bool, show
             _say(table(jobs))
     _say(_ways_on(jobs, again))
     return _wait(jobs) if waits else 0
+
+
+def title_of_script(run_dir: Path, overrides: Sequence[str]) -> str:
+    """The line before the batch script of a point among others: which one it is."""
+    return f"# {run_dir}: {' '.join(overrides)}"
 
 
 def _collect(found: Iterator[Job], jobs: list[Job]) -> None:

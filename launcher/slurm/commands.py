@@ -1,6 +1,7 @@
 """Slurm's commands: whether they are there, what the controller says of jobs, and what it refuses."""
 
 import getpass
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -23,15 +24,30 @@ _ABOUT: Mapping[str, str] = {
     "node count": "nodes",
     "node configuration": "nodes",
 }
+# What Slurm's commands say when there is no configuration here, or no controller answers.
+_AWAY = (
+    "configuration source",
+    "resolve_ctls_from_dns_srv",
+    "slurm.conf",
+    "unable to contact slurm controller",
+    "unable to establish connection",
+    "zero bytes were transmitted or received",
+    "socket timed out",
+    "connection refused",
+    "connect failure",
+)
+_WAYS_ON = (
+    "run this on a login node (or module load slurm); see the batch script with dry_run=true, and submit it "
+    "yourself; or train on this machine with mode=train"
+)
 
 
 def need_slurm() -> None:
     """Raise ClusterError if jobs cannot be submitted from here."""
     if shutil.which("sbatch") is None:
         raise ClusterError(
-            "Slurm is not here: there is no sbatch on PATH (mode=submit, hydra/launcher=slurm). Ways on: run "
-            "this on a login node (or module load slurm); see the batch script with dry_run=true, and submit "
-            "it yourself; or train on this machine with mode=train"
+            f"Slurm is not here: there is no sbatch on PATH (mode=submit, hydra/launcher=slurm). Ways on: "
+            f"{_WAYS_ON}"
         )
 
 
@@ -44,8 +60,12 @@ def test_request(script: str, request: JobRequest) -> None:
 
 def refused(words: str, request: JobRequest) -> ClusterError:
     """What to say when Slurm does not take a job: its words, and the key that they are about."""
-    lines = [line.strip() for line in words.splitlines() if line.strip()]
-    said = "; ".join(line.partition("error: ")[2] or line for line in lines) or "no reason given"
+    said = _said(words)
+    if any(sign in said.lower() for sign in _AWAY):
+        return ClusterError(
+            f"Slurm is not there: sbatch says: {said} (mode=submit, hydra/launcher=slurm). Ways on: see "
+            f"`scontrol ping`; {_WAYS_ON}"
+        )
     name = next((field for sign, field in _ABOUT.items() if sign in said.lower()), None)
     if name is None:
         return ClusterError(
@@ -55,6 +75,12 @@ def refused(words: str, request: JobRequest) -> ClusterError:
     return ClusterError(
         f"sbatch refuses the job: {said} ({given}): correct it; `sinfo` lists what this cluster has"
     )
+
+
+def _said(words: str) -> str:
+    """Slurm's lines as one, each without the name of the command and how bad it is."""
+    lines = (re.sub(r"^.*?\b(error|fatal): ", "", line.strip()) for line in words.splitlines())
+    return "; ".join(filter(None, lines)) or "no reason given"
 
 
 def _shown(request: JobRequest, name: str) -> object:

@@ -4,6 +4,8 @@ A run whose job is done, waits or is at work is left alone, so that a sweep that
 submitted again as it was. One that is submitted again goes on from its newest checkpoint.
 """
 
+import contextlib
+import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,7 +157,8 @@ def _submit_one(run: Run, place: JobPlace) -> Job:
     forget_ends(run.run_dir)
     try:
         # What is submitted is a command and not, as by `submit`, a pickle: it can be read, and run by hand.
-        job = executor._submit_command(batch_command(run.request, place))
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the words that it raises too
+            job = executor._submit_command(batch_command(run.request, place))
     except ClusterError:
         raise
     except Exception as error:  # submitit's own, with what sbatch wrote somewhere in them

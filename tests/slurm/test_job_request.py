@@ -118,7 +118,7 @@ def test_kinds_of_hosts_have_no_one_shape():
         ("Requested node configuration is not available", f"({KEY}.nodes=1)"),
         ("Invalid generic resource (gres) specification", f"({KEY}.gpus_per_node=0)"),
         ("Invalid feature specification", f"({KEY}.constraint=null)"),
-        ("Unable to contact slurm controller", ": correct cluster.slurm (see the batch script"),
+        ("Unspecified error", ": correct cluster.slurm (see the batch script"),
     ],
 )  # fmt: skip
 def test_a_refusal_has_the_words_of_slurm_and_names_the_key(words, says):

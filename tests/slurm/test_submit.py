@@ -1,6 +1,7 @@
 """Submitting: what is written and printed, and what is left alone."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -67,6 +68,39 @@ def test_the_code_is_copied_as_it_is(command, fake_slurm, tmp_path, monkeypatch)
     assert versions["packages"]["jax"]
 
 
+AWAY = {
+    "no configuration": (
+        "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+        "sbatch: error: fetch_config: DNS SRV lookup failed\n"
+        "sbatch: fatal: Could not establish a configuration source\n",
+        "resolve_ctls_from_dns_srv: res_nsearch error: Unknown host; fetch_config: DNS SRV lookup failed; "
+        "Could not establish a configuration source",
+    ),
+    "no file": (
+        "sbatch: error: s_p_parse_file: unable to status file /etc/slurm/slurm.conf: No such file\n",
+        "s_p_parse_file: unable to status file /etc/slurm/slurm.conf: No such file",
+    ),
+    "no controller": (
+        "allocation failure: Unable to contact slurm controller (connect failure)\n",
+        "allocation failure: Unable to contact slurm controller (connect failure)",
+    ),
+}
+
+
+@pytest.mark.parametrize("at", ["refusal", "late-refusal"])
+@pytest.mark.parametrize("case", AWAY)
+def test_a_slurm_that_cannot_be_reached_is_no_refusal(command, fake_slurm, case, at):
+    words, says = AWAY[case]
+    fake_slurm.say(at, words)
+    said = command("mode=submit", "cluster=8xp3", "hydra.run.dir=a")
+    assert said.status == 3
+    assert said.err.startswith("launcher: Slurm is not there: sbatch says: ")
+    assert (
+        f"{says} (mode=submit, hydra/launcher=slurm). Ways on: see `scontrol ping`; run" in said.err
+    )
+    assert said.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [("mode=submit",), (*SWEEP, "seed=0,1")], ids=str)
 def test_a_dry_run_prints_the_scripts_without_slurm_and_writes_nothing(
     command, tmp_path, monkeypatch, arguments
@@ -76,6 +110,23 @@ def test_a_dry_run_prints_the_scripts_without_slurm_and_writes_nothing(
     assert (said.status, said.err) == (0, "")
     assert said.out.count("#SBATCH --nodes=8") == (1 if len(arguments) == 1 else 2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["hydra/launcher=slurm", "mode=submit"])
+def test_scripts_of_a_sweep_say_whose_they_are(tmp_path, way):
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "--multirun", way, "seed=0,1", "dry_run=true",
+         "hydra.sweep.dir=sweep", "cluster=8xp3"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    begins = [at for at, line in enumerate(lines) if line == "#!/bin/bash"]
+    own = [way] * (way == "mode=submit")
+    assert [lines[at - 1] for at in begins] == [
+        f"# {tmp_path}/sweep/{seed}: {' '.join((*own, f'seed={seed}'))} dry_run=True cluster=8xp3"
+        for seed in range(2)
+    ]
 
 
 def test_a_sweep_is_a_table_and_each_point_a_job(command, fake_slurm, tmp_path):
