@@ -13,6 +13,7 @@ from typing import Literal
 from launcher.small_file import write_if_possible
 
 STATE_NAME = "state.json"
+TO_GO_ON = "; to go on: "  # in a reason, before the command that goes on with the run
 
 Phase = Literal["starting", "planning", "compiling", "training", "evaluating", "measuring"]
 End = Literal["done", "planned", "stopped", "interrupted", "failed"]

@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import launcher
 from launcher.cli import sweep
+from launcher.cli.run_folder import run_dir_override
 
 # Stands in for launcher.main in the child processes: Python imports a sitecustomize when it starts.
 STAND_IN = """
@@ -175,7 +177,11 @@ def test_mistakes_are_one_line_and_write_nothing(launch, tmp_path, arguments, te
         ("config", 2, "launcher: plan.json has 3 stages for 2: mend it\n"),
         ("cluster", 3, "launcher: no devices\n"),
         ("full", 6, "No space left on device"),
-        ("interrupt", 130, "launcher: stopped by Ctrl-C\n"),
+        (
+            "interrupt",
+            130,
+            "launcher: stopped by Ctrl-C; to go on: python -m launcher hydra.run.dir=/",
+        ),
     ],
 )
 def test_a_failed_run_ends_in_one_line_and_its_status(launch, kind, status, line):
@@ -357,6 +363,27 @@ def test_a_stopped_sweep_waits_for_its_point(environment, tmp_path, sent, status
         process.send_signal(sent)
     assert process.wait(timeout=20) == status
     assert len((tmp_path / "pids").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("folder", "written"),
+    [
+        ("/tmp/outputs/2026-11-29/04-24-08-123456", None),
+        ("a/7", None),
+        ("a/null", None),
+        ("/-x/1e5_.y", None),
+        ("7", "'7'"),
+        ("null", "'null'"),
+        ("it's/0", "'it\\'s/0'"),
+        ("a b/c=d", "'a b/c=d'"),
+        ("/ä/${x},y", "'/ä/${x},y'"),
+    ],
+)
+def test_a_folder_is_quoted_where_hydra_needs_it(folder, written):
+    text = run_dir_override(pathlib.Path(folder))
+    assert text == f"hydra.run.dir={written or folder}"
+    (parsed,) = OverridesParser.create().parse_overrides([text])
+    assert parsed.value() == folder  # a text, and no number
 
 
 def test_a_point_is_the_command_that_a_user_could_type():

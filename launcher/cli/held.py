@@ -25,7 +25,7 @@ def run_held(
     Args:
         run: is told who has died in the folder, if somebody has.
         lock: of the folder, if it is held already.
-        again: the command with which a run that a signal stopped goes on.
+        again: the command with which a run goes on that a signal or Ctrl-C stopped.
         put_back: called after a config error, which promises that nothing is written.
     """
 

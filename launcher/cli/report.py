@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from launcher.errors import LauncherError, StoppedBySignal, StorageError
+from launcher.run_state import TO_GO_ON
 from launcher.secrets import redacted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: Hydra raises, instead of printing and exiting with 1
@@ -58,7 +59,7 @@ def exit_status_of(
     """Run `action`; turn what it raises into one line on stderr and an exit status.
 
     Args:
-        again: the command with which a run that a signal stopped goes on.
+        again: the command with which a run goes on that a signal or Ctrl-C stopped.
         note: is told the status and the line, if there is one.
     """
     try:
@@ -68,16 +69,19 @@ def exit_status_of(
     except OSError as error:
         status, line = _failed_file(error, debug=debug, log_file=log_file)
     except StoppedBySignal as stop:
-        cure = f"; to go on: {again}" if again else ""
-        status, line = stop.exit_status, f"stopped by {stop}{cure}"
+        status, line = stop.exit_status, f"stopped by {stop}{_way_on(again)}"
     except KeyboardInterrupt:
-        status, line = INTERRUPTED_STATUS, "stopped by Ctrl-C"
+        status, line = INTERRUPTED_STATUS, f"stopped by Ctrl-C{_way_on(again)}"
     except Exception:  # whatever it is, the user learns where to report it
         status, line = _bug(log_file)
     note(status, line)
     if line is not None:
         sys.stderr.write(f"launcher: {line}\n")
     return status
+
+
+def _way_on(again: str | None) -> str:
+    return f"{TO_GO_ON}{again}" if again else ""
 
 
 def noting(raised: list[BaseException], action: Callable[[], int]) -> Callable[[], int]:

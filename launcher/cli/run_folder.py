@@ -10,6 +10,7 @@ one. In a folder that was there, these files are again what they were.
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from launcher.run_state import STATE_NAME
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "launcher.log"
+# A text that Hydra reads as it stands. The slash matters: without one it may be a number or `null`.
+_PLAIN_PATH = re.compile(r"(?=.*/)[A-Za-z0-9_/.-]+", re.ASCII)
 HYDRA_FILES = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml")
 
 
@@ -109,6 +112,8 @@ def sweep_dir_override(sweep_dir: pathlib.Path) -> str:
 
 
 def override(key: str, text: str) -> str:
-    """An override with any text as its value, in Hydra's quoting."""
+    """An override with any text as its value, in Hydra's quoting where it needs that."""
+    if _PLAIN_PATH.fullmatch(text):
+        return f"{key}={text}"
     quoted = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{quoted}'"

@@ -157,7 +157,8 @@ def _submit_one(run: Run, place: JobPlace) -> Job:
     forget_ends(run.run_dir)
     try:
         # What is submitted is a command and not, as by `submit`, a pickle: it can be read, and run by hand.
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints the words that it raises too
+        # submitit prints the words that it raises too.
+        with contextlib.redirect_stderr(io.StringIO()):
             job = executor._submit_command(batch_command(run.request, place))
     except ClusterError:
         raise

@@ -53,6 +53,16 @@ def test_a_failed_one_says_why_and_where_to_look(run, capsys):
     assert below.endswith(f"...  (exit status 4); log: {folder}/launcher.log".replace("  ", " "))
 
 
+def test_the_command_of_one_that_was_stopped_is_whole(run, capsys):
+    command = f"python -m launcher {' '.join(f'model.args.key_{n}={n}' for n in range(30))}"
+    reason = f"stopped by SIGTERM after step 7 of 10; to go on: {command}"
+    folder = run("0").note("stopped", 75, reason).path
+    *_, why, way_on = table_of(capsys, folder)
+    log = f"{folder}/launcher.log"
+    assert why == f".: stopped by SIGTERM after step 7 of 10 (exit status 75); log: {log}"
+    assert way_on == f"  to go on: {command}"
+
+
 def learning(run, tmp_path):
     """A sweep in which the best run is neither the first nor the fastest."""
     for name, rate, eval_loss in (("0", 0.1, 2.0), ("1", 0.01, 1.0), ("10", 0.001, 3.0)):
@@ -135,6 +145,35 @@ def test_a_sweep_of_many_runs_shows_the_best(run, tmp_path, capsys):
     assert lines[2].split()[0] == "44"
     assert lines[42] == "... 5 more"
     assert len(rows_of(tmp_path / "sweep")) == 45
+
+
+def test_a_table_of_runs_that_differ_in_much_fits_a_terminal(run, tmp_path, monkeypatch, capsys):
+    for number in range(6):
+        forced = {f"key_of_a_long_name_{key}": 3 if key == number else None for key in range(6)}
+        made = run(str(number), seed=number, train=forced, parallel={"name": f"way_{number}"})
+        made.plan().rows(4.0, 3.0, 2.0, eval_loss=2.5, step_s=0.1 + number / 100).note("train", 0)
+    top = tmp_path / "sweep"
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = table_of(capsys, top)
+    assert max(map(len, lines[1:8])) <= 120
+    assert lines[1].split()[:4] == ["run", "parallel", "seed", "state"]
+    (named,) = [line for line in lines if line.startswith("differ too, in comparison.csv: ")]
+    left_out = [f"train.key_of_a_long_name_{key}" for key in range(6)]
+    assert set(named.partition(": ")[2].split(", ")) <= set(left_out)
+    assert rows_of(top)[0].keys() >= {"parallel", "seed", *left_out}
+    monkeypatch.setenv("COLUMNS", "400")
+    wide = table_of(capsys, top)
+    assert wide[1].split()[:9] == ["run", "parallel", "seed", *left_out]
+    assert not any(line.startswith("differ too") for line in wide)
+
+
+def test_a_column_that_does_not_differ_among_the_shown_runs_is_left_out(run, tmp_path, capsys):
+    for seed in range(45):
+        way = {"name": "data" if seed == 0 else "zero"}
+        run(str(seed), seed=seed, parallel=way).rows(4.0, 100.0 - seed).note("train", 0)
+    lines = table_of(capsys, tmp_path / "sweep")
+    assert lines[1].split()[:3] == ["run", "seed", "state"]
+    assert rows_of(tmp_path / "sweep")[-1]["parallel"] == "data"
 
 
 def test_the_picture_has_a_curve_and_a_bar_for_each_run(run, tmp_path, capsys):
