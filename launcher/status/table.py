@@ -13,7 +13,7 @@ _LONGEST_VALUE, _LONGEST_DETAIL = 28, 160
 _HEADS = ("state", "step", "loss", "eval loss", "speed", "measured", "predicted", "memory")
 _MOST_RUNS = 40
 _ROOM = 120  # columns of text; a wider terminal has more
-_SAYS_NOTHING = ("null", "auto", "")
+_SAYS_NOTHING = ("null", "auto", "")  # of a field; as the option of a group `auto` says much
 
 
 def table(comparison: Comparison, *, most: int = _MOST_RUNS) -> list[str]:
@@ -50,7 +50,10 @@ def _telling(columns: Sequence[str], runs: Sequence[Run]) -> list[str]:
 
 def _least_telling(columns: Sequence[str], runs: Sequence[Run]) -> int:
     """The place of the column that fewest runs set to something; among several, of the last."""
-    telling = [sum(run.values[name] not in _SAYS_NOTHING for run in runs) for name in columns]
+    telling = [
+        len(runs) if "." not in name else sum(run.values[name] not in _SAYS_NOTHING for run in runs)
+        for name in columns
+    ]
     return max(at for at, count in enumerate(telling) if count == min(telling))
 
 

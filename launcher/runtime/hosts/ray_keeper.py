@@ -253,7 +253,10 @@ def _attempt(action: Callable[..., object], arguments: Sequence) -> tuple[str, o
         return OK, action(*arguments)
     except Exception as error:  # Ray raises what it likes
         traceback.print_exc()
-        return FAILED, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        # Ray's words for a cause end in the innermost one, at times below a traceback.
+        inner = str(error.__cause__ or "").strip().splitlines()[-1:]
+        return FAILED, "; ".join((words, *inner))
 
 
 def _result(done: Future) -> tuple[str, object]:

@@ -41,6 +41,9 @@ _NOT_NICE = {
     "RAY_worker_niceness": "0"
 }  # hosts get as much of their machine as a run of one process
 
+# What Ray's words are about if the cluster has answered, and refuses.
+_REFUSALS = ("version", "token")
+
 
 def ray_address(asked: str | None, environment: Mapping[str, str]) -> str | None:
     """The address of the cluster that `runtime.address` asks for; None where a Ray of our own starts."""
@@ -195,10 +198,16 @@ class RayPool(HostPool):
                 f"Ray does not start on this machine: {reason} (runtime=ray; more in {self._log_path}): see "
                 f"`python -m launcher.doctor`, or run in one process with runtime=auto"
             )
+        where = f"{reason} (runtime.address, RAY_ADDRESS; more in {self._log_path})"
+        if any(sign in reason.lower() for sign in _REFUSALS):
+            return ClusterError(
+                f"the Ray cluster at {self._address} cannot be joined: {where}: Ray and Python must have "
+                f"the versions that they have there, and a cluster that asks for a token needs "
+                f"RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            )
         return ClusterError(
-            f"the Ray cluster at {self._address} cannot be joined: {reason} (runtime.address; more in "
-            f"{self._log_path}): Ray and Python must have the versions that they have there, and a "
-            f"cluster that asks for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            f"no Ray cluster answers at {self._address}: {where}: something else may be listening there; see "
+            f"`ray status` on the cluster's head, and give the address that `ray start --head` says"
         )
 
     def _too_small(self, seats: Sequence[Seat]) -> TooFewHostsError:

@@ -87,6 +87,7 @@ class WandbSink(Sink):
 
 
 def _start(settings: WandbRun, mode: str | None):
+    """W&B's run, which has begun; None where W&B is off."""
     import wandb
 
     earlier = _earlier_id(settings) if settings.resumes else None
@@ -107,6 +108,9 @@ def _start(settings: WandbRun, mode: str | None):
             "finish_timeout": FINISH_TIMEOUT_S,
         },
     )
+    if run.disabled:  # by WANDB_MODE or W&B's own settings: it takes everything and keeps nothing
+        log.info("W&B is off (WANDB_MODE=disabled, or `wandb disabled`)")
+        return None
     # W&B's own steps never go back: it would drop the rows of a run that does (`Sink.rewind`).
     run.define_metric("step")
     run.define_metric("*", step_metric="step")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.runtime.hosts.ray_keeper import neighbours, reason
+from launcher.runtime.hosts.ray_keeper import FAILED, _attempt, neighbours, reason
 
 SMALL, LARGE = {"CPU": 1.0, "GPU": 4.0}, {"CPU": 1.0, "GPU": 8.0}
 
@@ -50,3 +50,17 @@ def test_hosts_in_a_row_are_machines_in_a_row(bundles, addresses, order):
 )
 def test_what_ray_says_of_a_dead_actor_in_few_words(text, says):
     assert reason(text) == says
+
+
+def test_what_fails_is_told_with_the_words_of_its_innermost_cause():
+    def fails():
+        cause = RuntimeError("Last error: Traceback:\n  File\nAuthenticationError: no token\n")
+        raise ConnectionError("cannot connect to a:1\nmore") from cause
+
+    def fails_alone():
+        raise ValueError("bad")
+
+    assert _attempt(fails, []) == (
+        FAILED, "ConnectionError: cannot connect to a:1; AuthenticationError: no token",
+    )  # fmt: skip
+    assert _attempt(fails_alone, []) == (FAILED, "ValueError: bad")

@@ -1,7 +1,9 @@
 """Processes by a real Ray on this machine: asked, lost, stopped, ended, and nothing left of them."""
 
+import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from ray_things import Thing, UnpicklableError, family, is_alive, ray_folder, wait_until
 
 from launcher.errors import ClusterError, StorageError
+from launcher.runtime.hosts import ray_pool
 from launcher.runtime.hosts.host_pool import HostDiedError, Seat, TooFewHostsError
 from launcher.runtime.hosts.ray_pool import RayPool, ray_address
 
@@ -132,6 +135,62 @@ def test_nobody_at_the_address(tmp_path):
     )
     with pytest.raises(ClusterError, match=said):
         RayPool(address, 2, tmp_path / "ray.log")
+
+
+KEEPER_OF_A_RAY_THAT_FAILS = """
+import sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+number, *_ = connection.recv()
+connection.send((number, "failed", {words!r}))
+connection.recv()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "ConnectionError: Failed to connect; RpcError: Received http2 header with status: 404",
+            "no Ray cluster answers at {address}: {words} (runtime.address, RAY_ADDRESS; more in {log}): "
+            "something else may be listening there; see `ray status` on the cluster's head, and give the "
+            "address that `ray start --head` says",
+        ),
+        (
+            "ConnectionError: Failed to connect; AuthenticationError: InvalidAuthToken",
+            "the Ray cluster at {address} cannot be joined: {words} (runtime.address, RAY_ADDRESS; more in "
+            "{log}): Ray and Python must have the versions that they have there, and a cluster that asks "
+            "for a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        ),
+    ],
+)
+def test_what_is_said_of_a_cluster_that_cannot_be_joined(tmp_path, monkeypatch, words, says):
+    script = KEEPER_OF_A_RAY_THAT_FAILS.format(words=words)
+    monkeypatch.setattr(ray_pool, "KEEPER", (sys.executable, "-c", script))
+    log = tmp_path / "ray.log"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        said = re.escape(says.format(address=address, words=words, log=log))
+        with RayPool(address, 2, log) as pool, pytest.raises(ClusterError, match=f"^{said}$"):
+            pool.connect(with_gpus=False)
+
+
+def test_an_address_that_swallows_everything_is_given_up_in_time(tmp_path, monkeypatch):
+    """As behind a firewall: the queue of a server that accepts nobody is full."""
+    monkeypatch.setattr(ray_pool, "REACH_LIMIT_S", 0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        began_s = time.monotonic()
+        with pytest.raises(ClusterError, match=f"no Ray cluster answers at {address}: timed out"):
+            RayPool(address, 2, tmp_path / "ray.log")
+        assert time.monotonic() - began_s < 5
 
 
 def test_a_keeper_that_ends_takes_everything_along(tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ class FakeWandb:
         self.summary_row = {}
         self.exit_code = None
         self.offline = True
+        self.disabled = os.environ.get("WANDB_MODE") == "disabled"
         self.url = "https://wandb.example/run"
         self.id = "abc123"
         self.summary = SimpleNamespace(update=self._update)
@@ -220,8 +221,38 @@ def test_a_netrc_that_cannot_be_read_is_no_login(monkeypatch, tmp_path):
     assert [init["mode"] for init in wandb.inits] == ["offline"]
 
 
-def test_wandb_mode_is_left_to_wandb(monkeypatch, tmp_path):
+def test_wandb_that_is_disabled_says_so_and_leaves_no_folder(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    wandb = FakeWandb()
+    with caplog.at_level(logging.INFO, LOGGER):
+        train(monkeypatch, tmp_path, wandb)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == ["W&B is off"]
+    assert not wandb.rows
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_the_real_wandb_knows_that_it_is_disabled(tmp_path):
+    pytest.importorskip("wandb")
+    result = subprocess.run(
+        [sys.executable, "-c", REAL_RUN, str(tmp_path)],
+        env=os.environ
+        | {
+            "WANDB_MODE": "disabled",
+            "HOME": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path)),
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "INFO W&B is off (WANDB_MODE=disabled, or `wandb disabled`)\n"
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_wandb_mode_is_left_to_wandb(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "shared")
     monkeypatch.setenv("WANDB_API_KEY", "key")
     wandb = FakeWandb()
     train(monkeypatch, tmp_path, wandb)
