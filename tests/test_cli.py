@@ -201,7 +201,8 @@ def test_a_late_config_error_leaves_what_was_there(launch, tmp_path):
     mine.mkdir()
     (mine / "config.yaml").write_text("older")
     assert launch("hydra.run.dir=mine", STAND_IN="config").returncode == 2
-    assert (mine / "launcher.log").is_file()
+    assert [path.name for path in mine.iterdir()] == ["config.yaml"]
+    assert (mine / "config.yaml").read_text() == "older"
     (tmp_path / "outputs").mkdir()
     assert launch(STAND_IN="config").returncode == 2
     assert (tmp_path / "outputs").is_dir()
