@@ -21,20 +21,34 @@ from launcher.runtime.records.metrics import Status
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SEND_AGAIN_S = 0.5
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 @contextlib.contextmanager
 def stop_at_once() -> Iterator[None]:
-    """Within the context, a scheduler's signal raises StoppedBySignal wherever the run is."""
+    """Within the context, a scheduler's signal raises StoppedBySignal wherever the run is.
+
+    Where that is a callback of the garbage collector, Python drops the exception: the signal is sent
+    once more, until the context is left.
+    """
+    left = threading.Event()
+
+    def send_again(number: int) -> None:
+        if not left.wait(_SEND_AGAIN_S):
+            signal.pthread_kill(threading.main_thread().ident, number)
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
+        threading.Thread(target=send_again, args=(number,), daemon=True).start()
         raise StoppedBySignal(signal.Signals(number).name)
 
     with _handled_by(stop, STOP_SIGNALS):
-        yield
+        try:
+            yield
+        finally:
+            left.set()
 
 
 class Stop(Protocol):

@@ -15,6 +15,25 @@ def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_where_exceptions_are_dropped_is_not_lost():
+    class Collected:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # the handler runs in here, and what it raises is dropped
+
+    def get_ready():
+        with stop_at_once():
+            Collected()
+            reached.append("behind it")
+            time.sleep(5)
+
+    reached = []
+    with pytest.raises(StoppedBySignal, match="^SIGTERM$"):
+        get_ready()
+    assert reached == ["behind it"]
+
+
 def test_ctrl_c_finishes_the_step_and_the_summary(fake, caplog):
     sink = fake.Sink()
     before = signal.getsignal(signal.SIGINT)
