@@ -9,7 +9,7 @@ from launcher.errors import ConfigError
 from launcher.regular_file import read_regular
 
 EVALUATION = "evaluation"
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"  # as `records/sinks.py` names it, which would bring JAX here
 _LARGEST_BYTES = 2**20
 
 

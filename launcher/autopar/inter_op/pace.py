@@ -31,8 +31,13 @@ def pace_of(schedule: AbstractSchedule) -> Pace:
             return ALPA
 
 
+def busy_s(rows: np.ndarray) -> np.ndarray:
+    """F + I + W: what a microbatch keeps a stage busy for."""
+    return rows["forward_s"] + rows["backward_s"]
+
+
 def _far_ahead_s(rows: np.ndarray) -> np.ndarray:
-    return np.maximum(rows["forward_s"] + rows["backward_s"], rows["received_s"] / 2)
+    return np.maximum(busy_s(rows), rows["received_s"] / 2)
 
 
 def waited_for_s(rows: np.ndarray) -> np.ndarray:
@@ -41,7 +46,7 @@ def waited_for_s(rows: np.ndarray) -> np.ndarray:
 
 
 def _zb_steady_s(rows: np.ndarray) -> np.ndarray:
-    return np.maximum(rows["forward_s"] + rows["backward_s"], waited_for_s(rows))
+    return np.maximum(busy_s(rows), waited_for_s(rows))
 
 
 def _zb_path_s(rows: np.ndarray) -> np.ndarray:

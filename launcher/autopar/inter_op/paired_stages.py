@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launcher.autopar.inter_op.stage_table import Pieces, unbeaten
+from launcher.autopar.inter_op.pace import busy_s
+from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s, unbeaten
 from launcher.autopar.programs.schedules import Interleaved
 
 _MOST_ENTRIES = 4e7  # of all tables: a second or so
@@ -89,7 +90,7 @@ class _Pairing:
         one, two = first[one[fits]], second[two[fits]]
         fits = self._fit_together(j, one, two)
         one, two = one[fits], two[fits]
-        work_s = one["received_s"] + self.num_microbatches * (_work_s(one) + _work_s(two))
+        work_s = one["received_s"] + self.num_microbatches * (busy_s(one) + busy_s(two))
         wait_s = work_s + two["received_s"] / 2
         wait_s += (1 - ahead[0]) * one["forward_s"] + (1 - ahead[1]) * two["forward_s"]
         place = (one["start"], one["end"], two["start"], two["end"])
@@ -101,8 +102,8 @@ class _Pairing:
         places = np.flatnonzero(np.diff(rows["start"]) | np.diff(rows["end"])) + 1
         costs = np.stack(
             (
-                _work_s(rows),
-                self.num_microbatches * _work_s(rows) + (1 - ahead) * rows["forward_s"],
+                busy_s(rows),
+                self.num_microbatches * busy_s(rows) + (1 - ahead) * rows["forward_s"],
                 rows["fixed_bytes"] + self._held(stage) * rows["stash_bytes"],
                 rows["workspace_bytes"],
                 rows["fixed_bytes"] + rows["gradient_bytes"],
@@ -152,7 +153,7 @@ class _Ways:
     @classmethod
     def of(cls, rows: np.ndarray, num_pieces: int, most: int) -> "_Ways":
         forth_s = rows["forward_s"] + rows["received_s"] / 2
-        both_s = _work_s(rows) + rows["received_s"]
+        both_s = microbatch_time_s(rows)
         return cls(
             *(list(_through(rows, values, num_pieces, most)) for values in (forth_s, both_s))
         )
@@ -169,7 +170,3 @@ def _through(
     for _ in range(most + 1):
         yield sums
         sums = (sums[:, :, None] + alone[None]).min(axis=1)
-
-
-def _work_s(rows: np.ndarray) -> np.ndarray:
-    return rows["forward_s"] + rows["backward_s"]

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from launcher.autopar.inter_op.pace import waited_for_s
+from launcher.autopar.inter_op.pace import busy_s, waited_for_s
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.stage_table import (
     Pieces,
@@ -100,7 +100,7 @@ def _in_all(
 def _of_rows_s(
     pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int, enough_s: float
 ) -> float:  # fmt: skip
-    m, work_s = num_microbatches, _work_s(rows)
+    m, work_s = num_microbatches, busy_s(rows)
     least_s = float(sweep(pieces, rows, work_s, np.maximum)[:, 0, -1].min())
     if m * least_s >= enough_s:
         return enough_s
@@ -122,7 +122,7 @@ def _by_stages(
 
 
 def _own_line(pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int) -> np.ndarray:
-    work_s, trip_s, arrived_s = _work_s(rows), microbatch_time_s(rows), rows["received_s"]
+    work_s, trip_s, arrived_s = busy_s(rows), microbatch_time_s(rows), rows["received_s"]
     last_s = np.where(rows["start"] == 0, rows["once_s"], 0.0)
     forward_s, backward_s = rows["forward_s"][:, None], rows["backward_s"][:, None]
 
@@ -147,7 +147,3 @@ def _own_line(pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: i
             own_s = m * work_s + arrived_s + last_s
             table = sweep_waiting(pieces, rows, own_s, trip_s + last_s, trip_s, both)
     return table[:, 0, -1]
-
-
-def _work_s(rows: np.ndarray) -> np.ndarray:
-    return rows["forward_s"] + rows["backward_s"]
