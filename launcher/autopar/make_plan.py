@@ -103,9 +103,12 @@ def _find_plan(
     _check_memory(_tightest(realized, outlook), cluster, options)
     best_s = outlook.prediction.step_s
     others = [
-        _runner_up(other, its.prediction.step_s, its.prediction.bubble_fraction, best_s)
-        for other, _, its in judged[1:]
-    ]
+        _runner_up(
+            other, its.prediction.step_s, its.prediction.bubble_fraction, best_s,
+            _tightest(r, its).over_bytes,
+        )
+        for other, r, its in judged[1:]
+    ]  # fmt: skip
     others += [_runner_up(o, o.step_s, o.bubble_fraction, best_s) for o in behind]
     plan = replace(
         realized.plan,
@@ -331,8 +334,14 @@ def _check_batch(plan: Plan) -> None:
 
 
 def _runner_up(
-    candidate: Candidate, step_s: float, bubble_fraction: float, best_s: float
-) -> RunnerUp:
+    candidate: Candidate, step_s: float, bubble_fraction: float, best_s: float,
+    over_bytes: float = 0.0,
+) -> RunnerUp:  # fmt: skip
+    """Say how a candidate compares.
+
+    Args:
+        over_bytes: by how much it is too large for a device, where it was found to be.
+    """
     stages, v = candidate.arrangement.stages, candidate.virtual_stages
     shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
     more = "" if len(stages) <= 4 else ", ..."
@@ -341,5 +350,6 @@ def _runner_up(
         description=f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
         f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}",
         step_s=step_s,
-        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}",
+        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
+        + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
     )

@@ -40,6 +40,10 @@ class LogicalMesh:
                 f"{self.axis_names} must have one entry per axis"
             )
 
+    def __hash__(self):
+        """Of a part of the fields: meshes are keys of nearly all that planning remembers."""
+        return hash((self.shape, self.alpha, self.beta))
+
     @property
     def num_axes(self) -> int:
         return len(self.shape)

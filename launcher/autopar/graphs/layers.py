@@ -17,6 +17,7 @@ rest, which only gradients of parameters need. An op that both need is in the fi
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Slot:
     differentiable: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LayerClass:
     """What all layers of a kind share.
 
@@ -81,9 +82,18 @@ class LayerClass:
     def outputs(self) -> tuple[Value, ...]:
         return self.joint.outputs[: self.num_outputs]
 
-    @property
+    @cached_property
     def backward_ops(self) -> tuple[Op, ...]:
         return (*self.input_ops, *self.weight_ops)
+
+    @cached_property
+    def makers(self) -> dict[Value, tuple[int, int]]:
+        """Value -> the index of the op of the joint graph that makes it, and which of its results it is."""
+        return {
+            value: (index, position)
+            for index, op in enumerate(self.joint.ops)
+            for position, value in enumerate(op.results)
+        }
 
     @property
     def recomputes(self) -> bool:
@@ -95,7 +105,7 @@ class LayerClass:
         read = used_values(self.backward_ops)
         return live_ops(self.forward_ops, [*read, *self.gradients.values(), *outputs])
 
-    @property
+    @cached_property
     def gradients(self) -> dict[int, Value]:
         """Slot -> the value of its gradient."""
         differentiable = [i for i, slot in enumerate(self.slots) if slot.differentiable]
@@ -106,7 +116,7 @@ class LayerClass:
         gradient = self.gradients.get(slot)
         return gradient is not None and not isinstance(gradient, Literal)
 
-    @property
+    @cached_property
     def cotangents(self) -> dict[int, Value]:
         """Output -> the value of its cotangent."""
         values = self.joint.inputs[self.num_slots : self.num_slots + len(self.cotangent_outputs)]

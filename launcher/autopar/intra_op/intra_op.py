@@ -7,28 +7,24 @@ blocks costs as much to plan as one of two.
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import partial
 
 import numpy as np
 
-from launcher.autopar.graphs.graph import Value
 from launcher.autopar.graphs.layers import LayeredModel
+from launcher.autopar.intra_op.class_fragment import ClassFragment, OpChoices
+from launcher.autopar.intra_op.picked_fragment import NotOfferedError, PickedFragment
+from launcher.autopar.intra_op.stage_builder import Fragments, StageBuilder, with_stand_ins
 from launcher.autopar.intra_op.stage_problem import (
-    BACKWARD_INPUT,
     FORWARD,
-    ONCE,
     ONCE_IN_STAGE,
-    ClassFragment,
-    EdgeCost,
     Group,
     Key,
     NodeCost,
-    OpChoices,
     Part,
+    Picks,
     StageProblem,
     StageSettings,
-    borrowed_group,
-    owned_group,
 )
 from launcher.autopar.intra_op.wiring import Place, StageWiring, wire
 from launcher.autopar.sharding.restrictions import ClassTags, tag_classes
@@ -37,7 +33,6 @@ from launcher.autopar.sharding.spec import Spec
 from launcher.autopar.solver import Relaxations, solve
 from launcher.errors import InfeasiblePlanError
 
-Picks = Mapping[Key, Spec | Strategy]
 Pins = Mapping[Key, Sequence[Spec | Strategy]]
 _PENALTY_S = 1e6  # for a choice that a pin forbids: more than any stage takes
 
@@ -167,10 +162,11 @@ class IntraOpPlanner:
         self._producer = model.producer()
         self.param_owners = model.param_owners()
         self.workspaces: dict[Hashable, object] = {}  # of `layer_workspace`
-        self._fragments: dict[tuple, ClassFragment] = {}
-        self._op_choices: dict[tuple, dict[int, OpChoices]] = {}
+        self._fragments: dict[tuple, Fragments] = {}
+        self._of_picks: dict[tuple, tuple[Picks, Fragments]] = {}
+        self._op_choices: dict[tuple, dict[str, dict[int, OpChoices]]] = {}
         self._solutions: dict[Hashable, tuple[Picks, float]] = {}
-        self.wiring = lru_cache(maxsize=None)(self._wiring)
+        self._wirings: dict[tuple[int, int], StageWiring] = {}
 
     def solve(
         self, first: int, last: int, settings: StageSettings, pins: Pins | None = None
@@ -205,41 +201,37 @@ class IntraOpPlanner:
         self, first: int, last: int, settings: StageSettings, picks: Picks
     ) -> StageSharding:
         """Price known picks for other settings, or another range of the same family."""
-        return _priced(self.problem(first, last, settings), picks, 0.0)
+        return _priced(self._problem_for(first, last, settings, picks), picks, 0.0)
 
     def reprice_if_possible(
         self, first: int, last: int, settings: StageSettings, picks: Picks
     ) -> StageSharding | None:
         """The same for picks of another model or other settings; None where they cannot be taken."""
-        problem = self.problem(first, last, settings)
+        problem = self._problem_for(first, last, settings, picks)
         if any(picks.get(key) not in choices for key, choices in problem.choices.items()):
             return None
         return _priced(problem, picks, 0.0)
 
-    def problem(self, first: int, last: int, settings: StageSettings) -> StageProblem:
-        """The stage problem of layers [first, last)."""
+    def problem(
+        self, first: int, last: int, settings: StageSettings, picks: Picks | None = None
+    ) -> StageProblem:
+        """The stage problem of layers [first, last).
+
+        Args:
+            picks: what nodes are held to, so that the problem has no other choices; raises `NotOfferedError`
+                where they may not have it.
+        """
         wiring = self.wiring(first, last)
-        problem = StageProblem(settings, wiring.counts)
-        for name in wiring.classes:
-            self._add_class(problem, name, wiring)
-        for group in wiring.internal:
-            self._connect_layers(problem, group)
-        for group in wiring.states:
-            source, output, target, slot = group
-            self._connect(problem, source, output, ("slot", target, slot), FORWARD, group)
-        for name, output in wiring.exports:
-            self._add_boundary(problem, ("export", name, output), FORWARD)
-        for name, slot in wiring.imports:
-            self._add_boundary(problem, ("return", name, slot), BACKWARD_INPUT)
-        return problem
+        return StageBuilder(settings, wiring, self._fragments_for(settings, wiring, picks)).build()
 
     def reduce_s(self, first: int, last: int, sharding: StageSharding) -> dict[Place, float]:
         """Seconds to bring a parameter's gradients together, by (class, slot), in layers [first, last)."""
         wiring, found = self.wiring(first, last), {}
+        fragments = self._fragments_for(sharding.settings, wiring, sharding.picks)
         for name in wiring.classes:
-            for slot in self._fragment(name, sharding.settings).param_slots:
+            for slot in fragments[name].param_slots:
                 of, at = wiring.aliases.get((name, slot), (name, slot))
-                fragment = self._fragment(of, sharding.settings)
+                fragment = fragments[of]
                 keys = fragment.key("accumulator", at), fragment.key("slot", at)
                 if keys[0] in fragment.choices:
                     where = tuple(fragment.choices[key].index(sharding.picks[key]) for key in keys)
@@ -247,90 +239,54 @@ class IntraOpPlanner:
                     found[name, slot] = float(costs.reduce_s[where])
         return found
 
-    def _fragment(self, name: str, settings: StageSettings) -> ClassFragment:
-        of_ops = (name, settings.mesh, settings.restrictions, settings.compute.key)
+    def _problem_for(
+        self, first: int, last: int, settings: StageSettings, picks: Picks
+    ) -> StageProblem:
+        """The stage problem, with no more than picks have need of, where that can be."""
+        try:
+            return self.problem(first, last, settings, picks)
+        except NotOfferedError:
+            return self.problem(first, last, settings)
+
+    def _fragments_for(
+        self, settings: StageSettings, wiring: StageWiring, picks: Picks | None
+    ) -> Fragments:
+        """The fragments of such settings; where nobody has needed them yet, those of the picks alone."""
+        of_ops = (settings.mesh, settings.restrictions, settings.compute.key)
         key = (*of_ops, settings.zero == 3, settings.optimizer)
+        if picks is not None and key not in self._fragments:
+            return self._picked_fragments(key, settings, wiring, picks)
         if key not in self._fragments:
-            known = self._op_choices.setdefault(of_ops, {})
-            cls, tags = self.classes[name], self.tags[name]
-            self._fragments[key] = ClassFragment(cls, tags, settings, known)
+            known = self._op_choices.setdefault(of_ops, {name: {} for name in self.classes})
+            make = partial(_fragment, self.classes, self.tags, settings, known)
+            self._fragments[key] = Fragments(make)
         return self._fragments[key]
 
-    def _add_class(self, problem: StageProblem, name: str, wiring: StageWiring) -> None:
-        """Add a class; a parameter it shares with another class has its nodes there."""
-        fragment = self._fragment(name, problem.settings)
-        stand_in = {
-            (kind, *own): (kind, *other)
-            for own, other in wiring.aliases.items()
-            for kind in ("slot", "accumulator")
-        }
-        problem.choices.update(
-            (key, choices) for key, choices in fragment.choices.items() if key not in stand_in
-        )
-        problem.nodes += [node for node in fragment.nodes if node.key not in stand_in]
-        for slot in fragment.param_slots:
-            self._add_param(problem, (name, slot), wiring.aliases)
-        for edge in fragment.edges:
-            if edge.source in stand_in or edge.target in stand_in:
-                source = stand_in.get(edge.source, edge.source)
-                edge = replace(edge, source=source, target=stand_in.get(edge.target, edge.target))
-            problem.edges.append(edge)
+    def _picked_fragments(
+        self, key: tuple, settings: StageSettings, wiring: StageWiring, picks: Picks
+    ) -> Fragments:
+        kept, fragments = self._of_picks.get((key, id(picks)), (None, None))
+        if kept is not picks:
+            held = with_stand_ins(picks, wiring.aliases)
+            make = partial(_picked_fragment, self.classes, self.tags, settings, held)
+            self._of_picks[key, id(picks)] = picks, (fragments := Fragments(make))
+        return fragments
 
-    def _add_param(self, problem: StageProblem, place: Place, aliases: Mapping[Place, Place]):
-        """What the parameters at a slot cost, which another slot may stand for."""
-        settings = problem.settings
-        name, slot = aliases.get(place, place)
-        costs = self._fragment(name, settings).param_costs(settings.zero)[slot]
-        home, accumulator = ("slot", name, slot), ("accumulator", name, slot)
-        owned, borrowed = owned_group(place), borrowed_group(place)
-        once, price = ONCE, settings.memory_s_per_byte
-        problem.nodes.append(NodeCost(home, costs.update_s, once, owned))
-        held = [
-            (home, costs.weight_bytes + costs.state_bytes, owned),
-            (home, costs.weight_bytes, borrowed),
-        ]
-        if ("accumulator", name, slot) in self._fragment(name, settings).choices:
-            problem.edges.append(EdgeCost(accumulator, home, costs.synchronize_s, once, owned))
-            held.append((accumulator, costs.accumulator_bytes, owned))
-            if self.classes[place[0]].has_gradient(place[1]):
-                problem.edges.append(EdgeCost(accumulator, home, costs.hand_on_s, once, borrowed))
-                held.append((accumulator, costs.accumulator_bytes, borrowed))
-        if price:
-            problem.penalties += [
-                NodeCost(key, price * num_bytes, FORWARD, group) for key, num_bytes, group in held
-            ]
+    def wiring(self, first: int, last: int) -> StageWiring:
+        """What is connected with what in layers [first, last)."""
+        if (first, last) not in self._wirings:
+            self._wirings[first, last] = wire(
+                self.model, self._producer, self.param_owners, first, last
+            )
+        return self._wirings[first, last]
 
-    def _connect_layers(self, problem: StageProblem, group: tuple[str, int, str, int]) -> None:
-        """A value from layer to layer, and its gradient back."""
-        source, output, target, slot = group
-        self._connect(problem, source, output, ("slot", target, slot), FORWARD, group)
-        cotangent = ("cotangent", source, output)
-        if cotangent in problem.choices:
-            gradient = self.classes[target].gradients.get(slot)
-            self._edge(problem, target, gradient, cotangent, BACKWARD_INPUT, group)
 
-    def _connect(self, problem, source: str, output: int, key: Key, part: Part, group) -> None:
-        self._edge(problem, source, self.classes[source].outputs[output], key, part, group)
+def _fragment(classes, tags, settings: StageSettings, known, name: str) -> ClassFragment:
+    return ClassFragment(classes[name], tags[name], settings, known[name])
 
-    def _add_boundary(self, problem: StageProblem, key: Key, part: Part) -> None:
-        """A node for a value that leaves the stage: an output forward, a gradient backward."""
-        kind, name, index = key
-        cls = self.classes[name]
-        value = cls.outputs[index] if kind == "export" else cls.gradients.get(index)
-        fragment = self._fragment(name, problem.settings)
-        if value in fragment.source:
-            problem.choices[key] = fragment.boundary_specs(value)
-            self._edge(problem, name, value, key, part, ONCE_IN_STAGE)
 
-    def _edge(self, problem, name: str, value: Value, key: Key, part: Part, group: Group) -> None:
-        fragment = self._fragment(name, problem.settings)
-        if value in fragment.source:
-            source = fragment.exit(value, backward=part.backward)
-            matrix = fragment.matrix(value, source, problem.choices[key])
-            problem.edges.append(EdgeCost(source.key, key, matrix, part, group))
-
-    def _wiring(self, first: int, last: int) -> StageWiring:
-        return wire(self.model, self._producer, self.param_owners, first, last)
+def _picked_fragment(classes, tags, settings: StageSettings, picks: Picks, name: str):
+    return PickedFragment(classes[name], tags[name], settings, picks)
 
 
 def _identity(problem: StageProblem, pins: Pins) -> Hashable:
@@ -386,5 +342,5 @@ def _priced(problem: StageProblem, picks: Picks, gap_fraction: float) -> StageSh
         cost = float(edge.costs[at[edge.source], at[edge.target]])
         book(edge.group, edge.part, cost, is_update=False)
     groups = {group: Seconds(*row) for group, row in totals.items()}
-    sharding = StageSharding(problem.settings, dict(picks), groups, Seconds(), gap_fraction)
+    sharding = StageSharding(problem.settings, picks, groups, Seconds(), gap_fraction)
     return sharding.for_counts(problem.counts, problem.settings)

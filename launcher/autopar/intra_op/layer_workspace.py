@@ -1,16 +1,18 @@
 """The temporary buffers that one layer of a class needs in its passes, under a stage's picks."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from launcher.autopar.clusters.mesh import LogicalMesh
 from launcher.autopar.graphs.graph import Op, Value
 from launcher.autopar.graphs.layers import LayerClass
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.intra_op.intra_op import StageSharding
 from launcher.autopar.intra_op.split_layout import Source, Start
 from launcher.autopar.intra_op.stage_layout import produced_spec
-from launcher.autopar.intra_op.stage_problem import BACKWARD_COPY, FORWARD_COPY
+from launcher.autopar.intra_op.stage_problem import BACKWARD_COPY, FORWARD_COPY, Picks
 from launcher.autopar.intra_op.tape import VIEWS, Buffer, Tape
 from launcher.autopar.intra_op.wiring import Place
 from launcher.autopar.intra_op.workspace import temporary_bytes
@@ -54,25 +56,39 @@ class LayerWorkspace:
         return self.writer.both()
 
 
+def picks_by_class(picks: Picks) -> Mapping[str, Picks]:
+    """What was picked for the nodes of each class."""
+    found: defaultdict[str, dict] = defaultdict(dict)
+    for key, pick in picks.items():
+        found[key[1]][key] = pick
+    return found
+
+
 def layer_workspace(
-    cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place],
-    known: dict[Hashable, LayerWorkspace],
+    cls: LayerClass, mesh: LogicalMesh, by_class: Mapping[str, Picks],
+    aliases: Mapping[Place, Place], known: dict[Hashable, LayerWorkspace],
 ) -> LayerWorkspace:  # fmt: skip
     """See what the passes of a layer hold, written down line by line.
 
     Args:
+        by_class: what `picks_by_class` says.
         known: those that were seen, to which this one is added: the same picks hold the same.
     """
-    places = {other for (name, _), other in aliases.items() if name == cls.name}
-    own = frozenset(
-        (key, pick)
-        for key, pick in sharding.picks.items()
-        if key[1] == cls.name or key[1:] in places
-    )
-    key = (cls.name, sharding.settings.mesh, own)
+    own = _own_picks(cls, by_class, aliases)
+    key = (cls.name, mesh, frozenset(own.items()))
     if key not in known:
-        known[key] = LayerWorkspace(_Writer(cls, sharding, aliases))
+        known[key] = LayerWorkspace(_Writer(cls, mesh, own, aliases))
     return known[key]
+
+
+def _own_picks(
+    cls: LayerClass, by_class: Mapping[str, Picks], aliases: Mapping[Place, Place]
+) -> Picks:
+    """What a layer's passes go by: the nodes of its class, and those where its shared parameters lie."""
+    places = [other for (name, _), other in aliases.items() if name == cls.name]
+    keys = [(kind, *place) for place in places for kind in ("slot", "accumulator")]
+    shared = {key: by_class[key[1]][key] for key in keys if key in by_class[key[1]]}
+    return {**by_class[cls.name], **shared}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +113,16 @@ def half_workspaces(
     starts: Iterable[Start],
 ) -> HalfWorkspaces:  # fmt: skip
     """What the halves of a split backward pass need of one layer; `starts` pass between them."""
-    writer, starts = _Writer(cls, sharding, aliases), tuple(starts)
+    own = _own_picks(cls, picks_by_class(sharding.picks), aliases)
+    writer, starts = _Writer(cls, sharding.settings.mesh, own, aliases), tuple(starts)
     return HalfWorkspaces(*writer.input_half(starts, recompute), writer.weight_half(starts))
 
 
 class _Writer:
-    def __init__(self, cls: LayerClass, sharding: StageSharding, aliases: Mapping[Place, Place]):
-        self.cls, self.picks, self.aliases = cls, sharding.picks, aliases
-        self.mesh = sharding.settings.mesh
+    def __init__(
+        self, cls: LayerClass, mesh: LogicalMesh, picks: Picks, aliases: Mapping[Place, Place]
+    ):
+        self.cls, self.mesh, self.picks, self.aliases = cls, mesh, picks, aliases
         self._index = {op.results: index for index, op in enumerate(cls.joint.ops)}
 
     def forward(self, *, keeps: bool) -> float:

@@ -19,7 +19,11 @@ from launcher.autopar.graphs.layers import LayerClass
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner, StageSharding
-from launcher.autopar.intra_op.layer_workspace import LayerWorkspace, layer_workspace
+from launcher.autopar.intra_op.layer_workspace import (
+    LayerWorkspace,
+    layer_workspace,
+    picks_by_class,
+)
 from launcher.autopar.intra_op.stage_layout import produced_spec, unread_specs
 from launcher.autopar.intra_op.stage_problem import StageSettings
 from launcher.autopar.intra_op.wiring import Place, StageWiring
@@ -234,7 +238,7 @@ class _Counter:
 
     def __init__(self, sharding: StageSharding, aliases: Mapping[Place, Place], workspaces: dict):
         self.sharding, self.picks, self.aliases = sharding, sharding.picks, aliases
-        self.workspaces = workspaces
+        self.workspaces, self.by_class = workspaces, picks_by_class(sharding.picks)
         self.mesh_shape = sharding.settings.mesh.shape
 
     def local(self, cls: LayerClass, value: Value, spec: Spec) -> float:
@@ -286,7 +290,9 @@ class _Counter:
             return {slot: slots[slot] for slot in read if cls.slots[slot].role is role}
 
         return ClassMemory(
-            workspace=layer_workspace(cls, self.sharding, self.aliases, self.workspaces),
+            workspace=layer_workspace(
+                cls, self.sharding.settings.mesh, self.by_class, self.aliases, self.workspaces
+            ),
             params=self.params(cls),
             state_bytes=sum(slots[slot] for slot in slots if cls.slots[slot].role is Role.STATE),
             residual_bytes=self.residuals(cls),

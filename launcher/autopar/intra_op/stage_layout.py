@@ -210,7 +210,5 @@ def read_later(
 
 def produced_spec(cls: LayerClass, value: Value, picks) -> Spec:
     """The spec in which an op of a class produces a value."""
-    for index, op in enumerate(cls.joint.ops):
-        if value in op.results:
-            return picks["op", cls.name, index].result_spec(op.results.index(value))
-    raise AssertionError(f"value {value} of {cls.name} is computed by no op")
+    index, position = cls.makers[value]
+    return picks["op", cls.name, index].result_spec(position)

@@ -5,7 +5,7 @@ the layers' workspaces (`layer_workspace`).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
@@ -129,41 +129,65 @@ def _programs(
             "backward_weight": Footprint(0.0, weight_half),
         }
     if stage.stage.overlap:
-        found |= _ending_programs(found, _ending(realized, index))
+        found |= _ending_programs(found, _Ending(realized, index), walk.forward_backward_by_layer())
     return found
 
 
-def _ending_programs(found: Mapping[str, Footprint], ending: Footprint) -> dict[str, Footprint]:
+def _ending_programs(
+    found: Mapping[str, Footprint], ending: "_Ending", by_layer: Sequence[float]
+) -> dict[str, Footprint]:
     """The programs of backward passes that end with `synchronize`.
 
     The most that a layer needs, and all sums and gradients, are rarely there at once: what one layer needs
-    goes as the next ones' sums come, and so does what a forward pass in the same program left.
+    goes as the next ones' sums come. Where the forward pass is in the same program, what it left goes too,
+    layer by layer, as gradients come: at a layer there are those of the layers behind it.
+
+    Args:
+        by_layer: what each layer needs of a program that goes forward and back.
     """
-    made_bytes, sum_bytes = ending.result_bytes, ending.temporary_bytes
     ended = {}
     for name in ("backward", "backward_weight", "forward_backward"):
-        if name in found:
-            free_bytes = made_bytes if name == "forward_backward" else 0.0
-            ended[f"{name}_synchronize"] = Footprint(
-                found[name].result_bytes + made_bytes,
-                max(found[name].temporary_bytes - free_bytes, sum_bytes),
-            )
+        if name not in found:
+            continue
+        most_bytes = found[name].temporary_bytes
+        if name == "forward_backward":
+            at_layers = zip(by_layer, ending.at_layers, strict=True)
+            most_bytes = max(map(sum, at_layers)) - ending.made_bytes
+        ended[f"{name}_synchronize"] = Footprint(
+            found[name].result_bytes + ending.made_bytes, max(most_bytes, ending.sum_bytes)
+        )
     return ended
 
 
-def _ending(realized: RealizedPlan, index: int) -> Footprint:
+class _Ending:
     """What `synchronize` adds to a program: gradients, but for those that sums become where they are; and
     the sums that it brings together, which are not written to the accumulators unless these are the
-    program's own, as in a step that is one program."""
-    stage, params = realized.stages[index], realized.planner.model.traced.param_avals
-    shape, sums = stage.settings.mesh.shape, stage.layout.accumulators
-    made = temporary = 0.0
-    for path, where in _gradient_specs(realized, index).items():
-        if sums.get(path) != where:
-            made += aval_bytes(params[path]) / num_shards(where, shape)
-            if len(realized.stages) > 1:
-                temporary += aval_bytes(params[path]) / num_shards(sums.get(path, where), shape)
-    return Footprint(made, temporary)
+    program's own, as in a step that is one program.
+
+    Attributes:
+        at_layers: by layer, what is there of it when a backward pass is there: the gradients of the
+            layers behind it, and the largest of its own sums on its way.
+    """
+
+    def __init__(self, realized: RealizedPlan, index: int):
+        stage, traced = realized.stages[index], realized.planner.model.traced
+        shape, sums = stage.settings.mesh.shape, stage.layout.accumulators
+        gradients = _gradient_specs(realized, index)
+        made, brought = {}, {}
+        for path, where in gradients.items():
+            if sums.get(path) != where:
+                whole_bytes = aval_bytes(traced.param_avals[path])
+                made[path] = whole_bytes / num_shards(where, shape)
+                brought[path] = whole_bytes / num_shards(sums.get(path, where), shape)
+        self.sum_bytes = sum(brought.values()) if len(realized.stages) > 1 else 0.0
+        self.made_bytes, self.at_layers = sum(made.values()), []
+        coming = dict(made)
+        for layer in realized.planner.model.layers[slice(*stage.stage.layers)]:
+            paths = {traced.inputs[v].path for v in layer.inputs if v in traced.inputs}
+            # Final behind the first layer that reads the parameter.
+            own = [path for path in paths if coming.pop(path, None) is not None]
+            most_brought = max((brought[path] for path in own), default=0.0)
+            self.at_layers.append(sum(coming.values()) + most_brought)
 
 
 class _LayerWalk:
@@ -185,28 +209,32 @@ class _LayerWalk:
     def backward(self) -> float:
         """Of a backward pass to which the forward pass left what it keeps."""
         if self.recompute == "full":
-            return self._in_turn()
+            return max(self._in_turn())
         again = self.recompute == "layer"
         needs = [memory.workspace for memory in self.memories]
         return max(w.again_bytes if again else w.backward_bytes for w in needs)
 
     def forward_backward(self) -> float:
         """Of both passes in one: what is kept ends with the layer that reads it."""
+        return max(self.forward_backward_by_layer())
+
+    def forward_backward_by_layer(self) -> list[float]:
+        """The same, at each layer."""
         if self.recompute != "layer":
             return self._in_turn()
-        found, before = 0.0, 0.0
+        found, before = [], 0.0
         for memory, inputs in zip(self.memories, self.passed_on, strict=True):
             before += sum(inputs.values())
             needs = memory.workspace
-            found = max(found, before + max(needs.passing_bytes, needs.again_bytes))
+            found.append(before + max(needs.passing_bytes, needs.again_bytes))
         return found
 
-    def _in_turn(self) -> float:
+    def _in_turn(self) -> list[float]:
         """Where the layers before one still keep everything, and those after it nothing any more."""
-        found, before = 0.0, 0.0
+        found, before = [], 0.0
         for memory, inputs in zip(self.memories, self.passed_on, strict=True):
             before += sum(size for slot, size in inputs.items() if slot in memory.backward_slots)
-            found = max(found, before + memory.workspace.both_bytes)
+            found.append(before + memory.workspace.both_bytes)
             before += memory.residual_bytes
         return found
 

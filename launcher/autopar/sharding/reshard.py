@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def reshard(
     shape: Shape, itemsize: int, source: Spec, target: Spec, mesh: LogicalMesh
 ) -> tuple[Step, ...]:
     """Return the cheapest steps from one spec to another; () where they agree."""
-    return () if source == target else _shortest_paths(shape, itemsize, source, mesh)[target]
+    return () if source == target else _paths_from(shape, itemsize, source, mesh).to(target)
 
 
 def reshard_cost(
@@ -131,21 +131,36 @@ def _single_steps(splits: tuple[tuple[bool, ...], ...], mesh: LogicalMesh):
 
 
 @cache
-def _shortest_paths(shape: Shape, itemsize: int, source: Spec, mesh: LogicalMesh):
-    """Dijkstra's algorithm from `source`: spec -> steps. Ties go to fewer steps."""
-    settled: dict[Spec, tuple[Step, ...]] = {}
-    queue: list[tuple[float, int, int, Spec, tuple[Step, ...]]] = [(0.0, 0, 0, source, ())]
-    pushed = 0
-    while queue:
-        cost, _, _, spec, steps = heapq.heappop(queue)
-        if spec in settled:
-            continue
-        settled[spec] = steps
-        for step in _steps_from(shape, itemsize, spec, mesh):
-            pushed += 1
-            entry = (cost + step_cost(step, mesh), len(steps) + 1, pushed, step.target)
-            heapq.heappush(queue, (*entry, (*steps, step)))
-    return settled
+def _paths_from(shape: Shape, itemsize: int, source: Spec, mesh: LogicalMesh) -> "_Paths":
+    return _Paths(shape, itemsize, source, mesh)
+
+
+class _Paths:
+    """Dijkstra's algorithm from one spec, as far as it has been asked for. Ties go to fewer steps."""
+
+    def __init__(self, shape: Shape, itemsize: int, source: Spec, mesh: LogicalMesh):
+        self._steps_from = partial(_steps_from, shape, itemsize, mesh=mesh)
+        self._mesh = mesh
+        self._settled: dict[Spec, tuple[Step, ...]] = {}
+        self._queue: list[tuple[float, int, int, Spec, tuple[Step, ...]]] = [
+            (0.0, 0, 0, source, ())
+        ]
+        self._pushed = 0
+
+    def to(self, target: Spec) -> tuple[Step, ...]:
+        """The steps to a spec; KeyError where none lead there."""
+        while self._queue and target not in self._settled:
+            cost, _, _, spec, steps = heapq.heappop(self._queue)
+            if spec not in self._settled:
+                self._settled[spec] = steps
+                self._push_from(spec, cost, steps)
+        return self._settled[target]
+
+    def _push_from(self, spec: Spec, cost: float, steps: tuple[Step, ...]) -> None:
+        for step in self._steps_from(spec):
+            self._pushed += 1
+            entry = (cost + step_cost(step, self._mesh), len(steps) + 1, self._pushed, step.target)
+            heapq.heappush(self._queue, (*entry, (*steps, step)))
 
 
 def step_cost(step: Step, mesh: LogicalMesh) -> float:

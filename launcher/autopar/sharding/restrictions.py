@@ -8,6 +8,7 @@ whole or partial along it. Where a model has experts, their dim is the alternati
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 
 from launcher.autopar.graphs.graph import Op
 from launcher.autopar.graphs.layers import LayerClass, LayeredModel
@@ -25,7 +26,7 @@ class Experts(Enum):
     FORCED = "forced"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ClassTags:
     """The batch dim and the expert dim of every value of a class's joint graph."""
 
@@ -105,16 +106,11 @@ class Restrictions:
         What the experts leave none of is taken as if they were free, so that every choice of a plan is
         one of `Experts.FREE`, whatever was asked for.
         """
-        free = axis_choices(op)
-        relaxed = replace(self, experts=Experts.FREE)
-        for restrictions in (self, relaxed):
-            held = tuple(choice for choice in free if restrictions._admits(op, tags, choice))
-            if held:
-                break
-        held = held or free
+        free, held = axis_choices(op), _held_choices(self, op, tags)
         return [held if axis in self.batch_axes else free for axis in range(num_axes)]
 
-    def _admits(self, op: Op, tags: ClassTags, choice: AxisStrategy) -> bool:
+    def admits(self, op: Op, tags: ClassTags, choice: AxisStrategy) -> bool:
+        """Whether a batch axis may do that to what an op reads and leaves."""
         results = zip(op.results, choice.results, strict=True)
         if not all(entry in self.entries(tags, value) for value, entry in results):
             return False
@@ -124,3 +120,14 @@ class Restrictions:
             for value, entry in operands
             if isinstance(value, int) and value in tags.batch
         )
+
+
+@lru_cache(maxsize=2**16)
+def _held_choices(restrictions: Restrictions, op: Op, tags: ClassTags) -> tuple[AxisStrategy, ...]:
+    """Those of an op along a batch axis: the same on every mesh."""
+    free = axis_choices(op)
+    for own in (restrictions, replace(restrictions, experts=Experts.FREE)):
+        held = tuple(choice for choice in free if own.admits(op, tags, choice))
+        if held:
+            return held
+    return free

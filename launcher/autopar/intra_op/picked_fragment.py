@@ -1,0 +1,67 @@
+"""A layer class on a mesh where every node has its pick already: what pricing known picks needs.
+
+For a number of microbatches, the strategies found at another one are priced and not solved. The nodes and
+edges are those of `ClassFragment`, each with one choice, and so are their costs: building them takes a
+fraction of the time, as most of it goes into choices that nobody asks for.
+"""
+
+from launcher.autopar.graphs.graph import Op
+from launcher.autopar.graphs.layers import LayerClass
+from launcher.autopar.intra_op.class_fragment import ClassFragment
+from launcher.autopar.intra_op.stage_problem import Key, Picks, StageSettings
+from launcher.autopar.sharding.restrictions import ClassTags
+from launcher.autopar.sharding.rules import Strategy, shapes_of, strategies
+from launcher.autopar.sharding.spec import Spec
+
+
+class NotOfferedError(Exception):
+    """A pick is none of the node's choices, or it takes all of them to say whether it is one."""
+
+
+class PickedFragment(ClassFragment):
+    """A fragment whose nodes have one choice each; `NotOfferedError` where a pick is none of theirs."""
+
+    def __init__(
+        self, cls: LayerClass, tags: ClassTags, settings: StageSettings,
+        picks: Picks,
+    ):  # fmt: skip
+        self.picks = picks
+        super().__init__(cls, tags, settings)
+
+    def offer(self, key: Key, choices: tuple) -> None:
+        """Give a node its pick."""
+        pick = self.picks.get(key)
+        if pick not in choices:
+            raise NotOfferedError
+        super().offer(key, (pick,))
+
+    def strategies_of(self, index: int, op: Op) -> tuple[Strategy, ...]:
+        """The pick of an op, if it may have it."""
+        pick = self.picks.get(self.key("op", index))
+        if not isinstance(pick, Strategy):
+            raise NotOfferedError
+        active = self.active_choices(op)
+        if all(choice in of_axis for choice, of_axis in zip(pick.axes, active, strict=True)):
+            alone = [(choice,) for choice in pick.axes]
+            found = strategies(op, shapes_of(op), self.mesh.shape, alone)
+        else:  # one of those that are taken where nothing else divides evenly
+            found = super().strategies_of(index, op)
+        if pick not in found:
+            raise NotOfferedError
+        return (pick,)
+
+    def place_of(self, index: int, op: Op, operand: int) -> int:
+        """The first operand that reads the same value, and reads it alike in every strategy.
+
+        The others are readers of their own, as they are where all choices are there.
+        """
+        value = op.operands[operand]
+        same = [place for place in range(operand) if op.operands[place] == value]
+        if not same:
+            return operand
+        every = super().strategies_of(index, op)
+
+        def specs(place: int) -> list[Spec]:
+            return [strategy.operand_spec(place) for strategy in every]
+
+        return next((place for place in same if specs(place) == specs(operand)), operand)
