@@ -198,12 +198,10 @@ class ClassFragment:
 
     def choices_of(self, index: int, op: Op) -> "OpChoices":
         """The strategies of an op, with what comes of them."""
-        shape, found = self.mesh.shape, self.strategies_of(index, op)
-        division = np.array([strategy.work_division(shape) for strategy in found])
-        seconds = self.settings.compute.op_s(op, division)
+        found = self.strategies_of(index, op)
         return OpChoices(
             strategies=found,
-            costs=seconds + [combine_cost(op, strategy, self.mesh) for strategy in found],
+            costs=self.costs_of(op, found),
             reads=tuple(
                 (
                     value,
@@ -217,6 +215,12 @@ class ClassFragment:
                 tuple(s.result_spec(result) for s in found) for result in range(len(op.results))
             ),
         )
+
+    def costs_of(self, op: Op, found: Sequence[Strategy]) -> np.ndarray:
+        """Seconds of an op, by strategy."""
+        division = np.array([strategy.work_division(self.mesh.shape) for strategy in found])
+        seconds = self.settings.compute.op_s(op, division)
+        return seconds + [combine_cost(op, strategy, self.mesh) for strategy in found]
 
     def _read(self, value: Value, port: Port, programs: Iterable[tuple[str, Part]]) -> None:
         """Take down a reader, in each program that it is part of."""

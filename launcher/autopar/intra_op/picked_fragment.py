@@ -5,12 +5,19 @@ edges are those of `ClassFragment`, each with one choice, and so are their costs
 fraction of the time, as most of it goes into choices that nobody asks for.
 """
 
-from launcher.autopar.graphs.graph import Op
+from collections.abc import Sequence
+
+import numpy as np
+
+from launcher.autopar.graphs.graph import Op, Value
 from launcher.autopar.graphs.layers import LayerClass
 from launcher.autopar.intra_op.class_fragment import ClassFragment
 from launcher.autopar.intra_op.stage_problem import Key, Picks, StageSettings
+from launcher.autopar.sharding.collectives import combine_cost
+from launcher.autopar.sharding.ports import Port
+from launcher.autopar.sharding.reshard import reshard_costs
 from launcher.autopar.sharding.restrictions import ClassTags
-from launcher.autopar.sharding.rules import Strategy, shapes_of, strategies
+from launcher.autopar.sharding.rules import Strategy, divides_evenly, shapes_of
 from launcher.autopar.sharding.spec import Spec
 
 
@@ -42,13 +49,27 @@ class PickedFragment(ClassFragment):
             raise NotOfferedError
         active = self.active_choices(op)
         if all(choice in of_axis for choice, of_axis in zip(pick.axes, active, strict=True)):
-            alone = [(choice,) for choice in pick.axes]
-            found = strategies(op, shapes_of(op), self.mesh.shape, alone)
+            is_offered = divides_evenly(pick, shapes_of(op), self.mesh.shape)
         else:  # one of those that are taken where nothing else divides evenly
-            found = super().strategies_of(index, op)
-        if pick not in found:
+            is_offered = pick in super().strategies_of(index, op)
+        if not is_offered:
             raise NotOfferedError
         return (pick,)
+
+    def costs_of(self, op: Op, found: Sequence[Strategy]) -> np.ndarray:
+        """Seconds of an op; numbers are priced faster than arrays."""
+        (pick,) = found
+        seconds = self.settings.compute.op_s(op, pick.work_division(self.mesh.shape))
+        return np.array([seconds + combine_cost(op, pick, self.mesh)])
+
+    def matrix(self, value: Value, source: Port, specs: Sequence[Spec]) -> np.ndarray:
+        """Resharding cost of a value; as a view, where it is from one spec to one."""
+        if len(source.specs) > 1 or len(specs) > 1:
+            return super().matrix(value, source, specs)
+        aval = self.aval(value)
+        costs = reshard_costs(aval.shape, aval.dtype.itemsize, self.mesh)
+        row, column = costs.number[source.specs[0]], costs.number[specs[0]]
+        return costs.between[row : row + 1, column : column + 1]
 
     def place_of(self, index: int, op: Op, operand: int) -> int:
         """The first operand that reads the same value, and reads it alike in every strategy.

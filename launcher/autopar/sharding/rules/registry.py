@@ -183,16 +183,15 @@ def _combinations(
 ) -> tuple[Strategy, ...]:
     """What does not fit along one axis alone fits in no combination."""
     fitting = [
-        [choice for choice in choices if _divides((choice,), shapes, (size,))]
+        [choice for choice in choices if divides_evenly(Strategy((choice,)), shapes, (size,))]
         for choices, size in zip(allowed, mesh_shape, strict=True)
     ]
-    combinations = itertools.product(*fitting)
-    return tuple(Strategy(axes) for axes in combinations if _divides(axes, shapes, mesh_shape))
+    found = map(Strategy, itertools.product(*fitting))
+    return tuple(strategy for strategy in found if divides_evenly(strategy, shapes, mesh_shape))
 
 
-def _divides(axes: tuple[AxisStrategy, ...], shapes: "OpShapes", mesh_shape: Shape) -> bool:
+def divides_evenly(strategy: Strategy, shapes: "OpShapes", mesh_shape: Shape) -> bool:
     """Whether every dim that axes split, and the pieces in it, are divided evenly."""
-    strategy = Strategy(axes)
     return (
         all(
             fits(strategy.operand_spec(i), shape, mesh_shape)
@@ -204,7 +203,7 @@ def _divides(axes: tuple[AxisStrategy, ...], shapes: "OpShapes", mesh_shape: Sha
         )
         and all(
             axis.pieces % strategy.pieces_division(mesh_shape, axis) == 0
-            for axis in axes
+            for axis in strategy.axes
             if axis.pieces
         )
     )
