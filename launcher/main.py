@@ -99,11 +99,16 @@ def _run(config: Config, run_dir: Path) -> int:
         return 0
     setup = make_setup(config, run_dir, Console())
     if config.mode == "train" and setup.start.step >= config.train.steps:
+        if not setup.start.lacks_end(run_dir, config.train.steps):
+            log.info(
+                "all %d steps are done already (the checkpoint is of step %d): give more with train.steps",
+                config.train.steps, setup.start.step,
+            )  # fmt: skip
+            return 0
         log.info(
-            "all %d steps are done already (the checkpoint is of step %d): give more with train.steps",
-            config.train.steps, setup.start.step,
+            "all %d steps are done already, but the run was ended before it had written its summary: "
+            "that is left to do", config.train.steps,
         )  # fmt: skip
-        return 0
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once

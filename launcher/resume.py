@@ -35,6 +35,7 @@ from launcher.runtime.checkpoints.checkpointer import (
     SaveSettings,
 )
 from launcher.runtime.checkpoints.shared_store import SharedStore, Writers
+from launcher.runtime.records.summary_file import has_summary
 from launcher.runtime.steps.training_state import check_arrays, values
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class Start:
         if self.checkpoint is None:
             return None
         return from_json(self.checkpoint.manifest.run.plan, source=str(self.checkpoint.path))
+
+    def lacks_end(self, run_dir: Path, steps: int) -> bool:
+        """Whether a run did its last step and was ended before it had written what it leaves behind."""
+        return self.is_own and self.step == steps and not has_summary(run_dir, steps)
 
     def weights(self, model: Model):
         """Parameters and state of the checkpoint; None without one."""

@@ -95,6 +95,24 @@ def test_it_goes_on_bit_for_bit(whole, stopped, monkeypatch, caplog):
     assert rows_of(stopped) == rows_of(whole)
 
 
+def test_a_run_that_was_killed_behind_its_last_checkpoint_still_ends(whole, tmp_path, caplog):
+    """All but the summary, the weights and the last row's end was there."""
+    caplog.set_level("INFO", "launcher")
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    (run_dir / "summary.json").unlink()
+    assert run(run_dir, "train.export_weights=true") == 0
+    assert "ended before it had written its summary" in caplog.text
+    assert rows_of(run_dir) == rows_of(whole)
+    assert steps_of(run_dir) == steps_of(whole)
+    ours, theirs = summary_of(run_dir), summary_of(whole)
+    for key in ("status", "steps", "planned_steps", "loss", "best_loss", "eval_loss"):
+        assert ours[key] == theirs[key]
+    assert (run_dir / "weights.safetensors").exists()
+    assert run(run_dir) == 0
+    assert "all 6 steps are done already (" in caplog.text
+
+
 def test_more_steps_with_a_learning_rate_that_decays_to_the_last(whole, tmp_path, caplog):
     assert run(tmp_path / "a", f"resume={whole}", "train.steps=7", "optimizer.decay=cosine") == 0
     told = "train.steps=7, and the run so far was to have 6: optimizer.decay=cosine ends at the last step"
