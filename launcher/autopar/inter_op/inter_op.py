@@ -8,7 +8,7 @@ pipeline, and u_i those of the end of a step, the plan found is the one of least
 
 among those whose every stage fits into memory: fixed + (microbatches in flight) * stash. What t_i and c_i
 are depends on the schedule (`Pace`); in the paper both are the time of a microbatch, forward and backward.
-With both maxima bounded what is left is a sum, which the DP (`stage_table.sweep`) minimises.
+With both maxima bounded what is left is a sum, which the DP (`sweeps.sweep`) minimises.
 
 The paper tries the bounds on max t_i one by one, from below. Here pairs of bounds are searched by
 branch and bound, which is as exact and takes tens of passes of the DP instead of thousands: the
@@ -38,10 +38,9 @@ from launcher.autopar.inter_op.stage_table import (
     make_pieces,
     make_rows,
     needed_bytes,
-    sweep,
     that_fit,
-    trace_back,
 )
+from launcher.autopar.inter_op.sweeps import sweep, trace_back
 from launcher.autopar.text.wording import size
 from launcher.errors import InfeasiblePlanError
 

@@ -27,7 +27,8 @@ import numpy as np
 
 from launcher.autopar.inter_op.pace import waited_for_s
 from launcher.autopar.inter_op.shared_memory import MemoryPrices, memory_prices
-from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s, sweep, sweep_longest
+from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s
+from launcher.autopar.inter_op.sweeps import sweep, sweep_longest
 from launcher.autopar.programs.schedules import (
     AbstractSchedule,
     Interleaved,

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from launcher.autopar.inter_op.stage_table import Pieces, in_flight_bytes, sweep, trace_back
+from launcher.autopar.inter_op.stage_table import Pieces, in_flight_bytes
+from launcher.autopar.inter_op.sweeps import sweep, trace_back
 from launcher.autopar.programs.schedules import Interleaved
 
 _FIRST_PRICES = range(-4, 5)  # the same on all submeshes, as powers of two

@@ -28,10 +28,9 @@ from launcher.autopar.inter_op.stage_table import (
     Pieces,
     microbatch_time_s,
     needed_bytes,
-    sweep,
-    sweep_waiting,
     that_fit,
 )
+from launcher.autopar.inter_op.sweeps import sweep, sweep_waiting
 from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
 _NUM_RANGES = 5

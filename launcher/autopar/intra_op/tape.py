@@ -7,6 +7,7 @@ What of it gets a buffer, and in which order the lines run, is `workspace`'s par
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from jax.extend.core import primitives as prim
 
@@ -159,16 +160,16 @@ class Tape:
     def run(self, ops: Iterable[tuple[Op, Strategy]]) -> None:
         """Write ops with their strategies."""
         for op, strategy in ops:
+            form = _form(op)
             reads = [
-                self._as_needed(op, i, self.get(operand, strategy.operand_spec(i)))
-                for i, operand in enumerate(op.operands)
-                if isinstance(operand, Value)
+                self._as_needed(order, self.get(op.operands[i], strategy.operand_spec(i)))
+                for i, order in form.reads
             ]
-            if _is_swapped(op):
+            if form.is_swapped:
                 reads = [self._unreversed(buffer) for buffer in reads]
             makes = [(value, strategy.result_spec(i), None) for i, value in enumerate(op.results)]
-            self._write(str(op.primitive), reads, makes)
-            if _makes_matrix(op):
+            self._write(form.name, reads, makes)
+            if form.makes_matrix:
                 self._flat.update(op.results)
             for value, spec, _ in makes:
                 self._copies.put(value, spec)
@@ -228,9 +229,8 @@ class Tape:
             self._viewed |= dict.fromkeys(makes, source)
         self.lines.append(Line(name, tuple(dict.fromkeys(reads)), tuple(makes)))
 
-    def _as_needed(self, op: Op, index: int, buffer: Buffer) -> Buffer:
+    def _as_needed(self, order: Order, buffer: Buffer) -> Buffer:
         """What a matrix product reads: a copy of its operand where the dims do not lie as it needs."""
-        order = _needed_order(op, index)
         if order is None:
             return buffer
         value, spec, _ = buffer
@@ -239,6 +239,31 @@ class Tape:
             source = self._viewed.get(buffer, buffer)
             self._write("transpose" if order else "reshape", [source], [copy])
         return copy
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What is the same of an op on every tape.
+
+    Attributes:
+        reads: the operands that are values, and how their dims must lie.
+    """
+
+    name: str
+    reads: tuple[tuple[int, Order], ...]
+    is_swapped: bool
+    makes_matrix: bool
+
+
+@lru_cache(maxsize=2**16)
+def _form(op: Op) -> _Form:
+    places = [i for i, operand in enumerate(op.operands) if isinstance(operand, Value)]
+    return _Form(
+        name=str(op.primitive),
+        reads=tuple((i, _needed_order(op, i)) for i in places),
+        is_swapped=_is_swapped(op),
+        makes_matrix=_makes_matrix(op),
+    )
 
 
 def _is_swapped(op: Op) -> bool:

@@ -110,8 +110,12 @@ class _Fusion:
     def _decide(self, at: int) -> None:
         line = self.lines[at]
         readers = {reader for buffer in line.makes for reader in self.readers[buffer]}
-        places = frozenset().union(*(self._places[reader] for reader in readers))
-        is_taken = all(self._takes[reader] for reader in readers)
+        if len(readers) == 1:  # as most have
+            (reader,) = readers
+            places, is_taken = self._places[reader], self._takes[reader]
+        else:
+            places = frozenset().union(*(self._places[reader] for reader in readers))
+            is_taken = all(self._takes[reader] for reader in readers)
         fits = (self._has_none(line, buffer, is_taken, len(places)) for buffer in line.makes)
         if line.makes and all(fits):
             self.inside.add(at)
