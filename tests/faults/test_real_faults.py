@@ -16,7 +16,11 @@ from process_run import PATIENCE_S, Run
 from launcher.data.tokens import write_tokens
 
 # Smaller than that of the other runs: what is computed does not matter here.
-QUICK = ("parallel=single", "train.eval_batches=0", "train.global_batch=8", "logger=jsonl")
+QUICK = ("train.eval_batches=0", "train.global_batch=8", "logger=jsonl")
+ONE_DEVICE = ("parallel=single",)
+TWO_HOSTS = (
+    "parallel=data", "runtime=ray", "cluster=cpu8", "cluster.hosts=2", "cluster.devices_per_host=1",
+)  # fmt: skip
 GPT = ("model.layers=1", "model.hidden=32", "model.heads=2", "model.seq_len=32")
 
 
@@ -35,6 +39,7 @@ def test_a_token_file_that_is_cut_short_under_a_run(tmp_path):
     write_tokens(tmp_path / "ids.tokens", (ids,), 256)
     whole = (tmp_path / "ids.tokens").read_bytes()
     given = (
+        *ONE_DEVICE,
         *GPT,
         "data=tokens",
         "data.path=ids.tokens",
@@ -81,13 +86,18 @@ def build(rngs):
 """
 
 
-def test_a_batch_that_yields_no_number_is_gone_back_from(tmp_path):
+@pytest.mark.parametrize(
+    "where",
+    [ONE_DEVICE, pytest.param(TWO_HOSTS, marks=[pytest.mark.ray, pytest.mark.slow])],
+    ids=["one device", "two hosts"],
+)
+def test_a_batch_that_yields_no_number_is_gone_back_from(tmp_path, where):
     (tmp_path / "spoiled.py").write_text(MODEL)
     ids = np.random.default_rng(0).integers(0, 255, 32 * 1000)
     ids[32 * 500 + 7] = 255  # in one window, so in one batch of an epoch of about 118
     write_tokens(tmp_path / "ids.tokens", (ids,), 256)
     process = start(
-        tmp_path, "model=custom", "model.target=spoiled:build", "data=tokens", "data.path=ids.tokens",
+        tmp_path, *where, "model=custom", "model.target=spoiled:build", "data=tokens", "data.path=ids.tokens",
         "train.steps=110", "train.nonfinite_steps=0", "checkpoint.every_steps=4",
     )  # fmt: skip
     said, run = (tmp_path / "output"), Run(tmp_path / "run")
@@ -121,6 +131,7 @@ def in_a_namespace(folder: pathlib.Path, script: str) -> subprocess.CompletedPro
         "launcher",
         "hydra.run.dir=run",
         *QUICK,
+        *ONE_DEVICE,
         *GPT,
         "train.steps=20",
     )

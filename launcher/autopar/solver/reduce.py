@@ -228,11 +228,12 @@ def _drop_dominated(state: Reduced, node: int) -> bool:
         levels = state.uses[node].levels()
         beats &= (levels[:, :, None] <= levels[:, None, :]).all(axis=0)
     np.fill_diagonal(beats, False)
-    alive = np.ones(len(costs), bool)
-    for p in range(len(costs)):
-        alive[p] = not (beats[:, p] & alive).any()
-    if alive.all():
+    beaten = np.flatnonzero(beats.any(axis=0))
+    if not len(beaten):
         return False
+    alive = np.ones(len(costs), bool)
+    for p in beaten:  # of those that beat one another, the last one stays
+        alive[p] = not (beats[:, p] & alive).any()
     _keep(state, node, alive)
     return True
 

@@ -59,10 +59,10 @@ class Strategy:
     axes: tuple[AxisStrategy, ...]
 
     def operand_spec(self, index: int) -> Spec:
-        return tuple(axis.operands[index] for axis in self.axes)
+        return tuple([axis.operands[index] for axis in self.axes])
 
     def result_spec(self, index: int) -> Spec:
-        return tuple(axis.results[index] for axis in self.axes)
+        return tuple([axis.results[index] for axis in self.axes])
 
     def work_division(self, mesh_shape: Shape) -> int:
         """By how much each device's share of the work shrinks."""
