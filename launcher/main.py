@@ -18,7 +18,7 @@ from rich.console import Console
 from launcher import data
 from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.inter_op.space import PlanOptions
-from launcher.autopar.make_plan import Planned, adopt_plan, find_plan
+from launcher.autopar.make_plan import Planned, adopt_plan, find_plan, no_garbage_collection
 from launcher.autopar.plans.budget import check_tokens
 from launcher.autopar.plans.plan import Plan
 from launcher.autopar.plans.plan_file import read_plan
@@ -112,8 +112,9 @@ def _run(config: Config, run_dir: Path) -> int:
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once
-    planned = make_plan(setup)
-    reporter.report(planned, other)
+    with no_garbage_collection():
+        planned = make_plan(setup)
+        reporter.report(planned, other)
     if config.plan.audit:
         audit_plan(config, planned, model, cluster, optimizer, setup.console)
     if config.mode == "plan":

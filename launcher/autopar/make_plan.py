@@ -61,13 +61,16 @@ def find_plan(
     model: Model, cluster: AnyCluster, options: PlanOptions, progress: Callable[[str], None]
 ) -> Planned:
     """Search, let the simulator judge the best candidates, and return the winner."""
-    with _no_garbage_collection():
+    with no_garbage_collection():
         return _find_plan(model, cluster, options, progress)
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Planning makes millions of objects that stay: looking for garbage among them takes a fifth longer."""
+def no_garbage_collection() -> Iterator[None]:
+    """Planning makes millions of objects that stay: looking for garbage among them takes a fifth longer.
+
+    The first look comes when this ends, and takes over a second for a large plan.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
