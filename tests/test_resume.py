@@ -96,7 +96,7 @@ def test_it_goes_on_bit_for_bit(whole, stopped, monkeypatch, caplog):
 
 
 def test_a_run_that_was_killed_behind_its_last_checkpoint_still_ends(whole, tmp_path, caplog):
-    """All but the summary, the weights and the last row's end was there."""
+    """Of what it leaves behind, its summary is missing, and the weights that are asked for."""
     caplog.set_level("INFO", "launcher")
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)

@@ -79,7 +79,7 @@ class ClassFragment:
 
     def __init__(
         self, cls: LayerClass, tags: ClassTags, settings: StageSettings,
-        op_choices: dict[int, "OpChoices"] | None = None,
+        op_choices: dict[int, OpChoices] | None = None,
     ):  # fmt: skip
         self.cls, self.tags, self.settings = cls, tags, settings
         self._op_choices = {} if op_choices is None else op_choices
@@ -196,7 +196,7 @@ class ClassFragment:
         del index, op, operand
         return 0
 
-    def choices_of(self, index: int, op: Op) -> "OpChoices":
+    def choices_of(self, index: int, op: Op) -> OpChoices:
         """The strategies of an op, with what comes of them."""
         found = self.strategies_of(index, op)
         return OpChoices(

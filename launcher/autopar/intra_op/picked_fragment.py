@@ -28,10 +28,7 @@ class NotOfferedError(Exception):
 class PickedFragment(ClassFragment):
     """A fragment whose nodes have one choice each; `NotOfferedError` where a pick is none of theirs."""
 
-    def __init__(
-        self, cls: LayerClass, tags: ClassTags, settings: StageSettings,
-        picks: Picks,
-    ):  # fmt: skip
+    def __init__(self, cls: LayerClass, tags: ClassTags, settings: StageSettings, picks: Picks):
         self.picks = picks
         super().__init__(cls, tags, settings)
 

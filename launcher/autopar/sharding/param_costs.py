@@ -101,4 +101,4 @@ def reshard_matrix(aval, sources, targets, mesh: LogicalMesh) -> np.ndarray:
     costs = reshard_costs(aval.shape, aval.dtype.itemsize, mesh)
     rows = [costs.number[spec] for spec in sources]
     columns = [costs.number[spec] for spec in targets]
-    return costs.between.take(rows, axis=0, mode="clip").take(columns, axis=1, mode="clip")
+    return costs.between.take(rows, axis=0).take(columns, axis=1)
