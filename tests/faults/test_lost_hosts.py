@@ -4,17 +4,13 @@ Each is compared with the same run in one process, number by number.
 """
 
 import os
-import pathlib
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 
 import pytest
 from process_run import PATIENCE_S, Run
-from ray_things import family, is_alive, ray_folder, wait_until
+from ray_things import family, is_alive, ray_folder, two_machines, wait_until
 
 from launcher.errors import ClusterError, StoppedBySignal, TrainingError
 
@@ -147,32 +143,19 @@ def test_gpus_that_are_not_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_on_the_machine_that_is_left(tmp_path):
+def test_on_the_machine_that_is_left(tmp_path, monkeypatch):
     """A cluster of two machines loses one, and the run is planned anew for the other."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # its sockets' paths must be short
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32, "RAY_USAGE_STATS_ENABLED": "0"}
-    script = next(p for p in sys.path if p.endswith("support")) + "/ray_cluster.py"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in token.items():
-            patch.setenv(name, value)
-        cluster = subprocess.Popen(
-            [sys.executable, script, folder], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        address = cluster.stdout.readline().strip()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
+    with two_machines(tmp_path / "ray.log") as (address, say):
         run = Run(tmp_path / "run")
         process = run.start(
             *RAY, f"runtime.address={address}", "replan=true", "parallel=auto", "parallel.pp=null",
             "parallel.tp=null", "runtime.heartbeat_s=0.2", "train.steps=300",
         )  # fmt: skip
         run.wait_for_rows(process, 20)
-        cluster.stdin.write("lose\n")
-        cluster.stdin.flush()
+        say("lose")
         assert process.wait(PATIENCE_S) == 0, run.output()
-    cluster.stdin.close()
-    cluster.stdout.close()
-    cluster.wait()
-    assert not pathlib.Path(folder).exists()
     assert "going on with 1 of 2 hosts (replan=true)" in run.output()
     assert re.search(r"going on after step [1-9]\d*, from", run.output())
     assert [row["step"] for row in run.rows() if "loss" in row] == list(range(1, 301))

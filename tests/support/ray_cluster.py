@@ -1,7 +1,7 @@
 """A Ray cluster of two machines on this one, in a process of its own: `python ray_cluster.py FOLDER`.
 
-Prints the address, then takes a line from its input: "lose" ends the second machine as a power failure
-would. It ends with its input, and leaves nothing behind.
+Prints the address, then takes lines from its input: "lose" ends the second machine as a power failure
+would, "behead" the first one, with what keeps the cluster. It ends with its input, and leaves nothing behind.
 """
 
 import contextlib
@@ -27,6 +27,9 @@ def main(folder: str) -> None:
         for line in sys.stdin:
             if line.strip() == "lose":
                 second.kill_raylet()
+            if line.strip() == "behead":
+                cluster.head_node.kill_gcs_server()
+                cluster.head_node.kill_raylet()
     kill_descendants()
     shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,10 +1,14 @@
 """What the tests put into processes that Ray starts, and what they look for after it."""
 
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 
 
 class Thing:
@@ -86,3 +90,26 @@ def wait_until(is_so, limit_s: float = 20.0) -> float:
         assert time.monotonic() - began_s < limit_s
         time.sleep(0.02)
     return time.monotonic() - began_s
+
+
+@contextlib.contextmanager
+def two_machines(log: pathlib.Path) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The address of a Ray cluster of two machines, and what takes commands for it (`ray_cluster.py`)."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # its sockets' paths must be short
+    script = pathlib.Path(__file__).with_name("ray_cluster.py")
+    with (
+        log.open("w") as said,
+        subprocess.Popen(
+            [sys.executable, script, folder], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+        ) as cluster,
+    ):  # fmt: skip
+        address = cluster.stdout.readline().strip()
+        assert address, log.read_text()
+
+        def say(command: str) -> None:
+            cluster.stdin.write(f"{command}\n")
+            cluster.stdin.flush()
+
+        yield address, say
+    assert not pathlib.Path(folder).exists()

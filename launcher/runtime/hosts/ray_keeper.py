@@ -30,7 +30,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
-_END_LIMIT_S = 10.0
+_END_LIMIT_S, _LEAVE_LIMIT_S = 10.0, 5.0
 _LOOK_EVERY_S = 0.1
 _OBJECT_STORE_BYTES = 100_000_000  # what hosts and run say to each other is small
 OWN_IP = "127.0.0.1"
@@ -127,16 +127,20 @@ class Keeper:
                 self._answer(number, *_attempt(verbs[verb], arguments))
 
     def end(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind; of a cluster whose head is gone, which would wait for it, only in time."""
         if self._is_own and sys.platform == "linux":
             kill_descendants()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            return
+        else:
+            leaving = threading.Thread(target=self._leave, name="leaving", daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_LIMIT_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _leave(self) -> None:
         import ray
 
         self._kill()
         ray.shutdown()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _connect(self, address: str | None, num_hosts: int, with_gpus: bool) -> list:
         import ray

@@ -12,7 +12,15 @@ import time
 from operator import methodcaller
 
 import pytest
-from ray_things import Thing, UnpicklableError, family, is_alive, ray_folder, wait_until
+from ray_things import (
+    Thing,
+    UnpicklableError,
+    family,
+    is_alive,
+    ray_folder,
+    two_machines,
+    wait_until,
+)
 
 from launcher.errors import ClusterError, StorageError
 from launcher.runtime.hosts import ray_pool
@@ -212,7 +220,7 @@ from launcher.runtime.hosts.ray_pool import RayPool
 from test_ray_pool import seats
 from ray_things import Thing
 folder = pathlib.Path(sys.argv[1])
-pool = RayPool(None, 2, folder / "ray.log")
+pool = RayPool(*sys.argv[2:] or [None], 2, folder / "ray.log")
 pool.connect(with_gpus=False)
 where = [future.result(60) for future in pool.start(seats(folder), 60)]
 print(*(place.pid for place in where), flush=True)
@@ -220,14 +228,19 @@ time.sleep(600)
 """
 
 
-def test_nothing_outlives_a_run_that_is_killed(tmp_path):
-    """Not even a process that is stopped, and not the folder of Ray's files."""
+def owner_of_a_ray(folder: pathlib.Path, *address: str) -> subprocess.Popen:
+    """A process that has a pool with two processes of it, and prints which."""
     tests = pathlib.Path(__file__).parent
     paths = (str(tests), str(tests.parents[1] / "support"), str(tests.parents[2]))
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True,
+    return subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(folder), *address], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
+
+
+def test_nothing_outlives_a_run_that_is_killed(tmp_path):
+    """Not even a process that is stopped, and not the folder of Ray's files."""
+    owner = owner_of_a_ray(tmp_path)
     pids = [int(pid) for pid in owner.stdout.readline().split()]
     processes = family(owner.pid)
     folder = ray_folder(processes)
@@ -238,6 +251,23 @@ def test_nothing_outlives_a_run_that_is_killed(tmp_path):
     owner.stdout.close()
     assert wait_until(lambda: not any(map(is_alive, processes))) < 10
     assert not folder.exists()
+
+
+def test_nothing_outlives_a_run_that_is_killed_with_the_head_of_its_cluster(tmp_path, monkeypatch):
+    """As when Slurm ends all of a job's processes: nobody is there to take leave of."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
+    with two_machines(tmp_path / "cluster.log") as (address, say):
+        owner = owner_of_a_ray(tmp_path, address)
+        assert len(owner.stdout.readline().split()) == 2
+        processes = family(owner.pid)
+        folder = ray_folder(processes)
+        say("behead")
+        owner.kill()
+        owner.wait()
+        owner.stdout.close()
+        assert wait_until(lambda: not any(map(is_alive, processes))) < 10
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(
