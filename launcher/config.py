@@ -113,6 +113,7 @@ class DeviceConfig:
     overlaps_collectives: bool | None = None  # beside computation; null: if it is an accelerator
     # [[devices of a host that compute at once, how many times slower each is], ...]
     concurrency: list[Any] = field(default_factory=list)
+    crowding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

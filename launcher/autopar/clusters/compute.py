@@ -23,6 +23,7 @@ from launcher.autopar.graphs.work import (
     op_kind,
     operand_bytes,
     result_bytes,
+    work_class,
 )
 
 # Share of elementwise ops that end a kernel, whose results reach memory: one in four, the length of a
@@ -52,7 +53,7 @@ class ComputeModel:
         tables = (
             device.peak_flops_per_s, device.matmul_efficiency, device.matmul_curve,
             device.convolution_curve, device.kernel_gradient_curve, device.batched_matmul_curve,
-            device.element_s,
+            device.element_s, device.crowding,
         )  # fmt: skip
         return (
             tuple(tuple(sorted(table.items(), key=lambda item: item[0])) for table in tables),
@@ -70,14 +71,14 @@ class ComputeModel:
         if op.primitive in _VIRTUAL:
             return 0.0 * shards
         if flops == 0.0:
-            return self._slowed(self._other_s(op, shards))
+            return self._slowed(op, self._other_s(op, shards))
         moved_s = (operand_bytes(op) + result_bytes(op)) / device.memory_bytes_per_s / shards
         dtype = str(op.eqn.invars[0].aval.dtype) if op.eqn.invars else "float32"
         product_s = self._product_s(op, flops / shards, dtype)
-        return self._slowed(np.maximum(product_s, moved_s) + device.op_overhead_s)
+        return self._slowed(op, np.maximum(product_s, moved_s) + device.op_overhead_s)
 
-    def _slowed(self, seconds):
-        return seconds * self.device.slowdown(self.at_once)
+    def _slowed(self, op: Op, seconds):
+        return seconds * self.device.slowdown(self.at_once, work_class(op))
 
     def _other_s(self, op: Op, shards):
         """Seconds of an op that is neither product nor convolution, most likely inside a fused kernel."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from launcher.autopar.clusters.curves import Curves, read_curve, read_curves
 from launcher.autopar.clusters.device_kinds import is_nvidia
-from launcher.autopar.graphs.work import KINDS
+from launcher.autopar.graphs.work import KINDS, WORK
 from launcher.autopar.text.strict_reader import Node
 
 DTYPES = ("fp64", "fp32", "fp16", "bf16")
@@ -44,6 +44,8 @@ class Device:
         array_launch_s: What each array adds to it that the program takes or makes.
         overlaps_collectives: Whether a collective runs beside computation that does not wait for it.
         concurrency: (devices of a machine that compute at once, how many times slower each of them is).
+        crowding: Class of work (`work.WORK`) -> how many times slower than `concurrency` says it is while
+            all devices of a machine compute; 1 for classes that are left out.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class Device:
     array_launch_s: float = 0.0
     overlaps_collectives: bool = False
     concurrency: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
+    crowding: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def usable_bytes(self) -> int:
@@ -78,13 +81,19 @@ class Device:
         """
         return self.accelerator and self.has_bf16 and is_nvidia(self.kind)
 
-    def slowdown(self, at_once: int | None) -> float:
+    def slowdown(self, at_once: int | None, work: str | None = None) -> float:
         """Return how many times slower it is while so many devices of its machine compute.
 
-        None stands for all of them: the last point of `concurrency`.
+        Args:
+            at_once: None stands for all of them: the last point of `concurrency`.
+            work: Of which class; None for the mean of all.
         """
         counts, factors = zip(*self.concurrency, strict=True)
-        return float(np.interp(counts[-1] if at_once is None else at_once, counts, factors))
+        slower = float(np.interp(counts[-1] if at_once is None else at_once, counts, factors))
+        if work not in self.crowding or factors[-1] == 1.0:
+            return slower
+        full = (slower - 1.0) / (factors[-1] - 1.0)
+        return max(1.0, slower * self.crowding[work] ** full)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +126,7 @@ def read_device(node: Node) -> Device:
         (
             "reserved_gib", "matmul_curve", "convolution_curve", "kernel_gradient_curve",
             "batched_matmul_curve", "element_ns", "op_overhead_us",
-            "program_launch_us", "array_launch_us", "overlaps_collectives", "concurrency",
+            "program_launch_us", "array_launch_us", "overlaps_collectives", "concurrency", "crowding",
         ),
     )  # fmt: skip
     peaks = fields["peak_tflops"].fields(("fp32",), [name for name in DTYPES if name != "fp32"])
@@ -145,6 +154,7 @@ def read_device(node: Node) -> Device:
         array_launch_s=_or_zero(fields["array_launch_us"]) * _MICRO,
         overlaps_collectives=accelerator if overlaps.is_null else overlaps.boolean(),
         concurrency=_read_concurrency(fields["concurrency"]),
+        crowding=_read_crowding(fields["crowding"]),
         element_s=_read_elements(fields["element_ns"]),
         **curves,
     )
@@ -165,6 +175,12 @@ def _read_concurrency(node: Node) -> tuple[tuple[float, float], ...]:
     if node.is_null or not node.items():
         return ((1.0, 1.0),)
     return read_curve(node, size_unit=1.0, rate_unit=1.0).points
+
+
+def _read_crowding(node: Node) -> dict[str, float]:
+    """Any of the classes of work."""
+    classes = {} if node.is_null or not node.entries() else node.fields((), WORK)
+    return {work: value.positive() for work, value in classes.items() if not value.is_null}
 
 
 def read_link(bytes_per_s: float, fields: Mapping[str, Node]) -> Link:

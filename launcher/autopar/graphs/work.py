@@ -114,6 +114,9 @@ ARITHMETIC, DIVISION, TRANSCENDENTAL = "arithmetic", "division", "transcendental
 REDUCTION, TRANSPOSITION = "reduction", "transposition"
 KINDS = (ARITHMETIC, DIVISION, TRANSCENDENTAL, REDUCTION, TRANSPOSITION)
 """Kinds of ops that are no products, by what an element of theirs costs."""
+PRODUCT, BATCHED_PRODUCT, CONVOLUTION = "product", "batched_product", "convolution"
+WORK = (PRODUCT, BATCHED_PRODUCT, CONVOLUTION, *KINDS)
+"""Classes of work: products, of which those with a batch are a class of their own, and all kinds."""
 
 _BY_KIND = {
     None: "reshape broadcast_in_dim squeeze expand_dims iota copy stop_gradient slice split "
@@ -134,6 +137,15 @@ def op_kind(op: Op) -> str | None:
         if name.startswith(prefix):
             return kind
     return _KIND_OF.get(name, ARITHMETIC)
+
+
+def work_class(op: Op) -> str | None:
+    """Which of `WORK` an op is; None for one that costs nothing by itself."""
+    if op.primitive is prim.conv_general_dilated_p:
+        return CONVOLUTION
+    if op_flops(op):
+        return BATCHED_PRODUCT if num_batches(op) > 1 else PRODUCT
+    return op_kind(op)
 
 
 def num_elements(op: Op) -> int:

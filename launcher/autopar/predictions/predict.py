@@ -109,17 +109,37 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
     return 3.0 * num_microbatches * sum(op_flops(op) for op in traced.graph.ops)
 
 
+def submeshes_at_hand(plan: Plan, cluster: AnyCluster) -> tuple[int, ...]:
+    """Of each stage, how many submeshes its machine has a part of, its own included.
+
+    One thread of the machine starts the programs of all, one after the other, so that starting one of each
+    takes as long as all of them.
+    """
+    machines = [{cluster.machine_of(host) for host in stage.hosts} for stage in plan.stages]
+    of_submeshes = machines[: plan.num_submeshes]
+    return tuple(
+        max(sum(machine in others for others in of_submeshes) for machine in own)
+        for own in machines
+    )
+
+
 def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
     across = price_messages(realized.messages, realized.stages, cluster)
     avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
     arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
-    each_s = [device.array_launch_s for device in devices_of(realized.plan, cluster)]
+    kinds, neighbours = (
+        devices_of(realized.plan, cluster),
+        submeshes_at_hand(realized.plan, cluster),
+    )
 
     def with_arrays(seconds: Iterable[float], counts: Iterable[int]) -> tuple[float, ...]:
-        stages = zip(seconds, each_s, counts, strict=True)
-        return tuple(own_s + array_s * count for own_s, array_s, count in stages)
+        """The seconds have the launch of the stage's own program without its arrays."""
+        return tuple(
+            own_s + (number - 1) * kind.program_launch_s + number * count * kind.array_launch_s
+            for own_s, count, kind, number in zip(seconds, counts, kinds, neighbours, strict=True)
+        )
 
     return Durations(
         forward_s=with_arrays((s.forward_s for s in shardings), (a.forward for a in arrays)),

@@ -144,6 +144,8 @@ def as_file(cluster: Cluster, measured: Measured, name: str) -> dict[str, object
         "array_launch_us": _rounded(compute.array_launch_s / _MICRO),
         "concurrency": [[int(count), _rounded(factor)] for count, factor in compute.concurrency],
     }
+    if compute.crowding:
+        figures["crowding"] = {work: _rounded(factor) for work, factor in compute.crowding.items()}
     if compute.element_s:
         figures["element_ns"] = {k: _rounded(v / _NANO) for k, v in compute.element_s.items()}
     intra_host, inter_host = _links(cluster, measured)

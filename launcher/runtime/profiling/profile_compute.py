@@ -12,14 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.clusters.curves import Curve
 from launcher.autopar.clusters.device import Device
-from launcher.autopar.graphs.graph import CALLS, from_jaxpr
-from launcher.autopar.graphs.work import op_flops
-from launcher.runtime.profiling.profile_timing import Job, call_s, prepared, round_s
+from launcher.autopar.graphs.work import BATCHED_PRODUCT, CONVOLUTION, PRODUCT
+from launcher.runtime.profiling.profile_launches import launch_s
+from launcher.runtime.profiling.profile_programs import (
+    CHANNELS_LAST,
+    ProgramSizes,
+    dense_job,
+    in_programs,
+    program_jobs,
+)
+from launcher.runtime.profiling.profile_timing import Job, round_s
 
 Progress = Callable[[str], None]
 Points = tuple[tuple[float, float], ...]
@@ -28,15 +34,12 @@ Points = tuple[tuple[float, float], ...]
 DTYPES = {"fp32": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 _TINY = 8  # a product of this side takes no time but that of its kernel
 _HEAD = 64  # what a head of attention sums over
-_LAUNCHED_ARRAYS = (8, 128)
-_LAUNCHES = 20
 _STREAMS = 7  # arrays that an update reads and writes
-_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What is measured: sides of products, channels of convolutions, elements of other ops."""
+    """What is measured: sides of products, channels of convolutions, elements of other ops, programs."""
 
     sides: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -47,17 +50,24 @@ class Sizes:
     stream_bytes: int
     blocks: tuple[int, int, int]
     small_blocks: tuple[int, int, int]
+    programs: ProgramSizes
 
 
 ON_CPU = Sizes(
     sides=(16, 32, 64, 128, 256, 512), lengths=(8, 16, 32, 64, 128), batch=64,
     channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**22,
-    blocks=(16, 64, 64), small_blocks=(1, 16, 16),
+    blocks=(16, 64, 64), small_blocks=(1, 32, 32),
+    programs=ProgramSizes(
+        dense=((4, 128, 64), (16, 64, 64), (2, 128, 256)),
+        experts=((4, 128, 64, 4), (1, 128, 128, 8)),
+        residual=((16, 8, 32), (4, 16, 16), (16, 4, 64)),
+    ),
 )  # fmt: skip
 ON_GPU = Sizes(
     sides=(128, 256, 512, 1024, 2048, 4096, 8192), lengths=(64, 256, 1024, 2048), batch=64,
     channels=(32, 64, 128, 256, 512), images=(32, 56), elements=2**26, stream_bytes=2**28,
     blocks=(8, 1024, 2048), small_blocks=(1, 64, 256),
+    programs=ProgramSizes(dense=(), experts=(), residual=()),
 )  # fmt: skip
 
 
@@ -69,6 +79,7 @@ class ComputeFigures:
         batched: of products with a batch, by the FLOPs of one of them.
         element_s: kind of op -> seconds per element inside a fused kernel.
         concurrency: (devices at once, how many times slower each of them is).
+        crowding: class of work -> how many times slower than that it is with all devices at once.
     """
 
     products: Mapping[str, Points]
@@ -81,6 +92,7 @@ class ComputeFigures:
     program_launch_s: float
     array_launch_s: float
     concurrency: Points
+    crowding: Mapping[str, float]
 
 
 def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> ComputeFigures:
@@ -109,26 +121,28 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
     progress("memory")
     stream_s = _without(overhead_s, round_s(_update_job(sizes, device), one))
     progress("launches")
+    program_s, array_s = launch_s(grid.reshape(-1), dense_job(*sizes.small_blocks))
     figures = ComputeFigures(
         **found,
         element_s={},
         memory_bytes_per_s=_STREAMS * sizes.stream_bytes / stream_s,
         op_overhead_s=overhead_s,
-        program_launch_s=_program_launch_s(grid.reshape(-1), sizes),
-        array_launch_s=_array_launch_s(grid.reshape(-1)),
-        concurrency=(),
+        program_launch_s=program_s,
+        array_launch_s=array_s,
+        concurrency=((1.0, 1.0),),
+        crowding={},
     )
-    progress("devices at once")
-    alone_s, slower = _crowded(grid, sizes)
-    figures = replace(figures, concurrency=slower)
     if device.accelerator:  # its arithmetic is free beside its memory
-        return figures
+        progress("devices at once")
+        took = _took_s([dense_job(*sizes.blocks)], grid)
+        return replace(figures, concurrency=_slower(took))
     progress("other ops")
     alone = {
         kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
         for kind, (job, ops) in _element_jobs(sizes, device).items()
     }
-    return replace(figures, element_s=_in_a_program(alone, alone_s, figures, sizes))
+    progress("whole programs, on 1 to all devices at once")
+    return _in_programs(replace(figures, element_s=alone), program_jobs(sizes.programs), grid)
 
 
 def _without(overhead_s: float, seconds: float) -> float:
@@ -185,16 +199,19 @@ def _convolve(held):
 
 
 def _kernel_gradient(held):
+    """As the emitter has it on a CPU: the images' channels are the batch, what is summed over is last."""
     images, kernel = held
-    _, gradients = jax.vjp(lambda kernel: _convolved(images, kernel), kernel)
-    [gradient] = gradients(images)
+    by_channel, sums = images.transpose(3, 1, 2, 0), images.transpose(1, 2, 0, 3)
+    gradient = lax.conv_general_dilated(
+        by_channel, sums, (1, 1), ((1, 1), (1, 1)), dimension_numbers=CHANNELS_LAST
+    )
     # Or all rounds would be alike, and XLA would do one.
-    return images * (1.0 + 0.001 * gradient[0, 0, 0, 0]).astype(images.dtype), gradient
+    moved = images * (1.0 + 0.001 * gradient[0, 0, 0, 0]).astype(images.dtype)
+    return moved, gradient.transpose(1, 2, 0, 3)
 
 
 def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
 
 
 def _element_jobs(sizes: Sizes, device: Device) -> Mapping[str, tuple[Job, int]]:
@@ -232,118 +249,63 @@ def _update_job(sizes: Sizes, device: Device) -> Job:
     return Job(body=update, shapes=(shape,) * 4, guess_s=guess_s)
 
 
-def _crowded(grid: np.ndarray, sizes: Sizes) -> tuple[float, Points]:
-    """How long some blocks take on one device, and how many times longer on 1, 2, 4, ... at once.
-
-    Devices are taken from one host after the other.
-    """
-    devices, job = grid.reshape(-1), _blocks_job(sizes)
-    alone_s = slowest_s = round_s(job, devices[:1])
-    points = []
-    for count in sorted({*(2**k for k in range(devices.size.bit_length())), devices.size}):
-        if 1 < count <= devices.size:
-            # More devices are never faster; where it looks so, it is noise.
-            slowest_s = max(slowest_s, round_s(job, devices[:count]))
-        points.append((float(count), slowest_s / alone_s))
-    return alone_s, tuple(points)
+def _took_s(jobs: Sequence[Job], grid: np.ndarray) -> dict[int, np.ndarray]:
+    """Devices at once, 1, 2, 4, ... and all -> what each job takes; from one host after the other."""
+    devices = grid.reshape(-1)
+    counts = sorted({*(2**k for k in range(devices.size.bit_length())), devices.size})
+    return {
+        count: np.array([round_s(job, devices[:count]) for job in jobs])
+        for count in counts
+        if count <= devices.size
+    }
 
 
-def _blocks_job(sizes: Sizes) -> Job:
-    count, length, width = sizes.blocks
-    shapes = (count, length, width), (width, 4 * width), (width, 4 * width), (4 * width, width)
-    return Job(body=_blocks, shapes=shapes, guess_s=1.0, value=1 / width)
+def _slower(took_s: Mapping[int, np.ndarray]) -> Points:
+    """How many times slower than alone jobs are, in the geometric mean, by devices at once."""
+    ratios = [np.exp(np.log(seconds / took_s[1]).mean()) for seconds in took_s.values()]
+    # More devices are never faster; where it looks so, it is noise.
+    return tuple(zip(map(float, took_s), map(float, np.maximum.accumulate(ratios)), strict=True))
 
 
-def _blocks(held):
-    """The gradients of a few blocks of attention and perceptron: a training step on one device."""
-
-    def loss(stream, project, widen, narrow):
-        for _ in range(_BLOCKS):
-            stream = stream + _attention(_normal(stream) @ project)
-            stream = stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow
-        return (stream * stream).sum()
-
-    return jax.grad(loss, argnums=(0, 1, 2, 3))(*held)
+def _in_programs(figures: ComputeFigures, jobs: Sequence[Job], grid: np.ndarray) -> ComputeFigures:
+    """The figures, each by the factor by which its class of work costs more or less in whole programs."""
+    took_s = _took_s(jobs, grid)
+    factors = in_programs(jobs, took_s[1], _compute_model(figures))
+    alone = replace(_by_factors(figures, factors), concurrency=_slower(took_s))
+    crowding = in_programs(jobs, took_s[max(took_s)], _compute_model(alone))
+    return replace(alone, crowding=crowding)
 
 
-def _normal(x: jax.Array) -> jax.Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred * lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+def _by_factors(figures: ComputeFigures, factors: Mapping[str, float]) -> ComputeFigures:
+    def slower(curves: Mapping[str, Points], work: str) -> dict[str, Points]:
+        return {
+            dtype: tuple((size, rate / factors.get(work, 1.0)) for size, rate in points)
+            for dtype, points in curves.items()
+        }
+
+    return replace(
+        figures,
+        products=slower(figures.products, PRODUCT),
+        batched=slower(figures.batched, BATCHED_PRODUCT),
+        convolutions=slower(figures.convolutions, CONVOLUTION),
+        kernel_gradients=slower(figures.kernel_gradients, CONVOLUTION),
+        element_s={k: factors.get(k, 1.0) * each_s for k, each_s in figures.element_s.items()},
+    )
 
 
-def _attention(projected: jax.Array) -> jax.Array:
-    """Of four heads; the last quarter of what was projected is added, in place of a product."""
-    count, length, width = projected.shape
-    heads = projected.reshape(count, length, 4, 4, width // 16)
-    queries, keys, values, rest = jnp.moveaxis(heads, 2, 0)
-    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", queries, keys))
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, values) + rest
-    return mixed.reshape(count, length, width // 4)
+def _compute_model(figures: ComputeFigures) -> ComputeModel:
+    """What prices ops by the figures, with as many devices at once as there are."""
 
+    def rates(curves: Mapping[str, Points]) -> dict[str, Curve]:
+        return {dtype: Curve(points) for dtype, points in curves.items()}
 
-def _in_a_program(
-    alone: Mapping[str, float], measured_s: float, figures: ComputeFigures, sizes: Sizes
-) -> dict[str, float]:
-    """What elements cost in a program of many kernels, whose arrays no cache holds and whose memory is new.
-
-    All kinds by the factor by which the blocks took longer than their products and `alone` add up to.
-    """
+    known = dict.fromkeys(figures.products, 1.0)  # so that shares of the peak are rates
     device = Device(
-        kind="", memory_bytes=0, peak_flops_per_s={"fp32": 1.0}, matmul_efficiency={"fp32": 1.0},
+        kind="", memory_bytes=0, peak_flops_per_s=known, matmul_efficiency=known,
         memory_bytes_per_s=figures.memory_bytes_per_s, has_bf16=False, accelerator=False,
-        matmul_curve={"fp32": Curve(figures.products["fp32"])}, element_s=alone,
-        op_overhead_s=figures.op_overhead_s,
+        matmul_curve=rates(figures.products), batched_matmul_curve=rates(figures.batched),
+        convolution_curve=rates(figures.convolutions), element_s=figures.element_s,
+        kernel_gradient_curve=rates(figures.kernel_gradients), op_overhead_s=figures.op_overhead_s,
+        concurrency=figures.concurrency,
     )  # fmt: skip
-    compute = ComputeModel(device)
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in _blocks_job(sizes).shapes]
-    ops = from_jaxpr(jax.make_jaxpr(_blocks)(shapes), inline=CALLS).ops
-    products_s = sum(compute.op_s(op) for op in ops if op_flops(op))
-    others_s = sum(compute.op_s(op) for op in ops if not op_flops(op))
-    factor = max(measured_s - products_s, others_s / 2) / others_s
-    return {kind: factor * seconds for kind, seconds in alone.items()}
-
-
-def _array_launch_s(devices: np.ndarray) -> float:
-    """What each array adds to starting a program, on all devices."""
-    few, many = _LAUNCHED_ARRAYS
-    few_s, many_s = (_idle_launch_s(devices, count) for count in _LAUNCHED_ARRAYS)
-    return max(0.0, many_s - few_s) / 2 / (many - few)  # each is taken, and one like it is made
-
-
-def _idle_launch_s(devices: np.ndarray, num_arrays: int) -> float:
-    """A program that has hardly any work, again and again."""
-    whole = NamedSharding(Mesh(devices, ("each",)), PartitionSpec())
-    arrays = [jax.device_put(np.ones(1, np.float32), whole) for _ in range(num_arrays)]
-    program = jax.jit(lambda held: [x + 1.0 for x in held]).lower(arrays).compile()
-
-    def calls() -> None:
-        held: Sequence[jax.Array] = arrays
-        for _ in range(_LAUNCHES):
-            held = program(held)
-        jax.block_until_ready(held)
-
-    return call_s(calls) / _LAUNCHES
-
-
-def _program_launch_s(devices: np.ndarray, sizes: Sizes) -> float:
-    """What starting a program takes beside its work, while other devices compute.
-
-    Two halves of the devices run a program so many times each, side by side as stages do, and all of them
-    run one program with so many rounds: the difference. It has little work, so that its arrays come out of
-    memory that the process has at hand. Where devices compute on the cores that start programs, starting
-    them takes longer than on idle ones.
-    """
-    job = _blocks_job(replace(sizes, blocks=sizes.small_blocks))
-    half = max(1, devices.size // 2)
-    halves = [part for part in (devices[:half], devices[half:]) if part.size]
-    chains = [prepared(job, part, ("each",), rounds=1) for part in halves]
-    at_once, arrays = prepared(job, devices, ("each",), rounds=_LAUNCHES)
-
-    def one_by_one() -> None:
-        held = [arrays for _, arrays in chains]
-        for _ in range(_LAUNCHES):
-            held = [program(*given) for (program, _), given in zip(chains, held, strict=True)]
-        jax.block_until_ready(held)
-
-    whole_s = call_s(lambda: jax.block_until_ready(at_once(*arrays)))
-    return max(0.0, call_s(one_by_one) - whole_s) / _LAUNCHES
+    return ComputeModel(device)

@@ -1,0 +1,184 @@
+"""What work costs in whole programs, beside what it costs in a loop of its own.
+
+A loop over one kernel finds its arrays in a cache, and its memory at hand. In a training step neither is so,
+nor are all products square. So a few programs such as people train, the gradients of dense blocks, of blocks
+of experts and of residual convolutions, are measured as wholes, on one device and on more at once. Each class
+of work gets the factor by which it costs more or less in them: the factors, near one, with which the classes
+add up to what the programs took, in the least squares of the logarithms. Left out: what depends on a
+program's shapes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from launcher.autopar.clusters.compute import ComputeModel
+from launcher.autopar.graphs.graph import CALLS, from_jaxpr
+from launcher.autopar.graphs.work import work_class
+from launcher.runtime.profiling.profile_timing import Job
+
+CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
+_DEPTH = 4  # blocks of a program
+_WIDENING = 4  # of a perceptron's middle
+_STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by one
+_ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramSizes:
+    """What programs are measured with.
+
+    Attributes:
+        dense: (sequences, length, width) of each.
+        experts: (groups, length, width, experts) of each.
+        residual: (images, side, channels) of each.
+    """
+
+    dense: tuple[tuple[int, int, int], ...]
+    experts: tuple[tuple[int, int, int, int], ...]
+    residual: tuple[tuple[int, int, int], ...]
+
+
+def program_jobs(sizes: ProgramSizes) -> list[Job]:
+    """All programs, each of one round."""
+    return [
+        *(dense_job(*size) for size in sizes.dense),
+        *(experts_job(*size) for size in sizes.experts),
+        *(residual_job(*size) for size in sizes.residual),
+    ]
+
+
+def dense_job(count: int, length: int, width: int) -> Job:
+    """The gradients of a few blocks of attention and perceptron."""
+
+    def loss(stream, project, widen, narrow):
+        for _ in range(_DEPTH):
+            stream = stream + _attention(_normal(stream) @ project)
+            stream = stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow
+        return stream
+
+    middle = _WIDENING * width
+    return _gradients(
+        loss, (count, length, width), (width, middle), (width, middle), (middle, width)
+    )
+
+
+def experts_job(groups: int, length: int, width: int, experts: int) -> Job:
+    """The gradients of a few blocks of experts, each token going to one of them."""
+
+    def loss(stream, gate, widen, narrow):
+        for _ in range(_DEPTH):
+            normal = _normal(stream)
+            chosen = _dispatch(jax.nn.softmax(normal @ gate))
+            given = jnp.einsum("gsec,gsm->egcm", chosen, normal)
+            hidden = jax.nn.gelu(jnp.einsum("egcm,emh->egch", given, widen))
+            made = jnp.einsum("egch,ehm->egcm", hidden, narrow)
+            stream = stream + jnp.einsum("gsec,egcm->gsm", chosen, made)
+        return stream
+
+    middle = _WIDENING * width
+    return _gradients(
+        loss, (groups, length, width), (width, experts), (experts, width, middle),
+        (experts, middle, width),
+    )  # fmt: skip
+
+
+def residual_job(count: int, side: int, channels: int) -> Job:
+    """The gradients of a few residual blocks: a convolution of a window, and one of single points."""
+
+    def loss(images, windowed, pointwise):
+        for _ in range(_DEPTH):
+            hidden = jax.nn.relu(_over_the_batch(_convolved(images, windowed)))
+            images = images + _over_the_batch(_convolved(hidden, pointwise))
+        return images
+
+    return _gradients(
+        loss, (count, side, side, channels), (3, 3, channels, channels), (1, 1, channels, channels)
+    )
+
+
+def in_programs(
+    jobs: Sequence[Job], measured_s: Sequence[float], compute: ComputeModel
+) -> dict[str, float]:
+    """The factor of each class of work that the programs have."""
+    rows = [_by_class(job, compute) for job in jobs]
+    classes = sorted({name for row in rows for name in row})
+    table = np.array([[row.get(name, 0.0) for name in classes] for row in rows])
+    factors = fit_factors(table, np.array(measured_s))
+    return dict(zip(classes, map(float, factors), strict=True))
+
+
+def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
+    """Factors f, near one, with which `table @ f` comes near what was measured.
+
+    Minimises the sum of the squares of log(table @ f / measured) and of `_STIFFNESS` log(f), by
+    Gauss-Newton in log(f).
+    """
+    logs = np.zeros(table.shape[1])
+    stiff = _STIFFNESS * np.eye(logs.size)
+    for _ in range(_ROUNDS):
+        parts = table * np.exp(logs)
+        wholes = parts.sum(axis=1)
+        slopes = np.vstack((parts / wholes[:, None], stiff))
+        misses = np.concatenate((np.log(wholes / measured_s), _STIFFNESS * logs))
+        logs = logs - np.linalg.lstsq(slopes, misses)[0]
+    return np.exp(logs)
+
+
+def _by_class(job: Job, compute: ComputeModel) -> Mapping[str, float]:
+    """Seconds of each class of work of a program, by what was measured of each alone."""
+    shapes = [jax.ShapeDtypeStruct(shape, job.dtype) for shape in job.shapes]
+    found: dict[str, float] = {}
+    for op in from_jaxpr(jax.make_jaxpr(job.body)(shapes), inline=CALLS).ops:
+        work = work_class(op)
+        if work is not None:
+            found[work] = found.get(work, 0.0) + float(compute.op_s(op))
+    return found
+
+
+def _gradients(loss: Callable, *shapes: tuple[int, ...]) -> Job:
+    def body(held):
+        return jax.grad(lambda *held: (loss(*held) ** 2).sum(), argnums=tuple(range(len(shapes))))(
+            *held
+        )
+
+    return Job(body=body, shapes=shapes, guess_s=1.0, value=1 / shapes[0][-1])
+
+
+def _normal(x: jax.Array) -> jax.Array:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def _over_the_batch(images: jax.Array) -> jax.Array:
+    """Each channel normalised over all images."""
+    centred = images - images.mean(axis=(0, 1, 2))
+    return centred * lax.rsqrt((centred * centred).mean(axis=(0, 1, 2)) + 1e-6)
+
+
+def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
+
+
+def _attention(projected: jax.Array) -> jax.Array:
+    """Of four heads; the last quarter of what was projected is added, in place of a product."""
+    count, length, width = projected.shape
+    heads = projected.reshape(count, length, 4, 4, width // 16)
+    queries, keys, values, rest = jnp.moveaxis(heads, 2, 0)
+    scores = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", queries, keys))
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", scores, values) + rest
+    return mixed.reshape(count, length, width // 4)
+
+
+def _dispatch(gates: jax.Array) -> jax.Array:
+    """Which token goes where in which expert, and its weight there (Lepikhin et al. 2020, GShard)."""
+    _, length, experts = gates.shape
+    places = max(1, 2 * length // experts)
+    chosen = jax.nn.one_hot(gates.argmax(axis=-1), experts)
+    place = (jnp.cumsum(chosen, axis=1) * chosen).sum(axis=-1, keepdims=True) - 1.0
+    where = jax.nn.one_hot(place.astype(jnp.int32), places)
+    return (gates * chosen)[..., None] * where
