@@ -102,16 +102,15 @@ class DeviceConfig:
     matmul_curve: dict[str, Any] = field(default_factory=dict)
     convolution_curve: dict[str, Any] = field(default_factory=dict)
     kernel_gradient_curve: dict[str, Any] = field(default_factory=dict)  # of convolutions
-    batched_matmul_curve: dict[str, Any] = field(
-        default_factory=dict
-    )  # by the GFLOP of one of a batch
+    # By the GFLOP of one of a batch.
+    batched_matmul_curve: dict[str, Any] = field(default_factory=dict)
     # arithmetic, division, transcendental, reduction, transposition -> ns per element
     element_ns: dict[str, float] = field(default_factory=dict)
     op_overhead_us: float = 0.0  # of each kernel
     program_launch_us: float = 0.0  # of each program of a step
     array_launch_us: float = 0.0  # of each array that it takes or makes
     overlaps_collectives: bool | None = None  # beside computation; null: if it is an accelerator
-    # [[devices of a host that compute at once, how many times slower each is], ...]
+    # [[devices of a host that compute at once, times slower each is], ...], and what work is slower yet
     concurrency: list[Any] = field(default_factory=list)
     crowding: dict[str, float] = field(default_factory=dict)
 

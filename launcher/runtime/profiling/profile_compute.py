@@ -21,6 +21,7 @@ from launcher.runtime.profiling.profile_launches import launch_s
 from launcher.runtime.profiling.profile_programs import (
     CHANNELS_LAST,
     ProgramSizes,
+    convolved,
     dense_job,
     in_programs,
     program_jobs,
@@ -195,23 +196,26 @@ def _attend(held):
 
 def _convolve(held):
     images, kernel = held
-    return _convolved(images, kernel), kernel
+    return convolved(images, kernel), kernel
 
 
 def _kernel_gradient(held):
-    """As the emitter has it on a CPU: the images' channels are the batch, what is summed over is last."""
     images, kernel = held
-    by_channel, sums = images.transpose(3, 1, 2, 0), images.transpose(1, 2, 0, 3)
-    gradient = lax.conv_general_dilated(
-        by_channel, sums, (1, 1), ((1, 1), (1, 1)), dimension_numbers=CHANNELS_LAST
-    )
+    gradient = gradient_of_kernel(images, images)
     # Or all rounds would be alike, and XLA would do one.
-    moved = images * (1.0 + 0.001 * gradient[0, 0, 0, 0]).astype(images.dtype)
-    return moved, gradient.transpose(1, 2, 0, 3)
+    return images * (1.0 + 0.001 * gradient[0, 0, 0, 0]).astype(images.dtype), gradient
 
 
-def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
+def gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Of a window of three, as the emitter has it on a CPU.
+
+    The images' channels are the batch, and what is summed over, the images, comes last.
+    """
+    gradient = lax.conv_general_dilated(
+        images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), (1, 1), ((1, 1), (1, 1)),
+        dimension_numbers=CHANNELS_LAST,
+    )  # fmt: skip
+    return gradient.transpose(1, 2, 0, 3)
 
 
 def _element_jobs(sizes: Sizes, device: Device) -> Mapping[str, tuple[Job, int]]:

@@ -92,8 +92,8 @@ def residual_job(count: int, side: int, channels: int) -> Job:
 
     def loss(images, windowed, pointwise):
         for _ in range(_DEPTH):
-            hidden = jax.nn.relu(_over_the_batch(_convolved(images, windowed)))
-            images = images + _over_the_batch(_convolved(hidden, pointwise))
+            hidden = jax.nn.relu(_over_the_batch(convolved(images, windowed)))
+            images = images + _over_the_batch(convolved(hidden, pointwise))
         return images
 
     return _gradients(
@@ -156,11 +156,13 @@ def _normal(x: jax.Array) -> jax.Array:
 
 def _over_the_batch(images: jax.Array) -> jax.Array:
     """Each channel normalised over all images."""
-    centred = images - images.mean(axis=(0, 1, 2))
-    return centred * lax.rsqrt((centred * centred).mean(axis=(0, 1, 2)) + 1e-6)
+    over = (0, 1, 2)
+    centred = images - images.mean(axis=over, keepdims=True)
+    return centred * lax.rsqrt((centred * centred).mean(axis=over, keepdims=True) + 1e-6)
 
 
-def _convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolved(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Images by a kernel, in the order of dims that the CPU backend has fast code for."""
     return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
 
 

@@ -10,7 +10,7 @@ from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.predictions.predict import crowd_of, stage_durations
+from launcher.autopar.predictions.predict import crowd_of, stage_durations, submeshes_at_hand
 from launcher.autopar.programs.simulator import simulate
 from launcher.config import GptConfig
 
@@ -54,6 +54,7 @@ def test_a_step_costs_the_full_price_only_while_all_devices_compute():
 
 
 def test_arrays_add_to_what_starting_programs_takes():
+    """One thread starts the programs of both submeshes, which are on one machine."""
     plain, slower = (
         planned(dataclasses.replace(FREE, device=dataclasses.replace(FREE.device, **figures)))
         for figures in ({}, {"array_launch_s": 1.0})
@@ -64,5 +65,24 @@ def test_arrays_add_to_what_starting_programs_takes():
             plain.plan.predicted.stage_sync_s, slower.plan.predicted.stage_sync_s, strict=True
         )
     ]
-    accumulators = [2 * len(stage.layout.accumulators) for stage in plain.realized.stages]
-    assert added == pytest.approx(accumulators)
+    arrays = [2 * len(stage.layout.accumulators) for stage in plain.realized.stages]
+    assert added == pytest.approx([2 * count for count in arrays])
+
+
+def test_whose_programs_one_thread_starts():
+    plan = planned(FREE).plan
+    assert submeshes_at_hand(plan, FREE) == (2, 2)
+    assert submeshes_at_hand(plan, crowded(FREE, accelerator=True)) == (1, 1)  # a host each
+
+
+def test_a_class_of_work_may_suffer_more_than_others():
+    device = dataclasses.replace(
+        FREE.device,
+        concurrency=((1.0, 1.0), (8.0, 4.0)),
+        crowding={"product": 1.5, "division": 0.1},
+    )
+    assert device.slowdown(None, "product") == pytest.approx(6.0)
+    assert device.slowdown(1, "product") == 1.0
+    assert device.slowdown(8, "reduction") == device.slowdown(8) == 4.0
+    assert device.slowdown(8, "division") == 1.0  # never faster than alone
+    assert 1.0 < device.slowdown(4, "product") / device.slowdown(4) < 1.5

@@ -10,7 +10,7 @@ from launcher import main
 from launcher.autopar.clusters.cluster import cluster_from_config, load_cluster
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, StorageError
-from launcher.runtime.profiling import profile, profile_compute, profile_links
+from launcher.runtime.profiling import profile, profile_compute, profile_links, profile_programs
 from launcher.runtime.profiling.profile import Measured
 from launcher.runtime.profiling.profile_compute import ComputeFigures
 from launcher.runtime.profiling.profile_links import LinkFigures
@@ -24,12 +24,15 @@ COMPUTE = ComputeFigures(
         ("arithmetic", "division", "transcendental", "reduction", "transposition"), 1e-10
     ),
     memory_bytes_per_s=5e9, op_overhead_s=2e-6, program_launch_s=3e-4, array_launch_s=1e-6,
-    concurrency=((1.0, 1.0), (8.0, 4.0)),
+    concurrency=((1.0, 1.0), (8.0, 4.0)), crowding={"product": 1.5, "reduction": 0.9},
 )  # fmt: skip
 LINK = LinkFigures(curves={"all_reduce": ((4096.0, 1e8),), "send": ((4096.0, 1e8), (1e6, 2e9))})
 SMALL = profile_compute.Sizes(
     sides=(16, 32), lengths=(8,), batch=2, channels=(2,), images=(2, 4), elements=2**10,
     stream_bytes=2**12, blocks=(2, 4, 16), small_blocks=(1, 4, 16),
+    programs=profile_programs.ProgramSizes(
+        dense=((2, 4, 16),), experts=((1, 8, 16, 2),), residual=((2, 4, 2),)
+    ),
 )  # fmt: skip
 
 
@@ -57,6 +60,7 @@ def test_the_file_says_what_was_measured(tmp_path):
     assert device.element_s == pytest.approx(COMPUTE.element_s)
     assert (device.op_overhead_s, device.program_launch_s) == pytest.approx((2e-6, 3e-4))
     assert device.concurrency == COMPUTE.concurrency
+    assert device.crowding == COMPUTE.crowding
     assert read.inter_host.send_s(1e6) == pytest.approx(1e6 / 2e9)
     assert read.intra_host.latency_s == pytest.approx(4096 / 1e8, rel=1e-3)
     assert {key for key, source in read.sources.items() if "mode=profile" in source} >= {
@@ -69,7 +73,7 @@ def test_what_is_out_of_reach_is_taken_over_with_its_source(tmp_path):
     known = load_cluster("dgx-a100")
     compute = dataclasses.replace(
         COMPUTE, products={"bf16": ((1e9, 4e14),)}, batched={}, convolutions={}, kernel_gradients={},
-        element_s={},
+        element_s={}, crowding={},
     )  # fmt: skip
     read = written(known, Measured(compute=compute, intra_host=None, inter_host=None), tmp_path)
     assert read.device.peak_flops_per_s == known.device.peak_flops_per_s
@@ -98,12 +102,44 @@ def test_everything_is_measured(monkeypatch):
     factors = [factor for _, factor in compute.concurrency]
     assert factors[0] == 1.0
     assert factors == sorted(factors)
+    assert {"product", "batched_product", "convolution", "reduction"} <= compute.crowding.keys()
     for link in (measured.intra_host, measured.inter_host):
         assert set(link.curves) == {
             "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"
         }  # fmt: skip
     assert "launches" in told
     assert "all-reduce along the devices" in told
+
+
+def test_factors_are_found_that_make_classes_add_up():
+    """As long as there are enough programs; what none of them has stays as it is."""
+    table = np.array([[3.0, 1.0, 0.0], [1.0, 2.0, 0.0], [1.0, 1.0, 0.0], [0.5, 4.0, 0.0]])
+    found = profile_programs.fit_factors(table, table @ np.array([1.5, 0.7, 1.0]))
+    assert found == pytest.approx([1.5, 0.7, 1.0], rel=0.03)
+
+
+def test_without_reason_no_factor_is_far_from_one():
+    """Two classes that no program tells apart share what is missing."""
+    found = profile_programs.fit_factors(np.array([[1.0, 1.0]]), np.array([4.0]))
+    assert found[0] == pytest.approx(found[1])
+    assert found.sum() == pytest.approx(4.0, rel=0.02)
+
+
+def test_the_programs_give_gradients_of_all_that_they_take():
+    """And as JAX has them: the sums that a step of training makes."""
+    for job in profile_programs.program_jobs(SMALL.programs):
+        held = tuple(jax.numpy.full(shape, job.value) for shape in job.shapes)
+        assert [made.shape for made in job.body(held)] == list(job.shapes)
+
+
+def test_a_kernel_gradient_is_the_one_that_jax_finds():
+    rng = np.random.default_rng(0)
+    images, sums = rng.normal(size=(2, 2, 4, 4, 3)).astype(np.float32)
+    kernel = np.ones((3, 3, 3, 3), np.float32)
+    _, back = jax.vjp(lambda kernel: profile_programs.convolved(images, kernel), kernel)
+    (expected,) = back(sums)
+    found = profile_compute.gradient_of_kernel(images, sums)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_twice_the_rounds_of_work_take_longer_than_one():
