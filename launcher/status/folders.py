@@ -1,9 +1,13 @@
-"""Which runs a folder has: itself, or those below it (a sweep, a day, all of outputs/)."""
+"""Which runs a folder has: itself, or those below it (a sweep, a day, all of outputs/).
+
+The copy of the code that a sweep's jobs run is no run, though it has a config.yaml.
+"""
 
 import os
 from pathlib import Path
 
 from launcher.errors import ConfigError
+from launcher.slurm.code_copy import VERSIONS_NAME
 from launcher.status.run_files import NAMES
 
 _DEEPEST = 5  # a sweep's folder of folders: multirun/DATE/TIME/model=gpt/seed=0
@@ -25,7 +29,7 @@ def find_runs(top: Path) -> list[Path]:
         names, inner = _entries(folder)
         if any(name in names for name in NAMES):
             found.append(folder)
-        elif depth < _DEEPEST:
+        elif depth < _DEEPEST and VERSIONS_NAME not in names:
             open_folders += [(path, depth + 1) for path in inner]
         seen += 1
         if seen > _MOST_FOLDERS:

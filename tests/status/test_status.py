@@ -10,6 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from launcher.slurm.code_copy import VERSIONS_NAME
 from launcher.status.__main__ import main
 from launcher.status.queue import Job, find_jobs
 from launcher.status.run_files import read_run
@@ -43,6 +44,15 @@ def test_a_run_is_a_line_and_writes_nothing(run, capsys):
         ".    done   3/10  2.0000  2.2500     32.0k tokens/s  20.0 ms   100 ms     3 MiB",
     ]
     assert {path.name for path in folder.iterdir()} == before
+
+
+def test_the_code_that_a_sweep_runs_is_no_run(run, tmp_path, capsys):
+    folder = run("0").note("train", 0).path.parent
+    code = folder / "slurm" / "code-20261129-164819"
+    (code / "conf").mkdir(parents=True)
+    (code / VERSIONS_NAME).write_text("{}")
+    (code / "conf" / "config.yaml").write_text("defaults: []")
+    assert not any("code-" in line for line in table_of(capsys, folder))
 
 
 def test_a_failed_one_says_why_and_where_to_look(run, capsys):

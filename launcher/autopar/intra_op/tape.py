@@ -288,12 +288,14 @@ def _makes_matrix(op: Op) -> bool:
 
 
 def _needed_order(op: Op, index: int) -> Order:
-    """How the dims of a product's operand must lie; None where they do, () where they become two.
+    """How the dims of an operand must lie; None where they do, () where they become two.
 
-    With batch dims each operand becomes (batch, free, contracted). Without them a product takes operands
-    as they are, unless both are contracted over their first dims, as for the gradient of a weight: then
-    one of them is transposed.
+    A convolution has channels last (`rules/convolution.py`). With batch dims each operand of a product
+    becomes (batch, free, contracted). Without them a product takes operands as they are, unless both are
+    contracted over their first dims, as for the gradient of a weight: then one of them is transposed.
     """
+    if op.primitive is prim.conv_general_dilated_p:
+        return _channels_last(op, index)
     if op.primitive is not prim.dot_general_p or index > 1:
         return None
     contracted, batch = (tuple(map(tuple, dims)) for dims in op.eqn.params["dimension_numbers"])
@@ -307,3 +309,11 @@ def _needed_order(op: Op, index: int) -> Order:
     if leading and index == 0:
         return (*free, *contracted[index])
     return () if rank > 2 else None
+
+
+def _channels_last(op: Op, index: int) -> Order:
+    """The dims of a convolution's operand, if they do not lie so: images before channels, windows too."""
+    numbers = op.eqn.params["dimension_numbers"]
+    first, second, *window = (numbers.lhs_spec, numbers.rhs_spec)[index]
+    order = (*window, second, first) if index else (first, *window, second)
+    return None if order == tuple(range(len(order))) else order
