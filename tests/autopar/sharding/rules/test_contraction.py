@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import primitives as prim
 
-from launcher.autopar.sharding.rules import axis_choices, shapes_of, strategies
+from launcher.autopar.clusters.mesh import LogicalMesh
+from launcher.autopar.graphs.graph import CALLS, from_jaxpr
+from launcher.autopar.sharding.rules import axis_choices, run_local, shapes_of, strategies
 
 P, R = -2, -1
 
@@ -148,6 +151,26 @@ CONVOLUTIONS = {
 def test_convolutions(name, check):
     function, *arguments = CONVOLUTIONS[name]
     check(function, *arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["strided, gradients", "transposed, gradients", "plain, gradients"]
+)
+def test_on_cpus_convolutions_have_channels_last(name):
+    """The one order that XLA's CPU backend has fast code for, wherever the convolution stands."""
+    function, *arguments = CONVOLUTIONS[name]
+    mesh = LogicalMesh(shape=(1,), alpha=(0.0,), beta=(0.0,))
+    graph = from_jaxpr(jax.make_jaxpr(function)(*arguments), inline=CALLS)
+    convolutions = [op for op in graph.ops if op.primitive is prim.conv_general_dilated_p]
+    assert len(convolutions) >= 2
+    for op in convolutions:
+        strategy = strategies(op, shapes_of(op), mesh.shape, [axis_choices(op)[:1]])[0]
+        avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in op.eqn.invars]
+        run = jax.jit(lambda *held, op=op, strategy=strategy: run_local(op, strategy, mesh, held))
+        text = run.trace(*avals).lower(lowering_platforms=("cpu",)).as_text()
+        assert "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in text
+        elsewhere = run.trace(*avals).lower(lowering_platforms=("cuda",)).as_text()
+        assert "transpose" not in elsewhere  # cuDNN finds gradients by how they were written
 
 
 def conv_choices(choices, last_op, options, *arguments):
