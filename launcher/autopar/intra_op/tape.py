@@ -192,7 +192,7 @@ class Tape:
         self._write("add", [buffer], [])
 
     def _unreversed(self, buffer: Buffer) -> Buffer:
-        """What a kernel is the reverse of, if it is one: the convolution itself reads it backwards."""
+        """What a kernel is the reverse of, if it is one: what reads it reads it backwards."""
         maker = self._maker(buffer, "rev")
         if maker is None:
             return buffer
@@ -237,6 +237,9 @@ class Tape:
         copy = (value, spec, order)
         if copy not in self._made:  # a copy of a view is another view
             source = self._viewed.get(buffer, buffer)
+            source = (
+                self._unreversed(source) if order else source
+            )  # turned round by the copy itself
             self._write("transpose" if order else "reshape", [source], [copy])
         return copy
 
@@ -295,7 +298,7 @@ def _needed_order(op: Op, index: int) -> Order:
     contracted over their first dims, as for the gradient of a weight: then one of them is transposed.
     """
     if op.primitive is prim.conv_general_dilated_p:
-        return _channels_last(op, index)
+        return _channels_last(op) if index == 1 else None
     if op.primitive is not prim.dot_general_p or index > 1:
         return None
     contracted, batch = (tuple(map(tuple, dims)) for dims in op.eqn.params["dimension_numbers"])
@@ -311,9 +314,8 @@ def _needed_order(op: Op, index: int) -> Order:
     return () if rank > 2 else None
 
 
-def _channels_last(op: Op, index: int) -> Order:
-    """The dims of a convolution's operand, if they do not lie so: images before channels, windows too."""
-    numbers = op.eqn.params["dimension_numbers"]
-    first, second, *window = (numbers.lhs_spec, numbers.rhs_spec)[index]
-    order = (*window, second, first) if index else (first, *window, second)
+def _channels_last(op: Op) -> Order:
+    """The dims of a convolution's second operand, if they do not lie so; the first is made as it must be."""
+    out, into, *window = op.eqn.params["dimension_numbers"].rhs_spec
+    order = (*window, into, out)
     return None if order == tuple(range(len(order))) else order
