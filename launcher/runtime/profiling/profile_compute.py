@@ -207,10 +207,22 @@ def _kernel_gradient(held):
 
 
 def gradient_of_kernel(images: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """Of a window of three, as the emitter has it on a CPU.
+    """Of a window of three, as the emitter has it (`rules/convolution.py`)."""
+    return lax.platform_dependent(
+        images, cotangent, cpu=_channels_last_gradient, default=_gradient_by_jax
+    )
 
-    The images' channels are the batch, and what is summed over, the images, comes last.
-    """
+
+def _gradient_by_jax(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    channels = images.shape[-1]
+    kernel = jnp.zeros((3, 3, channels, channels), images.dtype)
+    _, back = jax.vjp(lambda kernel: convolved(images, kernel), kernel)
+    (gradient,) = back(cotangent)
+    return gradient
+
+
+def _channels_last_gradient(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """The images' channels are the batch, and what is summed over, the images, comes last."""
     gradient = lax.conv_general_dilated(
         images.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3), (1, 1), ((1, 1), (1, 1)),
         dimension_numbers=CHANNELS_LAST,
