@@ -102,6 +102,7 @@ def two_machines(log: pathlib.Path) -> Iterator[tuple[str, Callable[[str], None]
         subprocess.Popen(
             [sys.executable, script, folder], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said,
+            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"},
         ) as cluster,
     ):  # fmt: skip
         address = cluster.stdout.readline().strip()

@@ -78,7 +78,8 @@ class ComputeModel:
         return self._slowed(op, np.maximum(product_s, moved_s) + device.op_overhead_s)
 
     def _slowed(self, op: Op, seconds):
-        return seconds * self.device.slowdown(self.at_once, work_class(op))
+        work = work_class(op) if self.device.crowding else None
+        return seconds * self.device.slowdown(self.at_once, work)
 
     def _other_s(self, op: Op, shards):
         """Seconds of an op that is neither product nor convolution, most likely inside a fused kernel."""

@@ -237,9 +237,8 @@ class Tape:
         copy = (value, spec, order)
         if copy not in self._made:  # a copy of a view is another view
             source = self._viewed.get(buffer, buffer)
-            source = (
-                self._unreversed(source) if order else source
-            )  # turned round by the copy itself
+            if order:  # the copy itself turns round what is reversed
+                source = self._unreversed(source)
             self._write("transpose" if order else "reshape", [source], [copy])
         return copy
 

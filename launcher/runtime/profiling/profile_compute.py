@@ -1,8 +1,8 @@
 """Measuring what devices compute: products, convolutions, other ops, memory, launches, and one another.
 
-All but `concurrency` and the launch of a program are measured on one device while the others rest. What a
-kernel takes beside its work is measured first, and taken off what small jobs took. Left out: dtypes that the
-cluster gives no peak for, and products of other shapes than square ones.
+All but `concurrency`, `crowding` and the launch of a program are measured on one device while the others
+rest. What a kernel takes beside its work is measured first, and taken off what small jobs took. Left out:
+dtypes that the cluster gives no peak for, and products of other shapes than square ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -269,11 +269,7 @@ def _took_s(jobs: Sequence[Job], grid: np.ndarray) -> dict[int, np.ndarray]:
     """Devices at once, 1, 2, 4, ... and all -> what each job takes; from one host after the other."""
     devices = grid.reshape(-1)
     counts = sorted({*(2**k for k in range(devices.size.bit_length())), devices.size})
-    return {
-        count: np.array([round_s(job, devices[:count]) for job in jobs])
-        for count in counts
-        if count <= devices.size
-    }
+    return {count: np.array([round_s(job, devices[:count]) for job in jobs]) for count in counts}
 
 
 def _slower(took_s: Mapping[int, np.ndarray]) -> Points:

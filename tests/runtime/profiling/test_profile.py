@@ -126,7 +126,7 @@ def test_without_reason_no_factor_is_far_from_one():
 
 
 def test_the_programs_give_gradients_of_all_that_they_take():
-    """And as JAX has them: the sums that a step of training makes."""
+    """In the shapes that a loop hands on to its next round."""
     for job in profile_programs.program_jobs(SMALL.programs):
         held = tuple(jax.numpy.full(shape, job.value) for shape in job.shapes)
         assert [made.shape for made in job.body(held)] == list(job.shapes)
