@@ -275,7 +275,7 @@ def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage
         strategies={},
     )
     pins = {key: (choice,) for key, choice in pick.sharding.picks.items()}
-    settings = replace(pick.sharding.settings, recompute=pick.recompute != "none")
+    settings = replace(pick.sharding.settings, recompute=pick.recompute)
     sharding = candidate.planner.solve(*stage.layers, settings, pins=pins)
     return _with_shardings(stage, candidate.planner, sharding)
 

@@ -73,7 +73,7 @@ def megatron_plan(row: Measurement, cluster: Cluster) -> tuple[Plan, Model, Intr
             hosts=hosts,
             devices=devices,
             mesh=(("data", row.dp), ("tensor", row.tp)),
-            recompute="layer",
+            recompute="full",
         )
         for (first, last), (hosts, devices) in zip(
             pairwise(bounds), _places(row, cluster, num_stages), strict=True
@@ -129,7 +129,7 @@ def _strategies(
         compute=ComputeModel(cluster.device),
         restrictions=restrictions(mesh),
         num_microbatches=row.num_microbatches,
-        recompute=True,
+        recompute="full",
     )
     whole = 0, len(planner.model.layers)
     pins = {

@@ -152,13 +152,14 @@ HALVES = ("backward_input", "backward_weight")
 
 def computation_s(stage) -> dict[str, float]:
     """A stage's computation per microbatch, by program, without what it communicates."""
-    emitter, found = stage.emitter, dict.fromkeys(("forward", "backward", *HALVES), 0.0)
+    emitter, found = stage.emitter, dict.fromkeys(("forward", "again", "backward", *HALVES), 0.0)
     for layer in emitter.model.layers[emitter.layout.first : emitter.layout.last]:
         for number, op in enumerate(layer.cls.joint.ops):
             strategy = emitter.picks["op", layer.cls.name, number]
             share = strategy.work_division(emitter.mesh.shape)
             seconds = stage.settings.compute.op_s(op) / share
             found["forward"] += seconds * (op in layer.cls.forward_ops)
+            found["again"] += seconds * (op in layer.cls.recomputed_ops())
             found["backward"] += seconds * (op in layer.cls.backward_ops)
             found["backward_input"] += seconds * (op in layer.cls.input_ops)
             found["backward_weight"] += seconds * (op in layer.cls.weight_ops)
@@ -180,6 +181,28 @@ def test_what_the_planner_charged_is_what_the_programs_communicate(family, hosts
     ):
         communicated = sum(c.cost for c in written(programs, name))
         assert charged == pytest.approx(computation[name] + communicated, rel=1e-9), name
+
+
+@pytest.mark.parametrize(("family", "forced"), [
+    ("gpt", {"tp": 2, "dp": 2, "zero": 3}), ("gpt", {"tp": 4, "dp": 1}), ("moe", {"tp": 4, "dp": 1}),
+    ("wrn", {"tp": 2, "dp": 2}),
+])  # fmt: skip
+def test_what_is_charged_for_recomputing_layers_is_what_is_written_more(family, forced, written):
+    """A layer's forward ops again, but those that its backward pass has no need of."""
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=1)
+    cost, seconds = {}, {}
+    for recompute in ("none", "layer"):
+        found = planned_with(machine, family, {**forced, "recompute": recompute})
+        realized, model, optimizer, grid = found
+        (stage,) = realized.stages
+        programs = build_programs(realized, model, optimizer, grid)[0]
+        cost[recompute] = sum(c.cost for c in written(programs, "backward"))
+        seconds[recompute] = stage.sharding
+    again_s = seconds["layer"].backward_s - seconds["none"].backward_s
+    communicated_s = cost["layer"] - cost["none"]
+    computed = computation_s(stage)
+    assert again_s == pytest.approx(computed["again"] + communicated_s, rel=1e-9)
+    assert 0 < again_s < stage.sharding.seconds.forward
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.inter_op.stage_table import StageOption, unbeaten
-from launcher.autopar.intra_op.intra_op import IntraOpPlanner, Picks, Seconds, StageSharding
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner, Picks, StageSharding
 from launcher.autopar.intra_op.memory import (
     ClassMemory,
     ParamMemory,
@@ -41,6 +41,7 @@ from launcher.autopar.intra_op.memory import (
 )
 from launcher.autopar.intra_op.overlapped import saved_s as saved_s_by_last
 from launcher.autopar.intra_op.stage_problem import Group, StageSettings
+from launcher.autopar.intra_op.stage_seconds import Seconds
 from launcher.autopar.intra_op.wiring import StageWiring
 from launcher.autopar.intra_op.wiring_table import WiringTable
 from launcher.autopar.sharding.restrictions import Experts, Restrictions
@@ -202,10 +203,9 @@ class StageCosts:
         """What every range costs with the strategies of the whole model: (ranges, fields)."""
         seconds = Seconds(*(self._counts() @ solved.seconds).T)
         memory = range_memory(solved.memories, self._table, recompute, solved.unread)
-        again_s = 0.0 if recompute == "none" else seconds.forward
         fields = {
             "forward_s": seconds.forward,
-            "backward_s": seconds.backward + again_s,
+            "backward_s": seconds.backward + seconds.recomputed(recompute),
             "weight_s": seconds.backward_weight,
             "once_s": seconds.synchronize + seconds.update + self._borrowed,
             "fixed_bytes": memory.state_bytes,

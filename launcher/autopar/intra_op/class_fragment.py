@@ -15,7 +15,6 @@ from launcher.autopar.intra_op.stage_problem import (
     BACKWARD_COPY,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
-    FORWARD,
     FORWARD_COPY,
     EdgeCost,
     Key,
@@ -149,13 +148,15 @@ class ClassFragment:
         return specs
 
     def _add_ops(self) -> None:
-        forward, first_half, second_half = (
+        cls = self.cls
+        forward, again, first_half, second_half = (
             set(map(id, ops))
-            for ops in (self.cls.forward_ops, self.cls.input_ops, self.cls.weight_ops)
+            for ops in (cls.forward_ops, cls.recomputed_ops(), cls.input_ops, cls.weight_ops)
         )
-        for index, op in enumerate(self.cls.joint.ops):
+        for index, op in enumerate(cls.joint.ops):
             part = Part(
                 forward=id(op) in forward,
+                again=id(op) in again,
                 backward_input=id(op) in first_half,
                 backward_weight=id(op) in second_half,
             )
@@ -232,26 +233,36 @@ class ClassFragment:
         """Edges from a value to its readers in one program, by way of a copy where there are several."""
         source = self.source[value]
         leaves = value in (self._gradient_values if kind == BACKWARD_COPY else self.cls.outputs)
+        by_both = value if self._is_read_by_both(value) else None
         if len(readers) + leaves > 1:
             key = self.key(kind, value)
             specs = [spec for port in (source, *(r.port for r in readers)) for spec in port.specs]
             self.offer(key, tuple(dict.fromkeys(specs)))
             copy = Port(key, self.choices[key])
-            self._add_edge(value, source, copy, self._part_of_copy(kind, readers, leaves=leaves))
+            part = self._part_of_copy(kind, readers, leaves=leaves)
+            self._add_edge(value, source, copy, part, by_both)
             source = copy
         for reader in readers:
-            self._add_edge(value, source, reader.port, reader.part)
+            self._add_edge(value, source, reader.port, reader.part, by_both)
+
+    def _is_read_by_both(self, value: Value) -> bool:
+        """Whether the backward pass reads what running the forward pass again reads as well."""
+        forward = self._readers.get((FORWARD_COPY, value), ())
+        return (BACKWARD_COPY, value) in self._readers and any(r.part.again for r in forward)
 
     def _part_of_copy(self, kind: str, readers: Sequence[Reader], *, leaves: bool) -> Part:
-        """When a copy is made: in the first half of the backward pass, if that has a reader."""
+        """When a copy is made: once more, or in the first half of the backward pass, if a reader is there."""
         if kind == FORWARD_COPY:
-            return FORWARD
+            return Part(forward=True, again=any(reader.part.again for reader in readers))
         first_half = leaves or any(reader.part.backward_input for reader in readers)
         return BACKWARD_INPUT if first_half else BACKWARD_WEIGHT
 
-    def _add_edge(self, value: Value, source: Port, target: Port, part: Part) -> None:
-        matrix = self.matrix(value, source, target.specs)
-        self.edges.append(EdgeCost(source.key, target.key, matrix, part, self.cls.name))
+    def _add_edge(
+        self, value: Value, source: Port, target: Port, part: Part, by_both: Value | None
+    ) -> None:
+        matrix, group = self.matrix(value, source, target.specs), self.cls.name
+        specs = () if by_both is None else target.specs
+        self.edges.append(EdgeCost(source.key, target.key, matrix, part, group, by_both, specs))
 
     @cached_property
     def _gradient_values(self) -> frozenset[Value]:
@@ -297,6 +308,7 @@ class ClassFragment:
 @cache
 def _programs(part: Part) -> tuple[tuple[str, Part], ...]:
     """The programs that an op is in, by the kind of copies that they read, and what of it each is."""
-    forward = ((FORWARD_COPY, FORWARD),) if part.forward else ()
-    backward = ((BACKWARD_COPY, replace(part, forward=False)),) if part.backward else ()
+    forward = ((FORWARD_COPY, Part(forward=True, again=part.again)),) if part.forward else ()
+    backward_part = replace(part, forward=False, again=False)
+    backward = ((BACKWARD_COPY, backward_part),) if part.backward else ()
     return forward + backward

@@ -21,11 +21,11 @@ from launcher.autopar.intra_op.stage_problem import (
     Group,
     Key,
     NodeCost,
-    Part,
     Picks,
     StageProblem,
     StageSettings,
 )
+from launcher.autopar.intra_op.stage_seconds import Seconds, seconds_of
 from launcher.autopar.intra_op.wiring import Place, StageWiring, wire
 from launcher.autopar.sharding.restrictions import ClassTags, tag_classes
 from launcher.autopar.sharding.rules import Strategy
@@ -35,40 +35,6 @@ from launcher.errors import InfeasiblePlanError
 
 Pins = Mapping[Key, Sequence[Spec | Strategy]]
 _PENALTY_S = 1e6  # for a choice that a pin forbids: more than any stage takes
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Costs by when they fall due: forward and backward per microbatch, the others per step."""
-
-    forward: float = 0.0
-    backward_input: float = 0.0
-    backward_weight: float = 0.0
-    synchronize: float = 0.0
-    update: float = 0.0
-
-    @property
-    def backward(self) -> float:
-        """Both halves."""
-        return self.backward_input + self.backward_weight
-
-    def __add__(self, other: "Seconds") -> "Seconds":
-        return Seconds(
-            self.forward + other.forward,
-            self.backward_input + other.backward_input,
-            self.backward_weight + other.backward_weight,
-            self.synchronize + other.synchronize,
-            self.update + other.update,
-        )
-
-    def __mul__(self, times: float) -> "Seconds":
-        return Seconds(
-            self.forward * times,
-            self.backward_input * times,
-            self.backward_weight * times,
-            self.synchronize * times,
-            self.update * times,
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,9 +59,9 @@ class StageSharding:
 
     @property
     def backward_input_s(self) -> float:
-        """Per microbatch, with the forward pass again where it is recomputed."""
-        again = self.seconds.forward if self.settings.recompute else 0.0
-        return self._launch_s + self.seconds.backward_input + again
+        """Per microbatch, with what is recomputed for it."""
+        again_s = self.seconds.recomputed(self.settings.recompute)
+        return self._launch_s + self.seconds.backward_input + again_s
 
     @property
     def backward_weight_s(self) -> float:
@@ -325,22 +291,6 @@ def _check_feasible(problem: StageProblem, settings: StageSettings) -> None:
 
 
 def _priced(problem: StageProblem, picks: Picks, gap_fraction: float) -> StageSharding:
-    """Add up the cost of picks, by group and by when it falls due."""
-    at = {key: choices.index(picks[key]) for key, choices in problem.choices.items()}
-    totals: dict[Group, list[float]] = {}  # in the order of the fields of `Seconds`
-
-    def book(group: Group, part: Part, cost: float, *, is_update: bool) -> None:
-        row = totals.setdefault(group, [0.0] * 5)
-        row[0] += cost * part.forward
-        row[1] += cost * part.backward_input
-        row[2] += cost * part.backward_weight
-        row[4 if is_update else 3] += cost * part.once
-
-    for node in problem.nodes:
-        book(node.group, node.part, float(node.costs[at[node.key]]), is_update=True)
-    for edge in problem.edges:
-        cost = float(edge.costs[at[edge.source], at[edge.target]])
-        book(edge.group, edge.part, cost, is_update=False)
-    groups = {group: Seconds(*row) for group, row in totals.items()}
+    groups = seconds_of(problem, picks)
     sharding = StageSharding(problem.settings, picks, groups, Seconds(), gap_fraction)
     return sharding.for_counts(problem.counts, problem.settings)

@@ -81,7 +81,8 @@ def _pass_s(
             return 0.0
         if halves:
             return seconds.backward_weight
-        return seconds.backward + (seconds.forward if recompute == "layer" else 0.0)
+        again_s = seconds.recomputed("layer") if recompute == "layer" else 0.0
+        return seconds.backward + again_s
 
     known = {cls.name: of_class(cls.name) for cls in planner.model.classes}
     return np.array([known[layer.cls.name] for layer in planner.model.layers])

@@ -26,6 +26,7 @@ import numpy as np
 
 from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.clusters.mesh import LogicalMesh
+from launcher.autopar.graphs.graph import Value
 from launcher.autopar.graphs.optimizer_state import ADAMW, OptimizerFootprint
 from launcher.autopar.sharding.restrictions import Restrictions
 from launcher.autopar.sharding.rules import Strategy
@@ -38,9 +39,14 @@ Picks = Mapping[Key, Spec | Strategy]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """When a cost falls due: in the forward pass, a half of the backward pass, or once per step."""
+    """When a cost falls due: in the forward pass, a half of the backward pass, or once per step.
+
+    Attributes:
+        again: of the forward pass, and once more where layers are recomputed: their backward pass needs it.
+    """
 
     forward: bool = False
+    again: bool = False
     backward_input: bool = False
     backward_weight: bool = False
     once: bool = False
@@ -50,7 +56,7 @@ class Part:
         return self.backward_input or self.backward_weight
 
     def weight(self, settings: "StageSettings") -> float:
-        again = settings.recompute and self.forward
+        again = {"none": False, "layer": self.again, "full": self.forward}[settings.recompute]
         return self.forward + self.backward + again + self.once / settings.num_microbatches
 
 
@@ -63,6 +69,7 @@ class StageSettings:
     """What a stage is priced for.
 
     Attributes:
+        recompute: "none", "layer" or "full", as in a plan's stage.
         memory_s_per_byte: what the solver is charged for a byte of parameters, optimizer state and
             accumulators per device, where memory is short; no part of any reported cost.
     """
@@ -72,7 +79,7 @@ class StageSettings:
     restrictions: Restrictions
     num_microbatches: int
     zero: int = 0
-    recompute: bool = False
+    recompute: str = "none"
     memory_s_per_byte: float = 0.0
     optimizer: OptimizerFootprint = ADAMW
 
@@ -104,13 +111,21 @@ class NodeCost:
 
 @dataclass(frozen=True, slots=True)
 class EdgeCost:
-    """Costs of the choices of two nodes, each time the group occurs."""
+    """Costs of the choices of two nodes, each time the group occurs.
+
+    Attributes:
+        value: which both passes of the layer read, so that running the forward pass again may bring it to
+            where the backward pass reads it; None for others.
+        specs: in which `target` reads it, by choice.
+    """
 
     source: Key
     target: Key
     costs: np.ndarray
     part: Part
     group: Group
+    value: Value | None = None
+    specs: tuple[Spec, ...] = ()
 
 
 @dataclass(slots=True)

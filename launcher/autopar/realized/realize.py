@@ -158,7 +158,7 @@ def solve_stage(
         restrictions=restrictions(mesh),
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
-        recompute=stage.recompute != "none",
+        recompute=stage.recompute,
         optimizer=optimizer,
     )
     settings, pins = _pins(planner, stage, settings)

@@ -117,10 +117,17 @@ def test_an_option_holds_what_the_memory_model_counts(planner, cpu8, recompute):
 
 
 def test_recomputation_runs_the_forward_pass_again_and_keeps_less(planner, cpu8):
-    costs = costs_of(planner, cpu8, replace(PLAIN, recompute=("none", "layer")))
-    none, layer = costs.options(2, 8, 0)
-    assert layer.seconds - none.seconds == pytest.approx(none.forward_s)
-    assert layer.stash_bytes < none.stash_bytes / 10
+    """All of it by stages; by layers without what their backward pass does not need."""
+    costs = costs_of(planner, cpu8, replace(PLAIN, recompute=("none", "layer", "full")))
+    options = {option.tag.recompute: option for option in costs.options(2, 8, 0)}
+    none, layer, full = (options[recompute] for recompute in ("none", "layer", "full"))
+    assert full.seconds - none.seconds == pytest.approx(none.forward_s)
+    sharding = none.tag.sharding
+    seconds = sharding.for_counts(planner.wiring(2, 8).counts, sharding.settings).seconds
+    again_s = seconds.again - seconds.shared
+    assert layer.seconds - none.seconds == pytest.approx(again_s)
+    assert 0.5 < again_s / none.forward_s < 0.95
+    assert full.stash_bytes < layer.stash_bytes < none.stash_bytes / 10
     assert layer.once_s == none.once_s
 
 

@@ -43,7 +43,7 @@ def settings(device):
             restrictions=Restrictions(frozenset({0}) if shape[0] > 1 else frozenset()),
             num_microbatches=4,
             zero=zero,
-            recompute=recompute != "none",
+            recompute=recompute,
         )
 
     return made

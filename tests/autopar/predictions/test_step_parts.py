@@ -19,7 +19,7 @@ FORCED = {
     "data parallel": ("data", {}),
     "tensor parallel": ("manual", {"tp": 4, "dp": 2}),
     "pipeline": ("manual", {"pp": 4, "tp": 2}),
-    "recomputed": ("manual", {"pp": 2, "tp": 2, "recompute": "layer"}),
+    "recomputed": ("manual", {"pp": 2, "tp": 2, "recompute": "full"}),
     "recomputed whole": ("manual", {"pp": 2, "tp": 4, "recompute": "full", "zero": 1}),
     "virtual stages": ("manual", {"pp": 2, "schedule": "interleaved"}),
     "split backward": ("manual", {"pp": 4, "schedule": "zb_h1"}),
