@@ -18,6 +18,7 @@ from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.plans.plan import Plan
 from launcher.autopar.text.wording import count, size
 from launcher.errors import ClusterError
+from launcher.runtime.allocator import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Found:
 
 def emulate(num_devices: int) -> None:
     """Make this process's CPU so many devices, and use no other."""
+    keep_freed_memory()
     _give_threads(num_devices)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
