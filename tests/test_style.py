@@ -58,7 +58,16 @@ ROOMS = {
         *("plans", "realized", "predictions", "inter_op", "make_plan", "answers", "pages"),
     ),
     "runtime": (
-        *("devices", "compiled", "records", "checkpoints", "traces", "steps", "profiling"),
+        *(
+            "allocator",
+            "devices",
+            "compiled",
+            "records",
+            "checkpoints",
+            "traces",
+            "steps",
+            "profiling",
+        ),
         *("training", "hosts", "memory_audit", "plan_audit"),
     ),
 }
