@@ -21,7 +21,7 @@ from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import Planned, adopt_plan, find_plan, no_garbage_collection
 from launcher.autopar.plans.budget import check_tokens
 from launcher.autopar.plans.plan import Plan
-from launcher.autopar.plans.plan_file import read_plan
+from launcher.autopar.plans.plan_file import errors_of, read_plan
 from launcher.config import Config
 from launcher.data.dataset import Dataset
 from launcher.errors import ConfigError, InfeasiblePlanError, TrainingError
@@ -338,8 +338,10 @@ def make_plan(setup: Setup) -> Planned:
     """Search for a plan, or take the one of a file."""
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
-            if setup.config.parallel.name != "from_file":
-                log.info("the plan is that of the checkpoint")
+            if setup.config.parallel.name == "from_file":
+                with errors_of(setup.config.parallel.path):
+                    return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+            log.info("the plan is that of the checkpoint")
             return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
         note_phase(setup.run_dir, "planning")
         if setup.start.resumes and setup.options.num_microbatches is None:

@@ -19,6 +19,7 @@ from launcher.autopar.inter_op.stage_costs import LEAST_SAVING
 from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.intra_op.stage_layout import training_layout
 from launcher.autopar.plans.plan import Plan, RunnerUp, SearchStats, Stage
+from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.planned_model import for_model, model_ref
 from launcher.autopar.plans.stage_hosts import TightStage, tightest
 from launcher.autopar.predictions.predict import Outlook, foresee
@@ -113,6 +114,9 @@ def _find_plan(
         for other, r, its in judged[1:]
     ]  # fmt: skip
     others += [_runner_up(o, o.step_s, o.bubble_fraction, best_s) for o in behind]
+    # Of two in the same words, which differ in how tensors lie, the first tells enough.
+    told = {_description(best)}
+    others = [o for o in others if o.description not in told and not told.add(o.description)]
     plan = replace(
         realized.plan,
         predicted=outlook.prediction,
@@ -196,8 +200,8 @@ def adopt_plan(plan: Plan, model: Model, cluster: AnyCluster, options: PlanOptio
     realized = realize(plan, model, cluster, optimizer=footprint)
     outlook = foresee(realized, cluster)
     completed = replace(_completed(realized, model, cluster), predicted=outlook.prediction)
-    plan = _without_other_figures(completed, plan)
     tight = _tightest(realized, outlook)
+    plan = _without_other_figures(completed, plan, fits=tight.fits)
     if not tight.fits:
         log.warning(
             "the plan needs %s on a device that has %s to fill (cluster.device.memory_gib less "
@@ -213,14 +217,14 @@ def check_plan(plan: Plan, model: Model, cluster: AnyCluster) -> None:
             f"the plan is for model={plan.model.name}, and the model to train is model={model.name}: "
             f"take the plan's, or plan again"
         )
-    # A fingerprint says more than the size, and a module of a user's own has none.
-    by_size = plan.model.fingerprint is None and model.name != "custom"
-    if by_size and plan.model.size != model.size:
+    # A fingerprint says more than the size, and a module of a user's own has no size.
+    may_differ = plan.model.fingerprint != model.fingerprint and model.name != "custom"
+    if may_differ and plan.model.size != model.size:
         raise PlanError(
             f"the plan is for model.size={plan.model.size}, and the model to train is "
             f"model.size={model.size}: take the plan's, or write that size into the plan"
         )
-    plan.check(num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
+    check_without_model(plan, num_layers=None, cluster=cluster, fingerprint=model.fingerprint)
 
 
 def _tightest(realized: RealizedPlan, outlook: Outlook) -> TightStage:
@@ -269,6 +273,7 @@ def _stage(candidate: Candidate, choice: StageChoice, place: Placement) -> Stage
         mesh=tuple(zip(pick.mesh.axis_names, pick.mesh.shape, strict=True)),
         recompute=pick.recompute,
         zero=pick.zero,
+        scatter=pick.scatter,
         overlap=pick.overlap,
         params={},
         optimizer_state={},
@@ -313,15 +318,20 @@ def _completed(realized: RealizedPlan, model: Model, cluster: AnyCluster) -> Pla
     )
 
 
-def _without_other_figures(plan: Plan, given: Plan) -> Plan:
+def _without_other_figures(plan: Plan, given: Plan, *, fits: bool) -> Plan:
     """Say what a plan promised elsewhere, and drop what it says of other plans there."""
     promised, predicted = given.predicted, plan.predicted
-    if promised is None or math.isclose(promised.step_s, predicted.step_s, rel_tol=1e-6):
+    if promised is None:
         return plan
-    log.info(
-        "the plan file promises %s a step on %s, and here, on %s, it is %s",
-        seconds(promised.step_s), given.cluster.name, plan.cluster.name, seconds(predicted.step_s),
-    )  # fmt: skip
+    as_promised = math.isclose(promised.step_s, predicted.step_s, rel_tol=1e-6)
+    if not as_promised:
+        log.info(
+            "the plan file promises %s a step on %s, and here, on %s, it is %s",
+            seconds(promised.step_s), given.cluster.name, plan.cluster.name,
+            seconds(predicted.step_s),
+        )  # fmt: skip
+    if as_promised and fits and given.cluster == plan.cluster:
+        return plan
     return replace(plan, search=None, runners_up=())
 
 
@@ -345,14 +355,21 @@ def _runner_up(
     Args:
         over_bytes: by how much it is too large for a device, where it was found to be.
     """
+    return RunnerUp(
+        description=_description(candidate),
+        step_s=step_s,
+        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
+        + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
+    )
+
+
+def _description(candidate: Candidate) -> str:
+    """A candidate in words."""
     stages, v = candidate.arrangement.stages, candidate.virtual_stages
     shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
     more = "" if len(stages) <= 4 else ", ..."
     on = f" on {count(len(stages) // v, 'submesh')}" if v > 1 else ""
-    return RunnerUp(
-        description=f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
-        f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}",
-        step_s=step_s,
-        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
-        + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
+    return (
+        f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
+        f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}"
     )

@@ -19,6 +19,7 @@ from launcher import models
 from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import adopt_plan, find_plan
+from launcher.autopar.plans.plan import Stage
 from launcher.bench.settings import check_keys, chosen
 from launcher.config import GptConfig, ModelConfig, MoeConfig, WrnConfig
 from launcher.models.optimizer import Optimizer
@@ -52,6 +53,8 @@ PLANS: Mapping[str, Mapping] = {
     "zb-h1, full": {**_TWO_STAGES, "schedule": "zb_h1", "recompute": "full"},
     "interleaved": {**_TWO_STAGES, "schedule": "interleaved"},
     "interleaved, zero-3": {**_TWO_STAGES, "schedule": "interleaved", "zero": 3},
+    "zero-2, scatter": {**_ONE_STAGE, "zero": 2, "scatter": True},
+    "zero-3, scatter": {**_ONE_STAGE, "dp": 2, "tp": 2, "zero": 3, "scatter": True},
     "zero-2, overlap": {**_ONE_STAGE, "zero": 2, "overlap": True},
     "1f1b, overlap": {**_TWO_STAGES, "overlap": True},
     "zb-h1, overlap": {**_TWO_STAGES, "schedule": "zb_h1", "overlap": True},
@@ -90,16 +93,24 @@ def measure(config: ModelConfig, plan: str) -> list[MemoryAudit]:
     cluster = dataclasses.replace(load_cluster("cpu8"), num_hosts=1, devices_per_host=4)
     transform, model = optax.adamw(1e-3), models.build(config)
     given = dict(PLANS[plan])
-    overlap = given.pop("overlap", False)
+    changes = {name: given.pop(name) for name in ("scatter", "overlap") if name in given}
     options = PlanOptions(mode="manual", global_batch=16, optimizer=transform, **given)
     found = find_plan(model, cluster, options, lambda text: None)
-    if overlap:  # which the planner does not choose for emulated devices
-        stages = tuple(dataclasses.replace(stage, overlap=True) for stage in found.plan.stages)
+    if changes:  # which the planner does not choose for such models on emulated devices
+        stages = tuple(_changed(stage, changes) for stage in found.plan.stages)
         found = adopt_plan(dataclasses.replace(found.plan, stages=stages), model, cluster, options)
     realized = found.realized
     optimizer = Optimizer(transform=transform, clip_norm=1.0, schedule=lambda step: 1e-3)
     grid = np.array(jax.devices()[:4], dtype=object).reshape(1, 4)
     return audit_memory(realized, model, optimizer, grid, lambda text: None)
+
+
+def _changed(stage: Stage, changes: Mapping[str, bool]) -> Stage:
+    """A stage that sums its gradients elsewhere, or brings them together at another time."""
+    strategies = {
+        group: texts for group, texts in stage.strategies.items() if group.endswith("/op")
+    }
+    return dataclasses.replace(stage, **changes, strategies=strategies)
 
 
 def _row(model: str, plan: str, audit: MemoryAudit) -> str:

@@ -125,6 +125,7 @@ def describe(plan: Plan) -> str:
 def _kind(stage: Stage) -> str:
     shape = " x ".join(str(length) for _, length in stage.mesh)
     zero = f", ZeRO-{stage.zero}" if stage.zero else ""
+    zero += " scattering" if stage.scatter else ""
     again = "" if stage.recompute == "none" else f", recomputes {stage.recompute}"
     return f"{shape}{zero}{again}"
 

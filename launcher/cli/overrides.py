@@ -11,6 +11,7 @@ from launcher.errors import ConfigError
 from launcher.secrets import check_no_secret, is_secret_name
 
 _VARIABLES = "hydra.job.env_set."
+_PATHS = ("resume",)  # keys without a dot that are no groups, and may name any folder
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{override!r} names no key: write key=value, such as seed=1")
         check_no_secret(key, override)
         _check_variable(key)
-        is_group = "." not in key
+        is_group = "." not in key and key not in _PATHS
         if is_group and ".." in value.strip("'\"").split("/"):
             raise ConfigError(
                 f"{override} leads out of the folders that configs are read from: give an option "

@@ -73,7 +73,7 @@ def compare(
     columns = differing([(files.folder, files.config) for files, _ in runs])
     found = [
         Run(
-            name=str(files.folder.absolute().relative_to(top.absolute())),
+            name=str(files.folder.resolve().relative_to(top.resolve())),
             values={column: values[at] for column, values in columns.items()},
             files=files,
             standing=standing,

@@ -12,6 +12,7 @@ from launcher.autopar.graphs.trace import trace_model
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
 from launcher.autopar.plans.plan import ModelRef
+from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.plan_file import from_json, to_json
 from launcher.autopar.plans.stage_hosts import tightest
 from launcher.autopar.predictions.predict import foresee, predict
@@ -63,7 +64,7 @@ FORCED = {
 def test_what_is_forced_is_in_the_plan(name, gpt, cpu8):
     mode, fields = FORCED[name]
     plan = make_plan(gpt, cpu8, options(mode, **fields))
-    plan.check(num_layers=None, cluster=cpu8, fingerprint=gpt.fingerprint)
+    check_without_model(plan, num_layers=None, cluster=cpu8, fingerprint=gpt.fingerprint)
     assert plan.num_microbatches == fields.get("num_microbatches", MICROBATCHES)
     if mode != "auto" or "schedule" in fields:
         assert plan.schedule == fields.get("schedule", "1f1b")

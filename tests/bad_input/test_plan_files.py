@@ -154,6 +154,8 @@ WRONG = [
     changed(
         "stages.0.overlap", "yes", "stages[0].overlap='yes' is no boolean: write true or false"
     ),
+    changed("stages.0.scatter", 1, "stages[0].scatter=1 is no boolean: write true or false"),
+    changed("stages.0.scatter", True, "stages[0].scatter=true ... write zero 2 or 3, or false"),
     changed("stages.0.params", {"nope": [None]}, "params['nope'] ... drop it"),
     changed("stages.0.params", {KERNEL: ["tensor"]}, "has 1 entry ... write an entry per dim"),
     changed("stages.0.params", {KERNEL: ["x", None]}, "kernel']=x is unknown: take data or tensor"),

@@ -138,6 +138,41 @@ def test_overlapping_programs_have_the_collectives_of_both(family, hosts, plan, 
         assert "and those of the last one, behind it, again" in str(step)
 
 
+@pytest.mark.parametrize("family", ["gpt", "moe", "wrn"])
+def test_scattered_gradients_leave_nothing_to_reduce_at_the_end(family):
+    planned, model, optimizer, grid = planned_of(family, 2, "stages of data, zero-2")
+    stages = tuple(
+        dataclasses.replace(stage, scatter=True, strategies={}) for stage in planned.plan.stages
+    )
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=2)
+    scattering = realize(
+        dataclasses.replace(planned.plan, stages=stages), model, machine, planned.planner,
+        planned.stages[0].settings.optimizer,
+    )  # fmt: skip
+    audits, whole = (
+        plan_audit.audit_plan(realized, model, optimizer, grid, lambda text: None)
+        for realized in (scattering, planned)
+    )
+    assert all(audit.audit.agrees for audit in audits), f"\n{plan_audit.report(audits)}"
+    assert num_scattered(audits, "backward") > num_scattered(whole, "backward")
+    assert num_scattered(audits, "synchronize") < num_scattered(whole, "synchronize") / 2
+    for one, other in zip(scattering.stages, planned.stages, strict=True):
+        # All but what has no dim that the data axis divides.
+        sums = {path for path, spec in one.layout.accumulators.items() if spec[0] >= 0}
+        assert sums > {path for path, spec in other.layout.accumulators.items() if spec[0] >= 0}
+
+
+def num_scattered(audits, program: str) -> int:
+    """How many reduce-scatters are priced in the programs of a name."""
+    return sum(
+        priced
+        for audited in audits
+        if program in audited.program
+        for (kind, *_), priced, _ in audited.audit.rows
+        if kind == "reduce-scatter"
+    )
+
+
 def in_a_step(audits) -> Counter:
     """How often each collective is priced in a step."""
     found: Counter = Counter()

@@ -197,6 +197,7 @@ _DECISIONS: Mapping[str, Callable[[Plan], str]] = {
     "data x tensor": _per_stage(lambda stage: "x".join(str(n) for _, n in stage.mesh)),
     "recompute": _per_stage(lambda stage: stage.recompute),
     "zero": _per_stage(lambda stage: str(stage.zero)),
+    "scatter": _per_stage(lambda stage: "yes" if stage.scatter else "no"),
     "overlap": _per_stage(lambda stage: "yes" if stage.overlap else "no"),
 }
 

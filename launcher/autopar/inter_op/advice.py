@@ -208,15 +208,19 @@ def check_experts(options: PlanOptions, cluster: AnyCluster, model: LayeredModel
 
 
 def memory_cures(options: PlanOptions, cluster: AnyCluster) -> str:
-    """What lowers a plan's memory and is allowed in its mode."""
-    return either([*_memory_cures(options, cluster), "take a smaller model.size"])
+    """What may lower a plan's memory, is allowed in its mode, and has not been tried by the search."""
+    cures = either([*_memory_cures(options, cluster), "take a smaller model.size"])
+    return f"what may help: {cures}"
 
 
 def _memory_cures(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
-    tried = options.recompute or ("layer" if options.mode == "auto" else "none")
-    if tried != "full":
-        yield f"set parallel.recompute={'layer' if tried == 'none' else 'full'}"
-    if options.mode in ("zero", "manual", "auto") and options.zero != 3:
+    searches = options.mode == "auto"
+    if searches:
+        forced = [key for key in ("recompute", "zero") if getattr(options, key) is not None]
+        yield from (f"leave out parallel.{key}" for key in forced)
+    elif options.recompute in (None, "none"):
+        yield "set parallel.recompute=layer"
+    if options.mode in ("zero", "manual") and options.zero != 3:
         yield "set parallel.zero=3"
     if options.mode == "manual":
         yield "raise parallel.tp or parallel.pp"

@@ -62,7 +62,15 @@ class Candidate:
     def decisions(self) -> tuple:
         """What tells it from others: two with the same ones differ in the sharding of ops alone."""
         stages = (
-            (c.first, c.last, pick.mesh.shape, pick.recompute, pick.zero, pick.overlap)
+            (
+                c.first,
+                c.last,
+                pick.mesh.shape,
+                pick.recompute,
+                pick.zero,
+                pick.scatter,
+                pick.overlap,
+            )
             for c in self.arrangement.stages
             for pick in [c.option.tag]
         )

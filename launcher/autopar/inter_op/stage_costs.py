@@ -44,6 +44,7 @@ from launcher.autopar.intra_op.stage_problem import Group, StageSettings
 from launcher.autopar.intra_op.stage_seconds import Seconds
 from launcher.autopar.intra_op.wiring import StageWiring
 from launcher.autopar.intra_op.wiring_table import WiringTable
+from launcher.autopar.sharding.param_costs import scattered_spec
 from launcher.autopar.sharding.restrictions import Experts, Restrictions
 
 _ROOMY = 0.25  # of a device's memory
@@ -65,6 +66,7 @@ class Choices:
     experts: Experts = Experts.FREE
     # How dear memory is to the solver: 1 makes a full device cost as much as the ideal microbatch time.
     memory_weights: tuple[float, ...] = (0.0, 3.0)
+    scatter: tuple[bool, ...] = (False, True)  # with ZeRO-2 and 3
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +83,20 @@ Known = dict[tuple[LogicalMesh, float, int], Picks]
 """Strategies of the whole model, by the mesh, price on memory and ZeRO stage that they were solved for."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """What strategies of the whole model are priced for.
+
+    Attributes:
+        weight: Of the price on memory, as in `Choices`.
+    """
+
+    mesh: LogicalMesh
+    weight: float
+    zero: int
+    scatter: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StagePick:
     """What a stage option stands for.
@@ -93,6 +109,7 @@ class StagePick:
     mesh: LogicalMesh
     weight: float
     zero: int
+    scatter: bool
     recompute: str
     sharding: StageSharding
     overlap: bool = False
@@ -120,7 +137,7 @@ class StageCosts:
         self.compute, self._stage_link = ComputeModel(self.cluster.device), cluster.stage_link
         self._ideal_s = self._ideal_microbatch_s(cluster)
         self._whole = (0, len(planner.model.layers))
-        self._priced: dict[tuple, _Solved] = {}
+        self._priced: dict[_Variant, _Solved] = {}
         self._strategies: dict[tuple, StageSharding] = {}
         self._known = {} if known is None else known
         self._options: dict[int, list[tuple[StageOption, ...]]] = {}
@@ -169,18 +186,19 @@ class StageCosts:
     def _price(self, submesh: int) -> list[tuple[StageOption, ...]]:
         """The options of every range."""
         picks, costs = [], []
-        for mesh in self._meshes(submesh):
-            for zero, weight in itertools.product(self.choices.zero, self._weights(mesh)):
-                if zero and mesh.shape[0] == 1 and 0 in self.choices.zero:
-                    continue  # nothing to shard over
-                if zero == 3 and weight and 0.0 in self.choices.memory_weights:
-                    continue  # its shards leave little to save
-                solved = self._solved(mesh, zero, weight)
-                for recompute in self.choices.recompute:
-                    pick = StagePick(mesh, weight, zero, recompute, solved.sharding)
-                    plain = self._costs(solved, recompute)
-                    picks += [pick, replace(pick, overlap=True)]
-                    costs += [plain, self._overlapping(solved, recompute, plain)]
+        for variant in itertools.chain(*map(self._variants_on, self._meshes(submesh))):
+            solved = self._solved(variant)
+            for recompute in self.choices.recompute:
+                pick = StagePick(
+                    variant.mesh, variant.weight, variant.zero, variant.scatter, recompute,
+                    solved.sharding,
+                )  # fmt: skip
+                plain = self._costs(solved, recompute)
+                picks.append(pick)
+                costs.append(plain)
+                if not variant.scatter:  # which leaves little to bring together at the end
+                    picks.append(replace(pick, overlap=True))
+                    costs.append(self._overlapping(solved, recompute, plain))
         if not picks:
             return [()] * len(self._row)
         by_range = np.stack(costs, axis=1)  # (ranges, options, fields)
@@ -194,6 +212,20 @@ class StageCosts:
             )
             for costs, live in zip(by_range, there, strict=True)
         ]
+
+    def _variants_on(self, mesh: LogicalMesh) -> Iterable[_Variant]:
+        """What is worth trying on a mesh."""
+        choices, weights = self.choices, self._weights(mesh)
+        for zero, weight, scatter in itertools.product(choices.zero, weights, choices.scatter):
+            if zero and mesh.shape[0] == 1 and 0 in choices.zero:
+                continue  # nothing to shard over
+            if zero == 3 and weight and 0.0 in choices.memory_weights:
+                continue  # its shards leave little to save
+            if scatter and (mesh.shape[0] == 1 or zero < 2):
+                continue  # nowhere to scatter to
+            if scatter and zero < 3 and weight < weights[-1]:
+                continue  # it is for memory: with strategies that save some
+            yield _Variant(mesh, weight, zero, scatter)
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
         """Memory prices worth trying; without a tensor axis there is nothing to choose."""
@@ -249,42 +281,58 @@ class StageCosts:
         num_bytes = sum(aval_bytes(avals[value]) for value in wiring.borrowed)
         return 2 * (between.latency_s + num_bytes / between.bytes_per_s) if num_bytes else 0.0
 
-    def _settings(self, mesh: LogicalMesh, zero: int, weight: float) -> StageSettings:
-        held = frozenset({0}) if mesh.shape[0] > 1 else frozenset()
+    def _settings(self, variant: _Variant) -> StageSettings:
+        held = frozenset({0}) if variant.mesh.shape[0] > 1 else frozenset()
         return StageSettings(
-            mesh=mesh,
+            mesh=variant.mesh,
             compute=self.compute,
             restrictions=Restrictions(held, self.choices.experts),
             num_microbatches=self.num_microbatches,
-            zero=zero,
+            zero=variant.zero,
+            scatter=variant.scatter,
             optimizer=self.optimizer,
-            memory_s_per_byte=weight * self._ideal_s / self.cluster.device.usable_bytes,
+            memory_s_per_byte=variant.weight * self._ideal_s / self.cluster.device.usable_bytes,
         )
 
-    def _solved(self, mesh: LogicalMesh, zero: int, weight: float) -> _Solved:
+    def _solved(self, variant: _Variant) -> _Solved:
         """The whole model on a mesh."""
-        key = (mesh, zero, weight)
-        if key not in self._priced:
-            settings = self._settings(mesh, zero, weight)
-            sharding = self._strategies_for(settings, weight)
+        if variant not in self._priced:
+            settings = self._settings(variant)
+            sharding = self._strategies_for(settings, variant.weight)
             self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
             known = sharding.group_seconds
             self._groups = self._groups or tuple(known)
-            self._priced[key] = _Solved(
+            self._priced[variant] = _Solved(
                 sharding=sharding,
                 seconds=np.array([astuple(known.get(group, Seconds())) for group in self._groups]),
                 memories=class_memories(self.planner, sharding, self._wiring),
                 unread=unread_memory(self.planner, settings),
             )
-        return self._priced[key]
+        return self._priced[variant]
 
     def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
-        """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own."""
-        shards_weights = settings.zero == 3
-        solved = self._solve(replace(settings, zero=3 if shards_weights else 0), weight)
-        if settings.zero in (0, 3):
+        """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own.
+
+        What scatters gradients takes those of what does not, but for where they are summed.
+        """
+        plain = replace(settings, zero=3 if settings.zero == 3 else 0, scatter=False)
+        solved = self._solve(plain, weight)
+        if settings == plain:
             return solved
-        return self.planner.reprice(*self._whole, settings, solved.picks)
+        picks = self._scattered(solved) if settings.scatter else solved.picks
+        return self.planner.reprice(*self._whole, settings, picks)
+
+    def _scattered(self, sharding: StageSharding) -> Picks:
+        """The same picks with gradients that are scattered behind every microbatch."""
+        mesh, classes = sharding.settings.mesh, self.planner.classes
+        summed = {
+            (kind, name, slot): scattered_spec(
+                pick, classes[name].joint.avals[classes[name].joint.inputs[slot]].shape, mesh.shape
+            )
+            for (kind, name, slot), pick in sharding.picks.items()
+            if kind == "accumulator"
+        }
+        return {**sharding.picks, **summed}
 
     def _solve(self, settings: StageSettings, weight: float) -> StageSharding:
         key = (settings.mesh, weight, settings.zero)
@@ -317,7 +365,8 @@ def worthwhile(
 ) -> Choices:
     """Without what only saves memory, where one such device could hold the state of the whole model.
 
-    ZeRO-3 sends all that ZeRO-2 sends, and more, and a price on memory buys slower strategies.
+    ZeRO-3 sends all that ZeRO-2 sends, and more; so does who scatters gradients behind every microbatch; and
+    a price on memory buys slower strategies.
     """
     inputs, avals = model.traced.inputs, model.traced.graph.avals
     params = [avals[value] for value, source in inputs.items() if source.role is Role.PARAM]
@@ -327,4 +376,6 @@ def worthwhile(
     if state_bytes > _ROOMY * device.usable_bytes:
         return choices
     zero = tuple(stage for stage in choices.zero if stage < 3) or choices.zero
-    return replace(choices, zero=zero, memory_weights=choices.memory_weights[:1])
+    return replace(
+        choices, zero=zero, memory_weights=choices.memory_weights[:1], scatter=choices.scatter[:1]
+    )

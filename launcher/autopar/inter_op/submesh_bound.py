@@ -14,6 +14,7 @@ another's (each counts with a v-th).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -95,18 +96,50 @@ def least_together(
     Args:
         held: microbatches in flight, by stage.
     """
+    parts = [
+        np.array([_parts(option, flying) for option in own])
+        for own, flying in zip(options, held, strict=True)
+    ]
+    # What the stages behind take and need at least, and a time that can be had.
+    rest = np.cumsum([part.min(axis=0) for part in parts[::-1]], axis=0)[::-1]
+    rest = np.vstack([rest[1:], np.zeros(4)]) * [1.0, 1.0, 1.0, 0.0]
+    enough_s = _by_price_s(parts, memory_bytes) * (1 + 1e-9)
     ways, sums = [()], np.zeros((1, 4))  # chosen options; seconds, running, ending, workspace
-    for own, flying in zip(options, held, strict=True):
-        parts = np.array([_parts(option, flying) for option in own])
-        numbers = unbeaten(parts)
-        ways = [(*way, own[number]) for way in ways for number in numbers]
-        both = sums[:, None] + parts[None, numbers]
-        both[..., 3] = np.maximum(sums[:, None, 3], parts[None, numbers, 3])  # one at a time
-        sums = both.reshape(-1, 4)
-        fits = np.maximum(sums[:, 1] + sums[:, 3], sums[:, 2]) <= memory_bytes
-        kept = np.flatnonzero(fits)[unbeaten(sums[fits])]
-        ways, sums = [ways[number] for number in kept], sums[kept]
+    for own, part, later in zip(options, parts, rest, strict=True):
+        numbers = unbeaten(part)
+        both = _added(sums[:, None], part[None, numbers]).reshape(-1, 4)
+        worth = _fit(both + later, memory_bytes) & (both[:, 0] + later[0] <= enough_s)
+        kept = np.flatnonzero(worth)[unbeaten(both[worth])]
+        firsts, seconds = np.divmod(kept, len(numbers))
+        ways = [
+            (*ways[first], own[numbers[second]])
+            for first, second in zip(firsts, seconds, strict=True)
+        ]
+        sums = both[kept]
     return ways[int(sums[:, 0].argmin())]
+
+
+def _added(sums: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """What stages take and need together; of workspaces there is one at a time."""
+    both = sums + parts
+    both[..., 3] = np.maximum(sums[..., 3], parts[..., 3])
+    return both
+
+
+def _fit(sums: np.ndarray, memory_bytes: float) -> np.ndarray:
+    return np.maximum(sums[..., 1] + sums[..., 3], sums[..., 2]) <= memory_bytes
+
+
+def _by_price_s(parts: Sequence[np.ndarray], memory_bytes: float) -> float:
+    """The least time of what fits where all stages pay one price for a byte; infinite if nothing does."""
+    least_s = math.inf
+    price_s = max(part[:, 0].max() for part in parts) / memory_bytes
+    for price in (0.0, *(price_s * np.geomspace(1e-3, 1e3, 31))):
+        chosen = [part[(part[:, 0] + price * part[:, 1:].sum(axis=1)).argmin()] for part in parts]
+        together = reduce(_added, chosen)
+        if _fit(together, memory_bytes):
+            least_s = min(least_s, float(together[0]))
+    return least_s
 
 
 def _parts(option: StageOption, flying: int) -> tuple[float, float, float, float]:

@@ -27,6 +27,7 @@ from launcher.autopar.sharding.param_costs import (
     ParamCosts,
     param_costs,
     reshard_matrix,
+    scattered_spec,
     state_spec,
 )
 from launcher.autopar.sharding.ports import Port
@@ -69,8 +70,8 @@ class OpChoices:
 class ClassFragment:
     """The nodes and edges inside one layer class, on one mesh.
 
-    Of the settings only the mesh, the restrictions and whether ZeRO-3 shards the parameters matter; what
-    other ZeRO stages change is asked for by `param_costs`.
+    Of the settings only the mesh, the restrictions, whether ZeRO-3 shards the parameters and whether
+    gradients are scattered matter; what other ZeRO stages change is asked for by `param_costs`.
 
     Args:
         op_choices: what is known of its ops; what is found out is added. ZeRO changes nothing of them.
@@ -302,6 +303,9 @@ class ClassFragment:
         for axis in restrictions.batch_axes:
             entries = restrictions.entries(self.tags, value) | {PARTIAL, REPLICATED}
             specs = tuple(spec for spec in specs if spec[axis] in entries)
+        if self.settings.scatter:
+            sizes = self.mesh.shape
+            specs = tuple(dict.fromkeys(scattered_spec(spec, shape, sizes) for spec in specs))
         return specs
 
 

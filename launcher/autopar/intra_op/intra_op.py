@@ -219,7 +219,7 @@ class IntraOpPlanner:
     ) -> Fragments:
         """The fragments of such settings; where nobody has needed them yet, those of the picks alone."""
         of_ops = (settings.mesh, settings.restrictions, settings.compute.key)
-        key = (*of_ops, settings.zero == 3, settings.optimizer)
+        key = (*of_ops, settings.zero == 3, settings.scatter, settings.optimizer)
         if picks is not None and key not in self._fragments:
             return self._picked_fragments(key, settings, wiring, picks)
         if key not in self._fragments:
@@ -260,7 +260,7 @@ def _identity(problem: StageProblem, pins: Pins) -> Hashable:
     settings = problem.settings
     return (
         settings.mesh, settings.compute.key, settings.restrictions, settings.num_microbatches,
-        settings.zero, settings.recompute, settings.memory_s_per_byte, settings.optimizer,
+        settings.zero, settings.scatter, settings.recompute, settings.memory_s_per_byte, settings.optimizer,
         frozenset(problem.counts.items()), tuple(problem.choices),
         frozenset((key, tuple(choices)) for key, choices in pins.items()),
     )  # fmt: skip

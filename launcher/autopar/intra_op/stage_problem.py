@@ -69,6 +69,7 @@ class StageSettings:
     """What a stage is priced for.
 
     Attributes:
+        zero, scatter: as in a plan's stage; so is
         recompute: "none", "layer" or "full", as in a plan's stage.
         memory_s_per_byte: what the solver is charged for a byte of parameters, optimizer state and
             accumulators per device, where memory is short; no part of any reported cost.
@@ -79,6 +80,7 @@ class StageSettings:
     restrictions: Restrictions
     num_microbatches: int
     zero: int = 0
+    scatter: bool = False
     recompute: str = "none"
     memory_s_per_byte: float = 0.0
     optimizer: OptimizerFootprint = ADAMW

@@ -112,7 +112,7 @@ def _promises(plan: Plan, cluster: AnyCluster) -> Iterator[tuple[str, str]]:
         yield "TFLOP/s per device", digits(predicted.tflops_per_device)
         yield "MFU", "unknown" if share is None else percent(share)
         for word, device, peak_bytes in peaks_by_kind(plan, predicted, cluster):
-            yield f"of {size(device.memory_bytes)} per {word}", size(peak_bytes)
+            yield f"of {size(device.usable_bytes)} per {word}", size(peak_bytes)
         yield "sent per step", size(predicted.communicated_bytes)
 
 
@@ -135,7 +135,7 @@ def _stages(plan: Plan, parts: Sequence[StepParts], cluster: AnyCluster) -> str:
     if parts:
         heads.append(f"time of a step, {seconds(parts[0].step_s)}")
     if predicted is not None:
-        limits = dict.fromkeys(size(device.memory_bytes) for device in devices)
+        limits = dict.fromkeys(size(device.usable_bytes) for device in devices)
         heads += ["forward", "backward", f"memory of {either(list(limits))}"]
     rows = []
     for index, stage in enumerate(plan.stages):
@@ -147,7 +147,7 @@ def _stages(plan: Plan, parts: Sequence[StepParts], cluster: AnyCluster) -> str:
             own = parts[plan.submesh_of[index]]
             cells.append(f"<td>{time_bar(own, own.step_s)}</td>")
         if predicted is not None:
-            cells += _promised_cells(predicted, index, devices[index].memory_bytes)
+            cells += _promised_cells(predicted, index, devices[index].usable_bytes)
         rows.append("".join(cells))
     legend = bar_legend(parts) if parts else ""
     lead = "Layers: the first and the last of a stage. Forward, backward: of a microbatch."

@@ -5,8 +5,9 @@ that names the place and the cure. Writing is stable: the same plan gives the sa
 line per parameter, and a reader never meets half a file.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -61,6 +62,15 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
     return from_json(text, source=str(path))
 
 
+@contextlib.contextmanager
+def errors_of(path: str) -> Iterator[None]:
+    """Name the file in what is found to be wrong with its plan later on."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{error} (parallel.path={path})") from error
+
+
 def write_plan(plan: Plan, path: Path) -> None:
     """Write a plan file: the new one appears whole, or the old one stays."""
     write_atomically(path, to_json(plan))
@@ -73,8 +83,9 @@ def to_json(plan: Plan) -> str:
         del tree["cluster"]["groups"]
     for stage in tree["stages"]:
         stage["layers"] = stage["layers"] or None
-        if not stage["overlap"]:  # likewise
-            del stage["overlap"]
+        for key in ("scatter", "overlap"):  # likewise
+            if not stage[key]:
+                del stage[key]
         stage["mesh"] = dict(stage["mesh"]) or None
     return _layout(tree, "") + "\n"
 
@@ -196,6 +207,7 @@ def _stage(node: Node) -> Stage:
             "mesh",
             "recompute",
             "zero",
+            "scatter",
             "overlap",
             "params",
             "optimizer_state",
@@ -209,6 +221,7 @@ def _stage(node: Node) -> Stage:
         mesh=_optional(found["mesh"], _mesh, ()),
         recompute=_optional(found["recompute"], Node.text, "none"),
         zero=_optional(found["zero"], lambda zero: zero.integer(0), 0),
+        scatter=_optional(found["scatter"], Node.boolean, False),
         overlap=_optional(found["overlap"], Node.boolean, False),
         params=_optional(found["params"], _specs, {}),
         optimizer_state=_optional(found["optimizer_state"], _specs, {}),

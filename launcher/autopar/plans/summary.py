@@ -129,7 +129,7 @@ def _promises(plan: Plan, predicted: Prediction, cluster: AnyCluster) -> Iterato
         else "a step without work",
     )
     tops = [
-        f"at most {size(peak_bytes)} of {size(device.memory_bytes)} per {word}"
+        f"at most {size(peak_bytes)} of {size(device.usable_bytes)} per {word}"
         for word, device, peak_bytes in peaks_by_kind(plan, predicted, cluster)
     ]
     sent = f"{size(predicted.communicated_bytes)} sent per step by all devices"
@@ -184,15 +184,19 @@ def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
     note = f"layers: first-last; mesh: {' x '.join(AXIS_NAMES)}"
     if plan.predicted is not None:
         limits = either(
-            list(dict.fromkeys(size(d.memory_bytes) for d in devices_of(plan, cluster)))
+            list(dict.fromkeys(size(d.usable_bytes) for d in devices_of(plan, cluster)))
         )
         note += f"; memory: of {limits}; times: of a microbatch; once: of a step"
     if plan.virtual_stages > 1:
         note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
-    overlapping = [index for index, stage in enumerate(plan.stages) if stage.overlap]
-    if overlapping:
-        word = "stage" if len(overlapping) == 1 else "stages"
-        note += f"; gradients of {word} {ranges(overlapping)}: synchronised during the last backward pass"
+    for field, what in (
+        ("scatter", "scattered behind every microbatch, and summed in shards"),
+        ("overlap", "synchronised during the last backward pass"),
+    ):
+        chosen = [index for index, stage in enumerate(plan.stages) if getattr(stage, field)]
+        if chosen:
+            word = "stage" if len(chosen) == 1 else "stages"
+            note += f"; gradients of {word} {ranges(chosen)}: {what}"
     yield from textwrap.wrap(note, WIDTH)
 
 

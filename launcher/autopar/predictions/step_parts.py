@@ -1,7 +1,7 @@
 """Where the time of a step goes: seven parts that add up to it, per submesh or on the average device.
 
-    computation       the forward and backward passes, without collectives
-    recomputation     the forward passes once more, collectives included
+    computation       the forward and backward passes, without collectives, and starting all programs
+    recomputation     what of the forward passes is run once more, collectives included
     communication     collectives inside stages, in those passes
     synchronization   of gradients, once a step; what is not hidden behind the last backward pass
     update            of parameters, once a step
@@ -10,7 +10,8 @@
 
 The average weighs a submesh by its devices, so that "computation" of two plans that share the same work
 evenly is the same, however the cluster is cut. The share that summaries call the bubble is transfers and
-bubble together, averaged over submeshes.
+bubble together, averaged over submeshes. Where devices slow one another down, what a submesh does is priced
+as if all of them computed, and takes that much less by the timeline: all its parts then shrink alike.
 """
 
 from collections.abc import Sequence
@@ -67,8 +68,10 @@ def submesh_parts(realized: RealizedPlan, timeline: Timeline) -> tuple[StepParts
             for stage, home in zip(realized.stages, plan.submesh_of, strict=True)
             if home == submesh
         ]
-        busy = _total([_busy(realized, stage) for stage in own])
-        idle_s = max(0.0, timeline.step_s - sum(busy.values()))
+        busy = _as_played(
+            _total([_busy(realized, stage) for stage in own]), timeline.busy_s[submesh]
+        )
+        idle_s = max(0.0, timeline.step_s - timeline.busy_s[submesh])
         transfers_s = min(idle_s, max(0.0, exposed_s))
         found.append(StepParts(**busy, transfers_s=transfers_s, bubble_s=idle_s - transfers_s))
     return tuple(found)
@@ -97,13 +100,25 @@ def _busy(realized: RealizedPlan, stage: RealizedStage) -> dict[str, float]:
     times, sharding = realized.plan.num_microbatches, stage.sharding
     passes_s = sharding.seconds.forward + sharding.seconds.backward
     computation_s = min(passes_s, _computation_s(realized, stage))
+    again_s = sharding.seconds.recomputed(stage.stage.recompute)
     return {
         "computation_s": times * computation_s,
-        "recomputation_s": times * (sharding.forward_s + sharding.backward_s - passes_s),
+        "recomputation_s": times * again_s,
         "communication_s": times * (passes_s - computation_s),
         "synchronization_s": synchronization_s(realized, stage),
         "update_s": sharding.seconds.update,
     }
+
+
+def _as_played(busy: dict[str, float], busy_s: float) -> dict[str, float]:
+    """The parts of what a submesh does, so that they add up to what it does by the timeline.
+
+    What is left over is starting programs.
+    """
+    total_s = sum(busy.values())
+    if total_s > busy_s:
+        return {name: part_s * busy_s / total_s for name, part_s in busy.items()}
+    return {**busy, "computation_s": busy["computation_s"] + busy_s - total_s}
 
 
 def _computation_s(realized: RealizedPlan, stage: RealizedStage) -> float:

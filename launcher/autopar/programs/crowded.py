@@ -218,13 +218,10 @@ def simulate_crowded(program: Program, durations: Durations, crowd: Crowd) -> Ti
     play = _Play(program, durations, crowd)
     play.run()
     events = sorted(play.events, key=lambda event: (event.start_s, event.submesh))
-    step_s = max((event.end_s for event in events), default=0.0)
-    total_s = step_s * program.num_submeshes
-    busy_s = sum(own.busy_s for own in play.submeshes)
     return Timeline(
         events=tuple(events),
-        step_s=step_s,
-        bubble_fraction=1.0 - busy_s / total_s if total_s > 0 else 0.0,
+        step_s=max((event.end_s for event in events), default=0.0),
+        busy_s=tuple(own.busy_s for own in play.submeshes),
         exposed_s=tuple(own.exposed_s for own in play.submeshes),
         stash_peak=stash_peaks(list(chain.from_iterable(program.lists)), program.num_stages),
     )

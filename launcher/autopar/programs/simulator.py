@@ -280,12 +280,10 @@ def simulate(
     events: list[Event] = []
     play = _Play(program, durations, events if with_events else None)
     play.run(rendezvous=rendezvous)
-    busy_s = sum(own.busy_s for own in play.submeshes)
-    total_s = play.end_s * program.num_submeshes
     return Timeline(
         events=tuple(sorted(events, key=lambda event: (event.start_s, event.submesh))),
         step_s=play.end_s,
-        bubble_fraction=1.0 - busy_s / total_s if total_s > 0 else 0.0,
+        busy_s=tuple(own.busy_s for own in play.submeshes),
         exposed_s=tuple(own.exposed_s for own in play.submeshes),
         stash_peak=stash_peaks(list(chain.from_iterable(program.lists)), num_stages),
     )

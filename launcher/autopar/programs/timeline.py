@@ -58,7 +58,7 @@ class Timeline:
     Attributes:
         events: Sorted by start, then submesh; empty if they were not asked for.
         step_s: When the last instruction ends, transfers included.
-        bubble_fraction: The share of all submeshes' time in the step in which they do not compute.
+        busy_s: Per submesh, how long it computes.
         exposed_s: Per submesh, how long it idled for transfers alone: it was free, and all it would
             read next had been made elsewhere.
         stash_peak: Per stage, how many microbatches were between F and B (or W) at most.
@@ -66,9 +66,15 @@ class Timeline:
 
     events: tuple[Event, ...]
     step_s: float
-    bubble_fraction: float
+    busy_s: tuple[float, ...]
     exposed_s: tuple[float, ...]
     stash_peak: tuple[int, ...]
+
+    @property
+    def bubble_fraction(self) -> float:
+        """The share of all submeshes' time in the step in which they do not compute."""
+        total_s = self.step_s * len(self.busy_s)
+        return 1.0 - sum(self.busy_s) / total_s if total_s > 0 else 0.0
 
 
 # The first half of a split backward takes the place of the whole one in all but its `W`.

@@ -158,6 +158,7 @@ def solve_stage(
         restrictions=restrictions(mesh),
         num_microbatches=plan.num_microbatches,
         zero=stage.zero,
+        scatter=stage.scatter,
         recompute=stage.recompute,
         optimizer=optimizer,
     )

@@ -12,7 +12,7 @@ from launcher.autopar.clusters.mesh import LogicalMesh
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.sharding.reshard import reshard_cost, reshard_costs
-from launcher.autopar.sharding.spec import REPLICATED, Spec, fits, num_shards
+from launcher.autopar.sharding.spec import PARTIAL, REPLICATED, Spec, fits, num_shards
 
 Specs = tuple[Spec, ...]
 
@@ -84,6 +84,18 @@ def state_spec(home: Spec, shape: tuple[int, ...], mesh_shape: tuple[int, ...]) 
         if fits(split, shape, mesh_shape):
             return split
     return home
+
+
+def scattered_spec(summed: Spec, shape: tuple[int, ...], mesh_shape: tuple[int, ...]) -> Spec:
+    """Where gradients are summed that are scattered along the data axis behind every microbatch.
+
+    As optimizer state is split, what is whole or partial along that axis; what nothing divides stays.
+    """
+    if summed[0] not in (REPLICATED, PARTIAL):
+        return summed
+    whole = (REPLICATED, *summed[1:])
+    split = state_spec(whole, shape, mesh_shape)
+    return summed if split == whole else split
 
 
 def optimizer_spec(home: Spec, shape, mesh: LogicalMesh, zero: int) -> Spec:

@@ -58,13 +58,17 @@ class Recording:
         return len(self.spans) == 1
 
     @property
-    def busy_s(self) -> float:
-        """How long submeshes computed, added up."""
-        return sum(span.seconds for span in self.spans if span.launch.first.is_compute)
+    def busy_s(self) -> tuple[float, ...]:
+        """How long each submesh computed."""
+        busy_s: dict[int, float] = defaultdict(float)
+        for span in self.spans:
+            if span.launch.first.is_compute:
+                busy_s[span.launch.submesh] += span.seconds
+        return tuple(busy_s[submesh] for submesh in range(self.program.num_submeshes))
 
     @property
     def bubble_fraction(self) -> float:
-        return 1.0 - self.busy_s / (self.step_s * self.program.num_submeshes)
+        return 1.0 - sum(self.busy_s) / (self.step_s * self.program.num_submeshes)
 
     @cached_property
     def sends(self) -> Mapping[Instruction, Span]:
@@ -99,7 +103,7 @@ class Recording:
         return Timeline(
             events=tuple(sorted(events, key=lambda event: (event.start_s, event.submesh))),
             step_s=self.step_s,
-            bubble_fraction=self.bubble_fraction,
+            busy_s=self.busy_s,
             exposed_s=tuple(self._exposed_s()),
             stash_peak=stash_peaks(entries, self.program.num_stages),
         )

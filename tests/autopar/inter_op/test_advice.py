@@ -143,9 +143,10 @@ def test_experts_are_there_and_can_be_divided(cpu8, tiny_gpt):
         (options("data"), ["recompute=layer", "parallel=zero"], ["tp", "zero=3"]),
         (options("zero"), ["zero=3", "parallel=auto", "cluster.hosts=2"], ["tp"]),
         (options("zero", zero=3), ["recompute=layer"], ["zero=3"]),
+        (options("zero", recompute="layer"), ["zero=3"], ["recompute"]),
         (options("manual"), ["recompute=layer", "zero=3", "parallel.tp"], ["parallel=auto"]),
-        (options("auto"), ["recompute=full", "zero=3"], ["recompute=layer", "parallel=auto"]),
-        (options("auto", recompute="full", zero=3), ["cluster.hosts=2"], ["recompute", "zero"]),
+        (options("auto"), ["cluster.hosts=2"], ["recompute", "zero", "parallel=auto"]),
+        (options("auto", recompute="none", zero=2), ["out parallel.recompute", "out parallel.zero"], []),
         (options("data", num_microbatches=1), ["num_microbatches=2 or 4"], []),
         (options("data", num_microbatches=4), ["recompute"], ["num_microbatches"]),
     ],
@@ -154,4 +155,5 @@ def test_cures_for_memory_are_those_of_the_mode(cpu8, given, named, not_named):
     text = memory_cures(given, cpu8)
     assert all(words in text for words in named)
     assert not any(words in text for words in not_named)
+    assert text.startswith("what may help: ")
     assert text.endswith("take a smaller model.size")

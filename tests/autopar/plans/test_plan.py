@@ -7,18 +7,19 @@ import pytest
 
 from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.plans.plan import axes_of
+from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.plan_file import from_json, to_json
 from launcher.errors import PlanError
 
 
 def test_a_sound_plan_passes(plan, cpu8):
-    plan.check(4, cpu8)
-    plan.check(None, cpu8, fingerprint="f2090328d21e94a6")
+    check_without_model(plan, 4, cpu8)
+    check_without_model(plan, None, cpu8, fingerprint="f2090328d21e94a6")
     assert (plan.microbatch_size, plan.num_devices) == (4, 8)
 
 
 def test_a_plan_may_run_on_a_larger_cluster_and_leave_devices_unused(plan):
-    plan.check(4, load_cluster("8xp3"))
+    check_without_model(plan, 4, load_cluster("8xp3"))
 
 
 def test_a_plan_by_hand_says_little(plan, cpu8):
@@ -32,7 +33,7 @@ def test_a_plan_by_hand_says_little(plan, cpu8):
             for stage in plan.stages
         ),
     )
-    bare.check(None, cpu8)
+    check_without_model(bare, None, cpu8)
 
 
 HEADS = [
@@ -54,7 +55,7 @@ HEADS = [
 @pytest.mark.parametrize(("changes", "message"), HEADS, ids=[str(case[0]) for case in HEADS])
 def test_the_head_is_checked(plan, cpu8, changes, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        dataclasses.replace(plan, **changes).check(None, cpu8)
+        check_without_model(dataclasses.replace(plan, **changes), None, cpu8)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def virtual(plan):
 
 
 def test_virtual_stages_share_their_devices(virtual, cpu8):
-    virtual.check(4, cpu8)
+    check_without_model(virtual, 4, cpu8)
     assert (virtual.num_submeshes, virtual.num_devices) == (2, 8)
     assert virtual.submesh_of == (0, 1, 0, 1)
     assert [stage.hosts for stage in virtual.submeshes] == [(0,), (1,)]
@@ -94,7 +95,7 @@ VIRTUAL = [
 @pytest.mark.parametrize(("changes", "message"), VIRTUAL, ids=[str(case[0]) for case in VIRTUAL])
 def test_virtual_stages_must_come_out_even(virtual, cpu8, changes, message):
     with pytest.raises(PlanError, match=re.escape(message)):
-        dataclasses.replace(virtual, **changes).check(None, cpu8)
+        check_without_model(dataclasses.replace(virtual, **changes), None, cpu8)
 
 
 def test_stages_of_a_submesh_name_the_same_devices_and_no_others_do(virtual, cpu8):
@@ -105,17 +106,19 @@ def test_stages_of_a_submesh_name_the_same_devices_and_no_others_do(virtual, cpu
         match=r"stages\[2\] has hosts=\[0\] and devices=\[0, 1\], and stages\[0\] on the same submesh "
         r"\(virtual_stages=2\) has \[0\] and \[0, 1, 2, 3\]: write the same",
     ):
-        dataclasses.replace(virtual, stages=(first, second, moved, fourth)).check(None, cpu8)
+        check_without_model(
+            dataclasses.replace(virtual, stages=(first, second, moved, fourth)), None, cpu8
+        )
     on_first = [dataclasses.replace(stage, hosts=(0,)) for stage in virtual.stages]
     with pytest.raises(PlanError, match="device 0 of host 0 is used twice, by stage 0 too"):
-        dataclasses.replace(virtual, stages=tuple(on_first)).check(None, cpu8)
+        check_without_model(dataclasses.replace(virtual, stages=tuple(on_first)), None, cpu8)
 
 
 def test_the_plan_must_be_for_the_model(plan, cpu8):
     with pytest.raises(PlanError, match="model.fingerprint=f2090328d21e94a6 is not abc"):
-        plan.check(4, cpu8, fingerprint="abc")
+        check_without_model(plan, 4, cpu8, fingerprint="abc")
     with pytest.raises(PlanError, match=r"ends at 4, not at the model's layers=6"):
-        plan.check(6, cpu8)
+        check_without_model(plan, 6, cpu8)
 
 
 # Changes of stage 1, and what is said about it.
@@ -151,7 +154,7 @@ def test_stages_are_checked(plan, cpu8, changes, message):
     stages = (first, dataclasses.replace(second, **changes))
     broken = dataclasses.replace(plan, stages=stages, num_layers=None)
     with pytest.raises(PlanError, match=re.escape(message)):
-        broken.check(None, cpu8)
+        check_without_model(broken, None, cpu8)
 
 
 def test_the_first_layer_is_layer_0(plan, cpu8):
@@ -159,13 +162,13 @@ def test_the_first_layer_is_layer_0(plan, cpu8):
     stages = (dataclasses.replace(first, layers=(1, 2)), second)
     broken = dataclasses.replace(plan, stages=stages)
     with pytest.raises(PlanError, match="begins at 1, and the model begins at 0"):
-        broken.check(None, cpu8)
+        check_without_model(broken, None, cpu8)
 
 
 def test_predictions_have_an_entry_per_stage(plan, cpu8):
     predicted = dataclasses.replace(plan.predicted, stage_sync_s=(0.0,))
     with pytest.raises(PlanError, match=r"predicted.stage_sync_s has 1 entries for 2 stages"):
-        dataclasses.replace(plan, predicted=predicted).check(None, cpu8)
+        check_without_model(dataclasses.replace(plan, predicted=predicted), None, cpu8)
 
 
 def test_axes_of_a_spec():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.autopar.plans import plan_file
 from launcher.autopar.plans.plan import Plan
+from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.plan_file import from_json, read_plan, to_json, write_plan
 from launcher.errors import PlanError, StorageError
 
@@ -49,14 +50,15 @@ def test_a_plan_comes_back_as_it_went(plan, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_an_overlap_is_written_where_there_is_one(plan):
+@pytest.mark.parametrize("key", ["overlap", "scatter"])
+def test_what_few_stages_do_is_written_where_they_do_it(plan, key):
     first, second = plan.stages
-    assert "overlap" not in to_json(plan)
+    assert key not in to_json(plan)
     changed_plan = dataclasses.replace(
-        plan, stages=(first, dataclasses.replace(second, overlap=True))
+        plan, stages=(first, dataclasses.replace(second, **{key: True}))
     )
     text = to_json(changed_plan)
-    assert [stage.get("overlap") for stage in json.loads(text)["stages"]] == [None, True]
+    assert [stage.get(key) for stage in json.loads(text)["stages"]] == [None, True]
     assert from_json(text) == changed_plan
 
 
@@ -66,7 +68,7 @@ def test_the_layout_is_stable_and_readable(plan, golden):
 
 def test_a_plan_by_hand_leaves_out_what_the_solver_knows(cpu8):
     plan = from_json(json.dumps(BY_HAND))
-    plan.check(None, cpu8)
+    check_without_model(plan, None, cpu8)
     assert (plan.num_layers, plan.predicted, plan.virtual_stages) == (4, None, 1)
     assert (plan.model.fingerprint, plan.model.dtype) == (None, None)
     assert plan.stages[0].params == {}
@@ -190,7 +192,7 @@ def test_a_damaged_plan_is_a_plan_or_a_plan_error(plan, cpu8, data):
         read = from_json(json.dumps(tree))
         assert isinstance(read, Plan)
         assert from_json(to_json(read)) == read
-        read.check(4, cpu8)
+        check_without_model(read, 4, cpu8)
     except PlanError as error:
         assert "\n" not in str(error)  # noqa: PT017 both outcomes are right
 

@@ -44,7 +44,10 @@ PLANS = {
         "microbatches": 8,
         "stages": [
             {"layers": 1, "hosts": [0], "devices": [0, 1]},
-            {"layers": 3, "hosts": [0], "devices": [2, 3], "data": 2, "zero": 2},
+            {
+                "layers": 3, "hosts": [0], "devices": [2, 3], "data": 2, "zero": 2,
+                "scatter": True,
+            },
             {"layers": 2, "hosts": [1], "devices": [0, 1, 2, 3], "recompute": "layer"},
         ],
     },
@@ -96,7 +99,7 @@ PLANS = {
         "stages": [
             {
                 "layers": 3, "hosts": [0], "devices": [0, 1], "data": 2, "zero": 3,
-                "recompute": "layer",
+                "scatter": True, "recompute": "layer",
             },
             {
                 "layers": 2, "hosts": [1], "devices": [0, 1, 2, 3], "data": 2, "zero": 1,

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.plan_file import from_json
 
 FAMILIES = ("custom", "wrn", "gpt", "moe")
@@ -89,6 +90,7 @@ def drawn(seed: int, batch: int) -> tuple[str, dict]:
     given, rng = draw_plan(random.Random(seed), batch), random.Random(f"overlap {seed}")
     for stage in given["stages"]:
         stage["overlap"] = rng.random() < 0.4
+        stage["scatter"] = stage["zero"] > 1 and rng.random() < 0.5
     return FAMILIES[seed % len(FAMILIES)], given
 
 
@@ -121,7 +123,7 @@ def test_random_plans_are_plans_of_all_kinds(exact):
         machine = exact.cluster(*given.pop("cluster"))
         model = exact.model_of(family, "fp32")
         plan = from_json(exact.plan_file(model, machine, **given))
-        plan.check(num_layers=None, cluster=machine)
+        check_without_model(plan, num_layers=None, cluster=machine)
         seen["schedule"][plan.schedule] += 1
         seen["microbatches"][plan.num_microbatches] += 1
         seen["stages"][len(plan.stages)] += 1
@@ -129,6 +131,7 @@ def test_random_plans_are_plans_of_all_kinds(exact):
             seen["zero"][stage.zero] += 1
             seen["recompute"][stage.recompute] += 1
             seen["overlap"][stage.overlap, plan.schedule] += 1
+            seen["scatter"][stage.scatter, stage.zero] += 1
             seen["mesh"][stage.mesh] += 1
             assert plan.microbatch_size % dict(stage.mesh)["data"] == 0
             assert math.prod(length for _, length in stage.mesh) == stage.num_devices
@@ -136,6 +139,9 @@ def test_random_plans_are_plans_of_all_kinds(exact):
     assert set(seen["microbatches"]) == {1, 2, 4, 8, 16}
     assert set(seen["stages"]) == {1, 2, 3, 4, 6}
     assert set(seen["zero"]) == {0, 1, 2, 3}
+    assert set(seen["scatter"]) == {
+        (s, z) for s in (False, True) for z in range(4) if z > 1 or not s
+    }
     assert set(seen["overlap"]) == set(itertools.product([False, True], SCHEDULES))
     assert set(seen["recompute"]) == {"none", "layer", "full"}
     assert len(seen["mesh"]) > 8
