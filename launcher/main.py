@@ -338,11 +338,11 @@ def make_plan(setup: Setup) -> Planned:
     """Search for a plan, or take the one of a file."""
     with phase(setup.console, "planning") as progress:
         if setup.given is not None:
-            if setup.config.parallel.name == "from_file":
-                with errors_of(setup.config.parallel.path):
-                    return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
-            log.info("the plan is that of the checkpoint")
-            return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
+            path = setup.config.parallel.path
+            if path is None:
+                log.info("the plan is that of the checkpoint")
+            with errors_of(path):
+                return adopt_plan(setup.given, setup.model, setup.cluster, setup.options)
         note_phase(setup.run_dir, "planning")
         if setup.start.resumes and setup.options.num_microbatches is None:
             try:

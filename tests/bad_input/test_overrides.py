@@ -55,6 +55,7 @@ UNKNOWN = [
     bad("cluster=/etc/passwd", says="cluster=/etc/passwd is unknown: take one of 1xp3"),
     bad("model=../../secret", says="model=../../secret leads out of the folders ... --config-dir="),
     bad("cluster=../cluster/local", says="leads out of the folders ... give an option of cluster"),
+    bad("resume=../nope", "mode=plan", says="resume=../nope"),
     bad("model=[gpt,moe]", says="moe and gpt are options of one group ... choose one of them"),
     bad("model@cluster=gpt", says="model@cluster ... append to your default list"),
     bad("logger=null", says="logger=null): correct it there"),

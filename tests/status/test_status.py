@@ -104,6 +104,12 @@ def test_a_sweep_that_learns_is_sorted_by_its_evaluations(run, tmp_path, capsys)
     assert rows[4]["state"] == "died"
 
 
+def test_a_sweep_may_be_named_by_way_of_another_folder(run, tmp_path, capsys):
+    top = learning(run, tmp_path)
+    _, _, first, *_ = table_of(capsys, top / "1" / ".." / ".." / top.name)
+    assert first.split()[:2] == ["1", "0.01"]
+
+
 def test_a_sweep_over_how_to_run_is_sorted_by_speed(run, tmp_path, capsys):
     for name, parallel, step_s in (("0", "data", 0.3), ("1", "zero", 0.1)):
         run(name, parallel={"name": parallel}).rows(2.0, 2.0, 2.0, step_s=step_s).note("train", 0)

@@ -216,8 +216,8 @@ def memory_cures(options: PlanOptions, cluster: AnyCluster) -> str:
 def _memory_cures(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
     searches = options.mode == "auto"
     if searches:
-        forced = [key for key in ("recompute", "zero") if getattr(options, key) is not None]
-        yield from (f"leave out parallel.{key}" for key in forced)
+        forced = {"recompute": options.recompute, "zero": options.zero}
+        yield from (f"leave out parallel.{k}" for k, given in forced.items() if given is not None)
     elif options.recompute in (None, "none"):
         yield "set parallel.recompute=layer"
     if options.mode in ("zero", "manual") and options.zero != 3:

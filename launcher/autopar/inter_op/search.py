@@ -61,19 +61,7 @@ class Candidate:
     @property
     def decisions(self) -> tuple:
         """What tells it from others: two with the same ones differ in the sharding of ops alone."""
-        stages = (
-            (
-                c.first,
-                c.last,
-                pick.mesh.shape,
-                pick.recompute,
-                pick.zero,
-                pick.scatter,
-                pick.overlap,
-            )
-            for c in self.arrangement.stages
-            for pick in [c.option.tag]
-        )
+        stages = ((c.first, c.last, *c.option.tag.decisions) for c in self.arrangement.stages)
         return self.num_microbatches, self.schedule, self.virtual_stages, *stages
 
     @property

@@ -114,6 +114,11 @@ class StagePick:
     sharding: StageSharding
     overlap: bool = False
 
+    @property
+    def decisions(self) -> tuple:
+        """What tells it from others that differ in the sharding of ops alone."""
+        return self.mesh.shape, self.recompute, self.zero, self.scatter, self.overlap
+
 
 class StageCosts:
     """Prices ranges of layers on submeshes of a kind of hosts, on demand.

@@ -63,11 +63,13 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
 
 
 @contextlib.contextmanager
-def errors_of(path: str) -> Iterator[None]:
-    """Name the file in what is found to be wrong with its plan later on."""
+def errors_of(path: str | None) -> Iterator[None]:
+    """Name the file in what is found to be wrong with its plan later on, if it is one of the user's."""
     try:
         yield
     except PlanError as error:
+        if path is None:
+            raise
         raise PlanError(f"{error} (parallel.path={path})") from error
 
 

@@ -189,14 +189,15 @@ def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
         note += f"; memory: of {limits}; times: of a microbatch; once: of a step"
     if plan.virtual_stages > 1:
         note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
-    for field, what in (
-        ("scatter", "scattered behind every microbatch, and summed in shards"),
-        ("overlap", "synchronised during the last backward pass"),
+    scattering = [index for index, stage in enumerate(plan.stages) if stage.scatter]
+    overlapping = [index for index, stage in enumerate(plan.stages) if stage.overlap]
+    for stages, what in (
+        (scattering, "scattered behind every microbatch, and summed in shards"),
+        (overlapping, "synchronised during the last backward pass"),
     ):
-        chosen = [index for index, stage in enumerate(plan.stages) if getattr(stage, field)]
-        if chosen:
-            word = "stage" if len(chosen) == 1 else "stages"
-            note += f"; gradients of {word} {ranges(chosen)}: {what}"
+        if stages:
+            word = "stage" if len(stages) == 1 else "stages"
+            note += f"; gradients of {word} {ranges(stages)}: {what}"
     yield from textwrap.wrap(note, WIDTH)
 
 

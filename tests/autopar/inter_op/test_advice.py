@@ -146,7 +146,11 @@ def test_experts_are_there_and_can_be_divided(cpu8, tiny_gpt):
         (options("zero", recompute="layer"), ["zero=3"], ["recompute"]),
         (options("manual"), ["recompute=layer", "zero=3", "parallel.tp"], ["parallel=auto"]),
         (options("auto"), ["cluster.hosts=2"], ["recompute", "zero", "parallel=auto"]),
-        (options("auto", recompute="none", zero=2), ["out parallel.recompute", "out parallel.zero"], []),
+        (
+            options("auto", recompute="none", zero=2),
+            ["out parallel.recompute", "out parallel.zero"],
+            [],
+        ),
         (options("data", num_microbatches=1), ["num_microbatches=2 or 4"], []),
         (options("data", num_microbatches=4), ["recompute"], ["num_microbatches"]),
     ],

@@ -131,6 +131,29 @@ def test_recomputation_runs_the_forward_pass_again_and_keeps_less(planner, cpu8)
     assert layer.once_s == none.once_s
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_gradients_that_are_scattered_take_a_share_of_the_memory(planner, cpu8, zero):
+    """And are sent with every microbatch, not once a step."""
+    choices = replace(PLAIN, zero=(zero,), data=4, tensor=1)
+    options = {
+        option.tag.scatter: option
+        for option in costs_of(planner, cpu8, choices).options(2, 8, 2)
+        if not option.tag.overlap
+    }
+    whole, shards = options[False], options[True]
+    sums = [
+        param.accumulator_bytes
+        for cls in class_memories(planner, whole.tag.sharding, planner.wiring(2, 8)).values()
+        for param in cls.params.values()
+    ]
+    assert sum(sums) > 0
+    assert shards.fixed_bytes < whole.fixed_bytes
+    assert shards.once_s < whole.once_s
+    assert shards.seconds > whole.seconds
+    reduced = planner.reduce_s(2, 8, shards.tag.sharding).values()
+    assert sum(reduced) == pytest.approx(0.0, abs=1e-9)
+
+
 def test_a_range_that_borrows_a_parameter_pays_for_its_way(tiny_gpt, cpu8):
     """The tied embedding's gradient goes to the first stage, and the new value comes back."""
     traced = trace_model(tiny_gpt(layers=4), BATCH)

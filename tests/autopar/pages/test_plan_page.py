@@ -141,9 +141,7 @@ def test_a_plan_without_a_price_has_a_page(plan, cpu8):
         runners_up=(),
         stages=tuple(dataclasses.replace(stage, params={}) for stage in plan.stages),
     )
-    empty = Timeline(
-        events=(), step_s=0.0, busy_s=(0.0, 0.0), exposed_s=(0, 0), stash_peak=(0, 0)
-    )
+    empty = Timeline(events=(), step_s=0.0, busy_s=(0.0, 0.0), exposed_s=(0, 0), stash_peak=(0, 0))
     text = page(bare, empty, cpu8)
     assert "This timeline holds no events." in text
     assert "Where the tensors lie" not in text

@@ -58,6 +58,15 @@ def test_the_same_machine_with_other_links_is_another_one(found, gpt, cpu8):
     assert plan.runners_up == ()
 
 
+@pytest.mark.parametrize("change", [{"name": "other"}, {"memory_bytes": 2**20}])
+def test_where_it_takes_as_long_but_others_would_do_it_drops_its_claims(found, gpt, cpu8, change):
+    device = replace(cpu8.device, memory_bytes=change.get("memory_bytes", cpu8.device.memory_bytes))
+    other = replace(cpu8, device=device, name=change.get("name", cpu8.name))
+    plan = adopt_plan(found, gpt, other, OPTIONS).plan
+    assert plan.predicted.step_s == found.predicted.step_s
+    assert (plan.search, plan.runners_up) == (None, ())
+
+
 def test_what_is_missing_is_named(found, gpt, cpu8):
     with pytest.raises(
         PlanError,

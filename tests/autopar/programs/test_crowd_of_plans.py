@@ -11,6 +11,7 @@ from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
 from launcher.autopar.predictions.predict import crowd_of, stage_durations, submeshes_at_hand
+from launcher.autopar.predictions.step_parts import submesh_parts
 from launcher.autopar.programs.simulator import simulate
 from launcher.config import GptConfig
 
@@ -86,3 +87,14 @@ def test_a_class_of_work_may_suffer_more_than_others():
     assert device.slowdown(8, "reduction") == device.slowdown(8) == 4.0
     assert device.slowdown(8, "division") == 1.0  # never faster than alone
     assert 1.0 < device.slowdown(4, "product") / device.slowdown(4) < 1.5
+
+
+def test_the_parts_of_a_crowded_step_are_those_of_its_timeline():
+    """Priced as if all eight computed, and played with four at a time."""
+    found = planned(crowded(FREE))
+    timeline = found.outlook.timeline
+    parts = submesh_parts(found.realized, timeline)
+    idle_s = [each.bubble_s + each.transfers_s for each in parts]
+    assert sum(idle_s) / 2 / timeline.step_s == pytest.approx(timeline.bubble_fraction)
+    assert all(each.step_s == pytest.approx(timeline.step_s) for each in parts)
+    assert all(each.recomputation_s == 0 for each in parts)
