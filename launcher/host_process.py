@@ -25,6 +25,7 @@ from launcher.models.model import Model
 from launcher.models.optimizer import build_optimizer
 from launcher.outputs import find_sampler, make_meter
 from launcher.resume import check_start, find_start, make_checkpoints
+from launcher.runtime.allocator import keep_freed_memory
 from launcher.runtime.checkpoints.checkpointer import Checkpoints
 from launcher.runtime.checkpoints.host_copies import on_host_device, own_pieces
 from launcher.runtime.checkpoints.shared_store import SharedStore, Writers
@@ -93,6 +94,8 @@ class HostProcess(Host):
         task, config = self._task, self._task.config
         self._progress.phase = "preparing"
         use_cache(config.runtime.compilation_cache)
+        if task.emulated:
+            keep_freed_memory()
         given = from_json(task.plan_text, source="plan.json")
         hosts = [stage.hosts for stage in given.stages]
         grid = self._join_world(hosts, addresses)

@@ -108,15 +108,17 @@ def _find_plan(
     best_s = outlook.prediction.step_s
     others = [
         _runner_up(
-            other, its.prediction.step_s, its.prediction.bubble_fraction, best_s,
+            other, best, its.prediction.step_s, its.prediction.bubble_fraction, best_s,
             _tightest(r, its).over_bytes,
         )
         for other, r, its in judged[1:]
+        if other.decisions != best.decisions
     ]  # fmt: skip
-    others += [_runner_up(o, o.step_s, o.bubble_fraction, best_s) for o in behind]
-    # Of two in the same words, which differ in how tensors lie, the first tells enough.
-    told = {_description(best)}
-    others = [o for o in others if o.description not in told and not told.add(o.description)]
+    others += [
+        _runner_up(o, best, o.step_s, o.bubble_fraction, best_s)
+        for o in behind
+        if o.decisions != best.decisions
+    ]
     plan = replace(
         realized.plan,
         predicted=outlook.prediction,
@@ -321,10 +323,10 @@ def _completed(realized: RealizedPlan, model: Model, cluster: AnyCluster) -> Pla
 def _without_other_figures(plan: Plan, given: Plan, *, fits: bool) -> Plan:
     """Say what a plan promised elsewhere, and drop what it says of other plans there."""
     promised, predicted = given.predicted, plan.predicted
-    if promised is None:
-        return plan
-    as_promised = math.isclose(promised.step_s, predicted.step_s, rel_tol=1e-6)
-    if not as_promised:
+    as_promised = promised is not None and math.isclose(
+        promised.step_s, predicted.step_s, rel_tol=1e-6
+    )
+    if promised is not None and not as_promised:
         log.info(
             "the plan file promises %s a step on %s, and here, on %s, it is %s",
             seconds(promised.step_s), given.cluster.name, plan.cluster.name,
@@ -347,7 +349,7 @@ def _check_batch(plan: Plan) -> None:
 
 
 def _runner_up(
-    candidate: Candidate, step_s: float, bubble_fraction: float, best_s: float,
+    candidate: Candidate, best: Candidate, step_s: float, bubble_fraction: float, best_s: float,
     over_bytes: float = 0.0,
 ) -> RunnerUp:  # fmt: skip
     """Say how a candidate compares.
@@ -355,8 +357,11 @@ def _runner_up(
     Args:
         over_bytes: by how much it is too large for a device, where it was found to be.
     """
+    description = _description(candidate)
+    if description == _description(best):
+        description += f", other {', '.join(_differing(candidate, best))}"
     return RunnerUp(
-        description=_description(candidate),
+        description=description,
         step_s=step_s,
         why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
         + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
@@ -373,3 +378,22 @@ def _description(candidate: Candidate) -> str:
         f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
         f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}"
     )
+
+
+def _differing(one: Candidate, other: Candidate) -> list[str]:
+    """In what candidates of as many stages differ."""
+    pairs = zip(one.arrangement.stages, other.arrangement.stages, strict=True)
+    found = {
+        what: True
+        for mine, theirs in pairs
+        for what, is_other in (
+            ("cuts", mine.last != theirs.last),
+            ("meshes", mine.option.tag.mesh.shape != theirs.option.tag.mesh.shape),
+            ("recomputation", mine.option.tag.recompute != theirs.option.tag.recompute),
+            ("ZeRO stages", mine.option.tag.zero != theirs.option.tag.zero),
+            ("scattering", mine.option.tag.scatter != theirs.option.tag.scatter),
+            ("overlap", mine.option.tag.overlap != theirs.option.tag.overlap),
+        )
+        if is_other
+    }
+    return list(found)

@@ -51,6 +51,7 @@ def discover(num_cpu_devices: int) -> Found:
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     devices = jax.local_devices()
     if devices[0].platform == "cpu":
+        keep_freed_memory()
         return Found(kind="cpu", count=0, memory_bytes=None)
     stats = devices[0].memory_stats() or {}
     return Found(

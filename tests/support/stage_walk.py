@@ -25,7 +25,7 @@ class Walk:
         self.steps = {"forward": [], "backward_input": [], "backward_weight": []}
         self.copied = set()
         self.again = set(map(id, self.cls.recomputed_ops()))
-        self.runs_again, self.brought, self.shared_s = False, set(), 0.0
+        self.runs_again, self.brought, self.shared_s = False, set(), {}
 
     def pick(self, kind, index):
         return self.picks[kind, self.cls.name, index]
@@ -51,7 +51,7 @@ class Walk:
         if phase == "forward" and self.runs_again:
             self.brought.add((value, target))
         elif phase in ("backward_input", "backward_weight") and (value, target) in self.brought:
-            self.shared_s += seconds
+            self.shared_s[phase] = self.shared_s.get(phase, 0.0) + seconds
         return seconds
 
     def op_s(self, index, op, phase):
@@ -107,5 +107,7 @@ class Walk:
             num_bytes = 4 * np.prod(aval.shape) / num_shards(state, self.mesh.shape)
             update += 7 * num_bytes / self.settings.compute.device.memory_bytes_per_s
         return Seconds(
-            **total, shared=self.shared_s, synchronize=synchronize, update=update
+            **total, shared_input=self.shared_s.get("backward_input", 0.0),
+            shared_weight=self.shared_s.get("backward_weight", 0.0),
+            synchronize=synchronize, update=update,
         )  # fmt: skip

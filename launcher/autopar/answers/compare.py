@@ -18,7 +18,7 @@ from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import Planned, adopt_plan, check_plan
 from launcher.autopar.plans.plan import Plan, Stage
-from launcher.autopar.plans.plan_file import read_plan
+from launcher.autopar.plans.plan_file import errors_of, read_plan
 from launcher.autopar.plans.stage_hosts import TightStage
 from launcher.autopar.plans.summary import WIDTH, schedule_text
 from launcher.autopar.plans.tensor_groups import Shapes, TensorGroup, tensor_groups
@@ -87,13 +87,10 @@ class Comparison:
 def adopt_other(path: Path, model: Model, cluster: AnyCluster, options: PlanOptions) -> Planned:
     """Price the plan of `plan.compare` on the model and the cluster of this run."""
     plan = read_plan(path, key="plan.compare")
-    given = f"plan.compare={path}"
-    try:
+    with errors_of(path, key="plan.compare"):
         check_plan(plan, model, cluster)
         _check_batch(plan, options)
         return adopt_plan(plan, model, cluster, options)
-    except PlanError as error:
-        raise PlanError(f"{given}: {error}") from error
 
 
 def _check_batch(plan: Plan, options: PlanOptions) -> None:

@@ -85,7 +85,9 @@ class Space:
         shapes = [hosts * devices for hosts, devices in self.submeshes]
         names = [name if v == 1 else f"{name} x {v}" for name, v in self.schedules]
         zero = self.choices.zero
-        scarce = " (3 where memory is scarce)" if len(zero) > 1 and 3 in zero else ""
+        last = ["3"] if len(zero) > 1 and 3 in zero else []
+        last += ["scattered gradients"] if max(zero) > 1 else []
+        scarce = f" ({' and '.join(last)} where memory is scarce)" if last else ""
         return (
             f"schedules {', '.join(names)}; submeshes of {', '.join(map(str, sorted(set(shapes))))} "
             f"devices; recomputation {', '.join(self.choices.recompute)}; ZeRO "

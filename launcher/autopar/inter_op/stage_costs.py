@@ -193,6 +193,8 @@ class StageCosts:
         picks, costs = [], []
         for variant in itertools.chain(*map(self._variants_on, self._meshes(submesh))):
             solved = self._solved(variant)
+            if solved is None:
+                continue
             for recompute in self.choices.recompute:
                 pick = StagePick(
                     variant.mesh, variant.weight, variant.zero, variant.scatter, recompute,
@@ -240,10 +242,11 @@ class StageCosts:
         """What every range costs with the strategies of the whole model: (ranges, fields)."""
         seconds = Seconds(*(self._counts() @ solved.seconds).T)
         memory = range_memory(solved.memories, self._table, recompute, solved.unread)
+        halves = seconds.halves(recompute)
         fields = {
             "forward_s": seconds.forward,
-            "backward_s": seconds.backward + seconds.recomputed(recompute),
-            "weight_s": seconds.backward_weight,
+            "backward_s": sum(halves),
+            "weight_s": halves[1],
             "once_s": seconds.synchronize + seconds.update + self._borrowed,
             "fixed_bytes": memory.state_bytes,
             "stash_bytes": memory.stash_bytes,
@@ -299,11 +302,13 @@ class StageCosts:
             memory_s_per_byte=variant.weight * self._ideal_s / self.cluster.device.usable_bytes,
         )
 
-    def _solved(self, variant: _Variant) -> _Solved:
-        """The whole model on a mesh."""
+    def _solved(self, variant: _Variant) -> _Solved | None:
+        """The whole model on a mesh; None where its strategies leave gradients nowhere to scatter from."""
         if variant not in self._priced:
             settings = self._settings(variant)
             sharding = self._strategies_for(settings, variant.weight)
+            if sharding is None:
+                return None
             self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
             known = sharding.group_seconds
             self._groups = self._groups or tuple(known)
@@ -315,7 +320,7 @@ class StageCosts:
             )
         return self._priced[variant]
 
-    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding:
+    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding | None:
         """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own.
 
         What scatters gradients takes those of what does not, but for where they are summed.
@@ -324,8 +329,10 @@ class StageCosts:
         solved = self._solve(plain, weight)
         if settings == plain:
             return solved
-        picks = self._scattered(solved) if settings.scatter else solved.picks
-        return self.planner.reprice(*self._whole, settings, picks)
+        if settings.scatter:
+            picks = self._scattered(solved)
+            return self.planner.reprice_if_possible(*self._whole, settings, picks)
+        return self.planner.reprice(*self._whole, settings, solved.picks)
 
     def _scattered(self, sharding: StageSharding) -> Picks:
         """The same picks with gradients that are scattered behind every microbatch."""

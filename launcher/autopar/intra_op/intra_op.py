@@ -55,18 +55,19 @@ class StageSharding:
     @property
     def backward_s(self) -> float:
         """Per microbatch: both halves in one program."""
-        return self.backward_input_s + self.seconds.backward_weight
+        return self._launch_s + sum(self.seconds.halves(self.settings.recompute))
 
     @property
     def backward_input_s(self) -> float:
         """Per microbatch, with what is recomputed for it."""
-        again_s = self.seconds.recomputed(self.settings.recompute)
-        return self._launch_s + self.seconds.backward_input + again_s
+        first_s, _ = self.seconds.halves(self.settings.recompute)
+        return self._launch_s + first_s
 
     @property
     def backward_weight_s(self) -> float:
         """Per microbatch: what only the gradients of parameters need, in a program of its own."""
-        return self._launch_s + self.seconds.backward_weight
+        _, second_s = self.seconds.halves(self.settings.recompute)
+        return self._launch_s + second_s
 
     @property
     def synchronize_s(self) -> float:
@@ -90,7 +91,8 @@ class StageSharding:
 
     @property
     def microbatch_s(self) -> float:
-        """The objective: a microbatch's time, with its share of what happens once a step."""
+        """A microbatch's time, with its share of what happens once a step: the objective, which counts what
+        recomputation and the backward pass share twice, as it depends on two strategies and a spec."""
         return self.forward_s + self.backward_s + self.once_s / self.settings.num_microbatches
 
     def for_counts(self, counts: Mapping[Group, int], settings: StageSettings) -> "StageSharding":

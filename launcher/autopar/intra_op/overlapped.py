@@ -79,10 +79,8 @@ def _pass_s(
         seconds = sharding.group_seconds.get(name)
         if seconds is None:
             return 0.0
-        if halves:
-            return seconds.backward_weight
-        again_s = seconds.recomputed("layer") if recompute == "layer" else 0.0
-        return seconds.backward + again_s
+        first_s, second_s = seconds.halves("layer" if recompute == "layer" else "none")
+        return second_s if halves else first_s + second_s
 
     known = {cls.name: of_class(cls.name) for cls in planner.model.classes}
     return np.array([known[layer.cls.name] for layer in planner.model.layers])

@@ -16,7 +16,8 @@ An edge prices the resharding between what one node yields and the next one read
 per microbatch; what happens once a step (synchronising gradients, the update) counts a
 `num_microbatches`-th.
 
-Left out: memory, which the caller checks for the solution.
+Left out: memory, which the caller checks for the solution; and that what is resharded for running the forward
+pass again may serve the backward pass too, which prices of solutions count (`stage_seconds`).
 """
 
 from collections.abc import Hashable, Mapping
@@ -69,8 +70,7 @@ class StageSettings:
     """What a stage is priced for.
 
     Attributes:
-        zero, scatter: as in a plan's stage; so is
-        recompute: "none", "layer" or "full", as in a plan's stage.
+        zero, scatter, recompute: as in a plan's stage.
         memory_s_per_byte: what the solver is charged for a byte of parameters, optimizer state and
             accumulators per device, where memory is short; no part of any reported cost.
     """

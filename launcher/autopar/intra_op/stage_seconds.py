@@ -19,13 +19,14 @@ class Seconds:
 
     Attributes:
         again: of `forward`, what the backward pass needs once more where layers are recomputed.
-        shared: resharding, such as gathering weights, that counts in `again` and in the backward pass, and
-            is done once where both are in one program.
+        shared_input, shared_weight: of the halves of the backward pass, resharding that is there already
+            where the forward pass has just been run again, such as gathered weights.
     """
 
     forward: float = 0.0
     again: float = 0.0
-    shared: float = 0.0
+    shared_input: float = 0.0
+    shared_weight: float = 0.0
     backward_input: float = 0.0
     backward_weight: float = 0.0
     synchronize: float = 0.0
@@ -36,23 +37,30 @@ class Seconds:
         """Both halves."""
         return self.backward_input + self.backward_weight
 
-    def recomputed(self, recompute: str) -> float:
-        """What the backward pass takes longer under a stage's `recompute`.
+    def halves(self, recompute: str) -> tuple[float, float]:
+        """Both halves of the backward pass under a stage's `recompute`, which the first one does.
 
         With "full" that is the whole forward pass, of which only the end of the last layer is not needed.
         """
-        match recompute:
-            case "layer":
-                return self.again - self.shared
-            case "full":
-                return self.forward - self.shared
-        return 0.0
+        if recompute == "none":
+            return self.backward_input, self.backward_weight
+        again = {"layer": self.again, "full": self.forward}[recompute]
+        return (
+            self.backward_input + again - self.shared_input,
+            self.backward_weight - self.shared_weight,
+        )
+
+    def recomputed(self, recompute: str) -> float:
+        """What the backward pass takes longer under a stage's `recompute`."""
+        first, second = self.halves(recompute)
+        return first + second - self.backward
 
     def __add__(self, other: "Seconds") -> "Seconds":
         return Seconds(
             self.forward + other.forward,
             self.again + other.again,
-            self.shared + other.shared,
+            self.shared_input + other.shared_input,
+            self.shared_weight + other.shared_weight,
             self.backward_input + other.backward_input,
             self.backward_weight + other.backward_weight,
             self.synchronize + other.synchronize,
@@ -63,7 +71,8 @@ class Seconds:
         return Seconds(
             self.forward * times,
             self.again * times,
-            self.shared * times,
+            self.shared_input * times,
+            self.shared_weight * times,
             self.backward_input * times,
             self.backward_weight * times,
             self.synchronize * times,
@@ -78,13 +87,14 @@ def seconds_of(problem: StageProblem, picks: Picks) -> dict[Group, Seconds]:
     totals: dict[Group, list[float]] = {}  # in the order of the fields of `Seconds`
 
     def book(item: NodeCost | EdgeCost, cost: float, *, is_update: bool, is_shared: bool) -> None:
-        row, part = totals.setdefault(item.group, [0.0] * 7), item.part
+        row, part = totals.setdefault(item.group, [0.0] * 8), item.part
         row[0] += cost * part.forward
         row[1] += cost * part.again
-        row[2] += cost * is_shared
-        row[3] += cost * part.backward_input
-        row[4] += cost * part.backward_weight
-        row[6 if is_update else 5] += cost * part.once
+        row[2] += cost * (is_shared and part.backward_input)
+        row[3] += cost * (is_shared and part.backward_weight)
+        row[4] += cost * part.backward_input
+        row[5] += cost * part.backward_weight
+        row[7 if is_update else 6] += cost * part.once
 
     for node in problem.nodes:
         book(node, float(node.costs[at[node.key]]), is_update=True, is_shared=False)

@@ -24,6 +24,7 @@ from launcher.autopar.plans.summary import (
     candidates_text,
     headline,
     mfu,
+    scatters,
     schedule_text,
     stage_cells,
 )
@@ -139,10 +140,9 @@ def _stages(plan: Plan, parts: Sequence[StepParts], cluster: AnyCluster) -> str:
         heads += ["forward", "backward", f"memory of {either(list(limits))}"]
     rows = []
     for index, stage in enumerate(plan.stages):
-        cells = [
-            number(str(index)),
-            *(cell(value) for value in stage_cells(stage, cluster).values()),
-        ]
+        values = stage_cells(stage, cluster)
+        values["zero"] += ", scattered" if scatters(stage) else ""
+        cells = [number(str(index)), *map(cell, values.values())]
         if parts:
             own = parts[plan.submesh_of[index]]
             cells.append(f"<td>{time_bar(own, own.step_s)}</td>")

@@ -63,14 +63,14 @@ def read_plan(path: Path, key: str = "parallel.path") -> Plan:
 
 
 @contextlib.contextmanager
-def errors_of(path: str | None) -> Iterator[None]:
+def errors_of(path: Path | str | None, key: str = "parallel.path") -> Iterator[None]:
     """Name the file in what is found to be wrong with its plan later on, if it is one of the user's."""
     try:
         yield
     except PlanError as error:
         if path is None:
             raise
-        raise PlanError(f"{error} (parallel.path={path})") from error
+        raise PlanError(f"{key}={path}: {error}") from error
 
 
 def write_plan(plan: Plan, path: Path) -> None:

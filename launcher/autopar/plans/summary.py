@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.clusters.mesh import DATA
 from launcher.autopar.plans.budget import Budget, budget_text
 from launcher.autopar.plans.plan import AXIS_NAMES, Plan, Prediction, SearchStats, Stage
 from launcher.autopar.plans.stage_hosts import devices_of, peak_flops_per_s, peaks_by_kind
@@ -189,7 +190,7 @@ def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
         note += f"; memory: of {limits}; times: of a microbatch; once: of a step"
     if plan.virtual_stages > 1:
         note += f"; stages i and i + {plan.num_submeshes} share a submesh and its memory"
-    scattering = [index for index, stage in enumerate(plan.stages) if stage.scatter]
+    scattering = [index for index, stage in enumerate(plan.stages) if scatters(stage)]
     overlapping = [index for index, stage in enumerate(plan.stages) if stage.overlap]
     for stages, what in (
         (scattering, "scattered behind every microbatch, and summed in shards"),
@@ -199,6 +200,11 @@ def _stages(plan: Plan, cluster: AnyCluster) -> Iterator[str]:
             word = "stage" if len(stages) == 1 else "stages"
             note += f"; gradients of {word} {ranges(stages)}: {what}"
     yield from textwrap.wrap(note, WIDTH)
+
+
+def scatters(stage: Stage) -> bool:
+    """Whether its gradients are scattered behind every microbatch; on a data axis of 1 there is nowhere."""
+    return stage.scatter and dict(stage.mesh).get(DATA, 1) > 1
 
 
 def _stage_promises(predicted: Prediction, index: int) -> dict[str, str]:

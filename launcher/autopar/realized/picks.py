@@ -122,6 +122,12 @@ def _entry(stage: Stage, path: str, table: str = "params") -> str:
 
 def _matching(choices, wanted: str, key: Key, stage: Stage) -> list:
     found = [choice for choice in choices or () if choice_text(choice) == wanted]
+    if not found and choices and key[0] == "accumulator":
+        raise PlanError(
+            f"{key[1]}/accumulator sums a gradient as '{wanted}', which zero={stage.zero} and "
+            f"scatter={str(stage.scatter).lower()} do not (stages[].strategies): drop the strategies of the "
+            f"stage of layers {list(stage.layers)}, the solver completes them"
+        )
     if not found:
         raise PlanError(
             f"no strategy '{wanted}' for entry {key[2]} of {key[1]}/{key[0]} in the stage of layers "

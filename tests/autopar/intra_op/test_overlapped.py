@@ -75,7 +75,7 @@ def test_the_layers_of_a_model_go_through_the_links_one_by_one(planner, cpu8, re
     seen, pass_s, reduce_s = set(), [], []
     for layer in planner.model.layers:
         seconds, again = sharding.group_seconds[layer.cls.name], recompute == "layer"
-        pass_s.append(seconds.backward + again * (seconds.again - seconds.shared))
+        pass_s.append(seconds.backward + again * seconds.recomputed("layer"))
         own = {
             value: by_place.get((layer.cls.name, slot)) for slot, value in enumerate(layer.inputs)
         }

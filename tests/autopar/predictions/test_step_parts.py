@@ -20,6 +20,7 @@ FORCED = {
     "tensor parallel": ("manual", {"tp": 4, "dp": 2}),
     "pipeline": ("manual", {"pp": 4, "tp": 2}),
     "recomputed": ("manual", {"pp": 2, "tp": 2, "recompute": "full"}),
+    "recomputed by layers": ("manual", {"pp": 2, "tp": 2, "recompute": "layer"}),
     "recomputed whole": ("manual", {"pp": 2, "tp": 4, "recompute": "full", "zero": 1}),
     "virtual stages": ("manual", {"pp": 2, "schedule": "interleaved"}),
     "split backward": ("manual", {"pp": 4, "schedule": "zb_h1"}),
@@ -100,6 +101,7 @@ def test_each_part_shows_where_it_belongs(planned):
         for forward_s in found.plan.predicted.stage_forward_s
     ]
     assert parts("recomputed").recomputation_s == pytest.approx(sum(again_s) / 2)
+    assert 0 < parts("recomputed by layers").recomputation_s < sum(again_s) / 2
 
 
 def test_the_average_weighs_submeshes_by_their_devices():
