@@ -12,8 +12,9 @@ from launcher.autopar.clusters.hosts import AnyCluster, Cluster
 from launcher.autopar.clusters.mesh import DATA
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.inter_op.advice import memory_cures
+from launcher.autopar.inter_op.candidate import Candidate
 from launcher.autopar.inter_op.placement import Placement
-from launcher.autopar.inter_op.search import Candidate, Search, search
+from launcher.autopar.inter_op.search import Search, search
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.inter_op.stage_costs import LEAST_SAVING
 from launcher.autopar.inter_op.stage_table import StageChoice

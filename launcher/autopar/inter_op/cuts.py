@@ -41,7 +41,8 @@ class Way:
 def ways_to_cut(options: PlanOptions, space: Space, model: LayeredModel) -> Iterator[Way]:
     """Yield what there is to search, one schedule after the other.
 
-    Where stages may not begin before every layer, equally many layers may still need other cuts.
+    Where stages may not begin before every layer, equally many layers may still need other cuts. With virtual
+    stages they are tried by themselves in any case: there the search among all cuts is only near the best.
     """
     forced = space.num_submeshes
     everywhere = {v: stage_cuts(model, (forced or 0) * v) for _, v in space.schedules}
@@ -56,7 +57,7 @@ def ways_to_cut(options: PlanOptions, space: Space, model: LayeredModel) -> Iter
             if number * v > len(model.layers):
                 continue
             equal = equal_cuts(model, number * v)
-            if options.equal_layers or not set(equal) <= set(everywhere[v]):
+            if options.equal_layers or v > 1 or not set(equal) <= set(everywhere[v]):
                 yield way(name, v, number, equal)
 
 

@@ -3,9 +3,10 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that gets better, with the strategies that were found before; those of the best plans, and of a number at
-which the walk would end, are solved for their own. A forced choice (parallel.tp=4) leaves a set of one; the
-manual, data, ZeRO and single modes are searches in which everything but the strategies is forced (`space`).
+as that gets better, with the strategies that were found before; those of the best plans, of a number at
+which the walk would end, and of those that come closest to the best, are solved for their own. A forced
+choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single modes are searches in which
+everything but the strategies is forced (`space`).
 
 A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
 what the optimality gap is stated against: of the numbers of microbatches that were tried.
@@ -29,9 +30,10 @@ from launcher.autopar.inter_op.advice import (
     check_stages,
     memory_cures,
 )
-from launcher.autopar.inter_op.arrangement import Arranged, Arrangement, Arranger
+from launcher.autopar.inter_op.arrangement import Arranged, Arranger
+from launcher.autopar.inter_op.candidate import Candidate, Tried, fastest
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
-from launcher.autopar.inter_op.slowest_stage import Bound, least_bound_s
+from launcher.autopar.inter_op.slowest_stage import least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, Known, StageCosts, worthwhile
 from launcher.autopar.inter_op.stage_table import StageOption
@@ -43,39 +45,8 @@ from launcher.errors import InfeasiblePlanError, without_frames
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
-_NEAR = 1.1  # times the best: may be because of the strategies
+_NEAR, _NEARER = 1.1, 1.02  # times the best: may be because of the strategies
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidate:
-    """One planned arrangement, before it is written down."""
-
-    num_microbatches: int
-    schedule: str
-    virtual_stages: int
-    planner: IntraOpPlanner
-    arrangement: Arrangement
-    largest_gap_fraction: float
-
-    @property
-    def decisions(self) -> tuple:
-        """What tells it from others: two with the same ones differ in the sharding of ops alone."""
-        stages = ((c.first, c.last, *c.option.tag.decisions) for c in self.arrangement.stages)
-        return self.num_microbatches, self.schedule, self.virtual_stages, *stages
-
-    @property
-    def step_s(self) -> float:
-        """Of the simulator, simplified (`judge`)."""
-        return self.arrangement.step_s
-
-    @property
-    def bubble_fraction(self) -> float:
-        """What of the step submeshes idle, on average."""
-        stages = self.arrangement.stages
-        busy_s = sum(self.num_microbatches * c.option.seconds + c.option.once_s for c in stages)
-        submeshes = len(stages) // self.virtual_stages
-        return 1.0 - busy_s / (submeshes * self.step_s) if self.step_s else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +92,7 @@ def search(
     attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
     if attempts.found and forced is None:
         attempts.climb(counts)
+        attempts.reconsider()
         attempts.settle()
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
@@ -138,39 +110,6 @@ def search(
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Tried:
-    """What a number of microbatches led to."""
-
-    num_solved: int
-    candidates: tuple[Candidate, ...]
-    cuts: tuple[int, int]  # pieces, layers
-    bounds: tuple[Bound, ...]
-    num_candidates: int
-
-    @property
-    def step_s(self) -> float:
-        return min((candidate.step_s for candidate in self.candidates), default=math.inf)
-
-    def with_more(self, other: "_Tried") -> "_Tried":
-        """The candidates of both, of which the other's were found in a part of the space, and solved anew.
-
-        Of two with the same decisions the faster one stays.
-        """
-        best: dict[tuple, Candidate] = {}
-        for candidate in (*other.candidates, *self.candidates):
-            known = best.setdefault(candidate.decisions, candidate)
-            if candidate.step_s < known.step_s:
-                best[candidate.decisions] = candidate
-        return _Tried(
-            num_solved=self.num_solved + other.num_solved,
-            candidates=tuple(best.values()),
-            cuts=self.cuts,
-            bounds=self.bounds + other.bounds,
-            num_candidates=self.num_candidates + other.num_candidates,
-        )
-
-
 class _Attempts:
     """What has been tried, by number of microbatches, and why nothing fits at some of them."""
 
@@ -183,11 +122,12 @@ class _Attempts:
         self._relaxations = Relaxations()
         self._space = space
         self._progress = progress
-        self.found: dict[int, _Tried] = {}
+        self.found: dict[int, Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
         self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
+        self._solved_anew: set[int] = set()
 
-    def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> "_Tried":
+    def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> Tried:
         """Search at a number of microbatches, whose planner remembers what it has done before."""
         if num_microbatches not in self._planners:
             self._planners[num_microbatches] = IntraOpPlanner(
@@ -228,8 +168,17 @@ class _Attempts:
             if self.step_s(num_microbatches) > best_s:
                 return
 
+    def reconsider(self) -> None:
+        """Solve what comes closest to the best for itself: it may be behind for the strategies of others."""
+        best_s, at = self.best()
+        behind = sorted((tried.step_s, m) for m, tried in self.found.items() if m != at)
+        for (step_s, number), near in zip(behind, (_NEAR, _NEARER), strict=False):
+            if number not in self._solved_anew and step_s < near * best_s:
+                self._solve_anew(number)
+
     def _solve_anew(self, num_microbatches: int) -> None:
         """Try a count that had a plan with the strategies of others with its own."""
+        self._solved_anew.add(num_microbatches)
         before = self.found[num_microbatches]
         self._progress(f"{num_microbatches} microbatches")
         known: tuple[Known, ...] = tuple({} for _ in self._known)
@@ -289,7 +238,7 @@ class _Attempts:
 def _try(
     cluster: AnyCluster, options: PlanOptions, planner: IntraOpPlanner, num_microbatches: int,
     worth_s: float, known: Sequence[Known], space: Space,
-) -> _Tried:  # fmt: skip
+) -> Tried:  # fmt: skip
     """Search all schedules for what takes less than `worth_s`; where memory is scarce, with all choices."""
     layered, optimizer = planner.model, OptimizerFootprint(options.optimizer)
     search_with = partial(
@@ -310,7 +259,7 @@ def _try(
 def _try_choices(
     planner: IntraOpPlanner, cluster: AnyCluster, options: PlanOptions, num_microbatches: int,
     worth_s: float, known: Sequence[Known], space: Space, choices: Sequence[Choices],
-) -> _Tried:  # fmt: skip
+) -> Tried:  # fmt: skip
     """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
     solved_before = planner.num_solved
     layered = planner.model
@@ -354,9 +303,9 @@ def _try_choices(
     if not found:
         raise failures[0]
     pieces = layered.layers if options.equal_layers else ways[0].cuts[1:]
-    return _Tried(
+    return Tried(
         num_solved=planner.num_solved - solved_before,
-        candidates=tuple(candidates),
+        candidates=fastest(candidates),
         cuts=(len(pieces), len(layered.layers)),
         bounds=tuple(bound for arranged in found for bound in arranged.bounds),
         num_candidates=sum(arranged.num_candidates for arranged in found),
