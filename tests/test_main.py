@@ -187,7 +187,9 @@ def test_a_plan_file_brings_its_size_to_another_cluster(plan_text, tmp_path):
     replayed = json.loads((tmp_path / "plan.json").read_text())
     assert replayed["model"]["size"] == "tiny"
     assert replayed["cluster"] == {"name": "8xp3", "hosts": 8, "devices_per_host": 8}
-    with pytest.raises(PlanError, match="is for model.size=tiny, and the model to train is model.size=125m"):
+    with pytest.raises(
+        PlanError, match="is for model.size=tiny, and the model to train is model.size=125m"
+    ):
         main.run(load([*given, f"parallel.path={path}", "model.size=125m"]), tmp_path)
 
 
