@@ -12,7 +12,7 @@ from launcher.autopar.clusters.hosts import AnyCluster, Cluster
 from launcher.autopar.clusters.mesh import DATA
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.inter_op.advice import memory_cures
-from launcher.autopar.inter_op.candidate import Candidate
+from launcher.autopar.inter_op.candidate import Candidate, differing
 from launcher.autopar.inter_op.placement import Placement
 from launcher.autopar.inter_op.search import Search, search
 from launcher.autopar.inter_op.space import PlanOptions
@@ -358,43 +358,12 @@ def _runner_up(
     Args:
         over_bytes: by how much it is too large for a device, where it was found to be.
     """
-    description = _description(candidate)
-    if description == _description(best):
-        description += f", other {', '.join(_differing(candidate, best))}"
+    description = candidate.describe()
+    if description == best.describe():
+        description += f", other {', '.join(differing(candidate, best))}"
     return RunnerUp(
         description=description,
         step_s=step_s,
         why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
         + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
     )
-
-
-def _description(candidate: Candidate) -> str:
-    """A candidate in words."""
-    stages, v = candidate.arrangement.stages, candidate.virtual_stages
-    shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
-    more = "" if len(stages) <= 4 else ", ..."
-    on = f" on {count(len(stages) // v, 'submesh')}" if v > 1 else ""
-    return (
-        f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
-        f"{count(candidate.num_microbatches, 'microbatch')}, {candidate.schedule}"
-    )
-
-
-def _differing(one: Candidate, other: Candidate) -> list[str]:
-    """In what candidates of as many stages differ."""
-    pairs = zip(one.arrangement.stages, other.arrangement.stages, strict=True)
-    found = {
-        what: True
-        for mine, theirs in pairs
-        for what, is_other in (
-            ("cuts", mine.last != theirs.last),
-            ("meshes", mine.option.tag.mesh.shape != theirs.option.tag.mesh.shape),
-            ("recomputation", mine.option.tag.recompute != theirs.option.tag.recompute),
-            ("ZeRO stages", mine.option.tag.zero != theirs.option.tag.zero),
-            ("scattering", mine.option.tag.scatter != theirs.option.tag.scatter),
-            ("overlap", mine.option.tag.overlap != theirs.option.tag.overlap),
-        )
-        if is_other
-    }
-    return list(found)

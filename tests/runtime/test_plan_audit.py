@@ -62,6 +62,16 @@ def planned_with(machine, family: str, forced):
     return planned.realized, model, optimizer, grid
 
 
+def changed(planned, model, hosts: int, **fields):
+    """The plan with other fields in all of its stages, realized."""
+    stages = tuple(dataclasses.replace(stage, **fields) for stage in planned.plan.stages)
+    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
+    return realize(
+        dataclasses.replace(planned.plan, stages=stages), model, machine, planned.planner,
+        planned.stages[0].settings.optimizer,
+    )  # fmt: skip
+
+
 def audits_of(family: str, hosts: int, plan: str):
     return plan_audit.audit_plan(*planned_of(family, hosts, plan), lambda text: None)
 
@@ -118,12 +128,7 @@ def test_gradients_are_synchronised_once_a_step_and_not_per_microbatch():
 def test_overlapping_programs_have_the_collectives_of_both(family, hosts, plan, names):
     """And as many as the programs apart: nothing is brought together twice."""
     planned, model, optimizer, grid = planned_of(family, hosts, plan)
-    stages = tuple(dataclasses.replace(stage, overlap=True) for stage in planned.plan.stages)
-    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=hosts)
-    overlapping = realize(
-        dataclasses.replace(planned.plan, stages=stages), model, machine, planned.planner,
-        planned.stages[0].settings.optimizer,
-    )  # fmt: skip
+    overlapping = changed(planned, model, hosts, overlap=True)
     audits, apart = (
         plan_audit.audit_plan(realized, model, optimizer, grid, lambda text: None)
         for realized in (overlapping, planned)
@@ -141,14 +146,7 @@ def test_overlapping_programs_have_the_collectives_of_both(family, hosts, plan, 
 @pytest.mark.parametrize("family", ["gpt", "moe", "wrn"])
 def test_scattered_gradients_leave_nothing_to_reduce_at_the_end(family):
     planned, model, optimizer, grid = planned_of(family, 2, "stages of data, zero-2")
-    stages = tuple(
-        dataclasses.replace(stage, scatter=True, strategies={}) for stage in planned.plan.stages
-    )
-    machine = dataclasses.replace(load_cluster("cpu8"), num_hosts=2)
-    scattering = realize(
-        dataclasses.replace(planned.plan, stages=stages), model, machine, planned.planner,
-        planned.stages[0].settings.optimizer,
-    )  # fmt: skip
+    scattering = changed(planned, model, 2, scatter=True, strategies={})
     audits, whole = (
         plan_audit.audit_plan(realized, model, optimizer, grid, lambda text: None)
         for realized in (scattering, planned)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from launcher.autopar.inter_op.arrangement import Arrangement
 from launcher.autopar.inter_op.slowest_stage import Bound
+from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
+from launcher.autopar.text.wording import count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +40,17 @@ class Candidate:
         busy_s = sum(self.num_microbatches * c.option.seconds + c.option.once_s for c in stages)
         submeshes = len(stages) // self.virtual_stages
         return 1.0 - busy_s / (submeshes * self.step_s) if self.step_s else 0.0
+
+    def describe(self) -> str:
+        """It in words."""
+        stages, v = self.arrangement.stages, self.virtual_stages
+        shapes = ", ".join("x".join(map(str, c.option.tag.mesh.shape)) for c in stages[:4])
+        more = "" if len(stages) <= 4 else ", ..."
+        on = f" on {count(len(stages) // v, 'submesh')}" if v > 1 else ""
+        return (
+            f"{count(len(stages), 'stage')} ({shapes}{more}){on}, "
+            f"{count(self.num_microbatches, 'microbatch')}, {self.schedule}"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,3 +89,22 @@ def fastest(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
         if candidate.step_s < known.step_s:
             best[candidate.decisions] = candidate
     return tuple(best.values())
+
+
+# By place in `_decided`.
+_WORDS = ("cuts", "meshes", "recomputation", "ZeRO stages", "scattering", "overlap")
+
+
+def differing(one: Candidate, other: Candidate) -> list[str]:
+    """In what candidates of as many stages differ, in words."""
+    pairs = zip(one.arrangement.stages, other.arrangement.stages, strict=True)
+    by_stage = [
+        [a != b for a, b in zip(_decided(mine), _decided(theirs), strict=True)]
+        for mine, theirs in pairs
+    ]
+    by_word = zip(*by_stage, strict=True)
+    return [word for word, differs in zip(_WORDS, by_word, strict=True) if any(differs)]
+
+
+def _decided(choice: StageChoice) -> tuple:
+    return (choice.last, *choice.option.tag.decisions)
