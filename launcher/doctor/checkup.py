@@ -28,7 +28,8 @@ class Checkup:
     """Runs checks, and knows which one is at work."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._has_ended = threading.Event()  # the check begun last; a signal may come amid its start
+        self._has_ended.set()
 
     def run(
         self, checks: Iterable[Check], announce: Callable[[str], None]
@@ -48,13 +49,17 @@ class Checkup:
 
     def settle(self, limit_s: float) -> None:
         """Wait for a check that was interrupted to remove what it has made."""
-        if self._thread is not None:
-            self._thread.join(limit_s)
+        self._has_ended.wait(limit_s)
 
     def _findings(self, check: Check) -> tuple[Finding, ...]:
         results: queue.SimpleQueue[tuple[Finding, ...]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=lambda: results.put(_run(check)), daemon=True)
-        self._thread.start()
+        has_ended = self._has_ended = threading.Event()
+
+        def run() -> None:
+            results.put(_run(check))
+            has_ended.set()
+
+        threading.Thread(target=run, daemon=True).start()
         try:
             return results.get(timeout=check.limit_s)
         except queue.Empty:
