@@ -112,7 +112,7 @@ def _run(config: Config, run_dir: Path) -> int:
     cluster, model, optimizer = setup.cluster, setup.model, setup.optimizer
     reporter = make_reporter(setup)
     other = reporter.price_other()  # before the search: what is wrong with its file is said at once
-    with no_garbage_collection():
+    with no_garbage_collection(is_last=config.mode == "plan" and not config.plan.audit):
         planned = make_plan(setup)
         reporter.report(planned, other)
     if config.plan.audit:

@@ -68,16 +68,24 @@ def find_plan(
 
 
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection(*, is_last: bool = False) -> Iterator[None]:
     """Planning makes millions of objects that stay: looking for garbage among them takes a fifth longer.
 
-    The first look comes when this ends, and takes over a second for a large plan.
+    The first look comes when this ends, and takes seconds for a large plan.
+
+    Args:
+        is_last: nothing comes after it, as a rule: the look is left to a next plan in this process.
     """
+    if gc.get_freeze_count():  # a plan before this one was the last, as in a sweep
+        gc.unfreeze()
+        gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if is_last:
+            gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -28,7 +28,9 @@ class Checkup:
     """Runs checks, and knows which one is at work."""
 
     def __init__(self) -> None:
-        self._has_ended = threading.Event()  # the check begun last; a signal may come amid its start
+        self._has_ended = (
+            threading.Event()
+        )  # the check begun last; a signal may come amid its start
         self._has_ended.set()
 
     def run(

@@ -38,10 +38,15 @@ from launcher.autopar.inter_op.refine import refine
 from launcher.autopar.inter_op.slowest_stage import Bound, by_slowest_stage_s
 from launcher.autopar.inter_op.space import Space
 from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, shared_bytes
-from launcher.autopar.inter_op.submesh_bound import busiest_submesh_s, least_together
+from launcher.autopar.inter_op.submesh_bound import (
+    busiest_submesh_s,
+    fastest_options_s,
+    least_together,
+)
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError, without_frames
 
+_MOST_PLAYED = 600_000  # passes of microbatches through stages, by the simulator
 _MOST_RISES = 16  # of the prices on memory that stages share
 
 
@@ -155,9 +160,11 @@ class Arranger:
         num_candidates = first.num_candidates
         stages, step_s = result.stages, self._judge(result.stages)
         step_s = math.inf if step_s is None else step_s
+        affordable = 1 + _MOST_PLAYED // (len(stages) * self.num_microbatches)
         better = refine(
-            first.table, first.lines, min(step_s, self.worth_s), self._judge, self.most_judged
-        )
+            first.table, first.lines, min(step_s, self.worth_s), self._judge,
+            min(self.most_judged, affordable),
+        )  # fmt: skip
         if better.stages is not None:
             stages, step_s = better.stages, better.step_s
         if better.is_proven:
@@ -292,8 +299,9 @@ class Arranger:
         of_space = (whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches)
         bound_s = max(whole.bound_s, paired_stages_s(*of_space, memory_bytes))
         fits = self._fits(whole.stages)
-        if not fits and bound_s < self.worth_s:
+        if bound_s < self.worth_s:
             bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
+        bound_s = max(bound_s, fastest_options_s(whole.table, *of_space[2:], self.transfer_s))
         whole = replace(whole, bound_s=bound_s)
         if bound_s >= self.worth_s:
             return replace(whole, stages=None)

@@ -19,6 +19,7 @@ from launcher.autopar.programs.step_clock import StepClock
 # Microbatches per submesh: until time grows evenly, and then. Of random stages a few in a hundred take longer
 # for that, and are judged by a thousandth or two too fast or slow.
 _WARM_UP, _SPAN = 6, 4
+MOST_MISJUDGED = 0.002  # of a step
 _MANY, _WARM_UP_OF_MANY, _SPAN_OF_MANY = 48, 4, 1  # submeshes whose program is long in the making
 
 

@@ -3,8 +3,8 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that gets better, with the strategies that were found before; those of the best plans, of a number at
-which the walk would end, and of those that come closest to the best, are solved for their own. A forced
+as that gets better, with the strategies that were found before; those of the best plans of the two best
+numbers, and of one at which the walk would end, are solved for their own. A forced
 choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single modes are searches in which
 everything but the strategies is forced (`space`).
 
@@ -35,8 +35,9 @@ from launcher.autopar.inter_op.candidate import Candidate, Tried, fastest
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
 from launcher.autopar.inter_op.slowest_stage import least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
-from launcher.autopar.inter_op.stage_costs import Choices, Known, StageCosts, worthwhile
+from launcher.autopar.inter_op.stage_costs import Choices, StageCosts, worthwhile
 from launcher.autopar.inter_op.stage_table import StageOption
+from launcher.autopar.inter_op.strategies import Known
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
 from launcher.autopar.programs.schedules import schedule_by_name
 from launcher.autopar.realized.realize import layered_model
@@ -45,7 +46,9 @@ from launcher.errors import InfeasiblePlanError, without_frames
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
-_NEAR, _NEARER = 1.1, 1.02  # times the best: may be because of the strategies
+_NEAR = 1.1  # times the best: may be because of the strategies
+_MOST_SETTLED = 2  # numbers of microbatches
+_WORTH_CLIMBING = 0.005  # of a step: less, and the next number will hardly bring more
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
 
 
@@ -92,7 +95,6 @@ def search(
     attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
     if attempts.found and forced is None:
         attempts.climb(counts)
-        attempts.reconsider()
         attempts.settle()
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
@@ -125,7 +127,6 @@ class _Attempts:
         self.found: dict[int, Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
         self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
-        self._solved_anew: set[int] = set()
 
     def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> Tried:
         """Search at a number of microbatches, whose planner remembers what it has done before."""
@@ -168,17 +169,10 @@ class _Attempts:
             if self.step_s(num_microbatches) > best_s:
                 return
 
-    def reconsider(self) -> None:
-        """Solve what comes closest to the best for itself: it may be behind for the strategies of others."""
-        best_s, at = self.best()
-        behind = sorted((tried.step_s, m) for m, tried in self.found.items() if m != at)
-        for (step_s, number), near in zip(behind, (_NEAR, _NEARER), strict=False):
-            if number not in self._solved_anew and step_s < near * best_s:
-                self._solve_anew(number)
-
     def _solve_anew(self, num_microbatches: int) -> None:
         """Try a count that had a plan with the strategies of others with its own."""
-        self._solved_anew.add(num_microbatches)
+        if not any(self._taken_over(num_microbatches)):
+            return
         before = self.found[num_microbatches]
         self._progress(f"{num_microbatches} microbatches")
         known: tuple[Known, ...] = tuple({} for _ in self._known)
@@ -190,11 +184,22 @@ class _Attempts:
             old.update(new)
         self.found[num_microbatches] = before.with_more(again)
 
+    def _taken_over(self, num_microbatches: int) -> list[set[tuple]]:
+        """The strategies that others found, by kind of hosts."""
+        return [
+            {
+                key
+                for key, solution in known.items()
+                if solution.num_microbatches != num_microbatches
+            }
+            for known in self._known
+        ]
+
     def climb(self, counts: Sequence[int]) -> None:
-        """Try the counts next to the best, until both are worse."""
-        at = None
-        while at != self.best()[1]:
-            at = self.best()[1]
+        """Try the counts next to the best, until none is better by as much as is worth it."""
+        before_s = math.inf
+        while self.best()[0] < (1 - _WORTH_CLIMBING) * before_s:
+            before_s, at = self.best()
             place = counts.index(at)
             beside = [counts[k] for k in (place - 1, place + 1) if 0 <= k < len(counts)]
             # Uphill first: on the side of the better of those that were tried further away.
@@ -211,21 +216,37 @@ class _Attempts:
         return min(tried, default=math.inf)
 
     def settle(self) -> None:
-        """Solve anew what the best number of microbatches took over from others."""
-        best_s, num_microbatches = self.best()
-        self._progress(f"{num_microbatches} microbatches")
+        """Solve anew what the best took over from others, and what comes close: that may be why it is behind."""
+        settled: set[int] = set()
+        while len(settled) < _MOST_SETTLED:
+            near_s = _NEAR * self.best()[0]
+            near = sorted((tried.step_s, m) for m, tried in self.found.items() if m not in settled)
+            if not near or near[0][0] > near_s:
+                return
+            settled.add(near[0][1])
+            self._settle(near[0][1])
+
+    def _settle(self, num_microbatches: int) -> None:
+        """Solve what the best candidates of a number of microbatches took over from others."""
         before = self.found[num_microbatches]
         chosen = [
             choice
             for candidate in before.candidates
             for choice in candidate.arrangement.stages
-            if candidate.step_s <= _CLOSE * best_s
+            if candidate.step_s <= _CLOSE * before.step_s
         ]
         kinds = self._space.kinds
         used = {(kinds[c.submesh], c.option.tag.mesh, c.option.tag.weight) for c in chosen}
+        stale = [
+            {key for key in keys if (kind, *key[:2]) in used}
+            for kind, keys in enumerate(self._taken_over(num_microbatches))
+        ]
+        if not any(stale):
+            return
+        self._progress(f"{num_microbatches} microbatches")
         others = tuple(
-            {key: picks for key, picks in known.items() if (kind, *key[:2]) not in used}
-            for kind, known in enumerate(self._known)
+            {key: solution for key, solution in known.items() if key not in keys}
+            for known, keys in zip(self._known, stale, strict=True)
         )
         part = self._space.only({choice.submesh for choice in chosen})
         try:

@@ -1,15 +1,12 @@
 """Every way to run a range of layers on a submesh, priced: what the inter-operator DP chooses from.
 
-For each logical view of the submesh the intra-operator problem is solved; ZeRO stages and recomputation are
-then priced on top of its solution. For given strategies the cost of a range is linear in how often each
-class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its ranges. Of the
-options of a range those are kept that no other one beats in time and memory alike.
+For each logical view of the submesh the intra-operator problem is solved (`strategies`); ZeRO stages and
+recomputation are then priced on top of its solution. For given strategies the cost of a range is linear in
+how often each class of layers occurs in it, so one solution, for the whole model on a mesh, prices all its
+ranges. Of the options of a range those are kept that no other one beats in time and memory alike.
 
 Overlap of synchronisation with the last backward pass is offered to the stage of the first layer, where it
 saves enough: of any other one, cotangents go on that would have to wait for what is left of it.
-
-A search over numbers of microbatches passes the strategies that it found at one on to the next (`Known`),
-where they are priced anew and not solved, until the best number is known.
 
 Left out: choosing strategies anew for each range, for ZeRO-1 and -2, recomputation and overlap; a price on
 memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. ZeRO-1 is
@@ -31,7 +28,8 @@ from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.inter_op.stage_table import StageOption, unbeaten
-from launcher.autopar.intra_op.intra_op import IntraOpPlanner, Picks, StageSharding
+from launcher.autopar.inter_op.strategies import Known, Strategies
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner, StageSharding
 from launcher.autopar.intra_op.memory import (
     ClassMemory,
     ParamMemory,
@@ -44,7 +42,6 @@ from launcher.autopar.intra_op.stage_problem import Group, StageSettings
 from launcher.autopar.intra_op.stage_seconds import Seconds
 from launcher.autopar.intra_op.wiring import StageWiring
 from launcher.autopar.intra_op.wiring_table import WiringTable
-from launcher.autopar.sharding.param_costs import scattered_spec
 from launcher.autopar.sharding.restrictions import Experts, Restrictions
 
 _ROOMY = 0.25  # of a device's memory
@@ -77,10 +74,6 @@ class _Solved:
     seconds: np.ndarray  # (groups, fields of `Seconds`)
     memories: Mapping[str, ClassMemory]
     unread: Sequence[ParamMemory]
-
-
-Known = dict[tuple[LogicalMesh, float, int], Picks]
-"""Strategies of the whole model, by the mesh, price on memory and ZeRO stage that they were solved for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +136,7 @@ class StageCosts:
         self._ideal_s = self._ideal_microbatch_s(cluster)
         self._whole = (0, len(planner.model.layers))
         self._priced: dict[_Variant, _Solved] = {}
-        self._strategies: dict[tuple, StageSharding] = {}
-        self._known = {} if known is None else known
+        self._strategies = Strategies(planner, num_microbatches, {} if known is None else known)
         self._options: dict[int, list[tuple[StageOption, ...]]] = {}
         self._wiring = planner.wiring(*self._whole)
         self._groups: tuple[Group, ...] = ()  # of costs: the same on every mesh
@@ -232,11 +224,19 @@ class StageCosts:
                 continue  # nowhere to scatter to
             if scatter and zero < 3 and weight < weights[-1]:
                 continue  # it is for memory: with strategies that save some
+            if zero == 3 and not scatter and 2 in choices.zero and True in choices.scatter:
+                continue  # whole sums need the memory that whole weights do, and these send less
             yield _Variant(mesh, weight, zero, scatter)
 
     def _weights(self, mesh: LogicalMesh) -> tuple[float, ...]:
-        """Memory prices worth trying; without a tensor axis there is nothing to choose."""
-        return self.choices.memory_weights if mesh.shape[1] > 1 else self.choices.memory_weights[:1]
+        """Prices on memory worth trying: one, where there is nothing to choose or nothing to save."""
+        weights = self.choices.memory_weights
+        if mesh.shape[1] == 1:
+            return weights[:1]
+        if weights[0] or len(weights) == 1 or min(self.choices.zero) == 3:
+            return weights
+        dear = self._settings(_Variant(mesh, weights[-1], 0, scatter=False))
+        return weights[:1] if self._strategies.is_lean(dear, weights[-1]) else weights
 
     def _costs(self, solved: _Solved, recompute: str) -> np.ndarray:
         """What every range costs with the strategies of the whole model: (ranges, fields)."""
@@ -306,7 +306,7 @@ class StageCosts:
         """The whole model on a mesh; None where its strategies leave gradients nowhere to scatter from."""
         if variant not in self._priced:
             settings = self._settings(variant)
-            sharding = self._strategies_for(settings, variant.weight)
+            sharding = self._strategies.of(settings, variant.weight)
             if sharding is None:
                 return None
             self.largest_gap_fraction = max(self.largest_gap_fraction, sharding.gap_fraction)
@@ -319,42 +319,6 @@ class StageCosts:
                 unread=unread_memory(self.planner, settings),
             )
         return self._priced[variant]
-
-    def _strategies_for(self, settings: StageSettings, weight: float) -> StageSharding | None:
-        """ZeRO-1 and -2 take the strategies without ZeRO; 3, which gathers the weights, has its own.
-
-        What scatters gradients takes those of what does not, but for where they are summed.
-        """
-        plain = replace(settings, zero=3 if settings.zero == 3 else 0, scatter=False)
-        solved = self._solve(plain, weight)
-        if settings == plain:
-            return solved
-        if settings.scatter:
-            picks = self._scattered(solved)
-            return self.planner.reprice_if_possible(*self._whole, settings, picks)
-        return self.planner.reprice(*self._whole, settings, solved.picks)
-
-    def _scattered(self, sharding: StageSharding) -> Picks:
-        """The same picks with gradients that are scattered behind every microbatch."""
-        mesh, classes = sharding.settings.mesh, self.planner.classes
-        summed = {
-            (kind, name, slot): scattered_spec(
-                pick, classes[name].joint.avals[classes[name].joint.inputs[slot]].shape, mesh.shape
-            )
-            for (kind, name, slot), pick in sharding.picks.items()
-            if kind == "accumulator"
-        }
-        return {**sharding.picks, **summed}
-
-    def _solve(self, settings: StageSettings, weight: float) -> StageSharding:
-        key = (settings.mesh, weight, settings.zero)
-        if key not in self._strategies:
-            known, found = self._known.get(key), None
-            if known is not None:
-                found = self.planner.reprice_if_possible(*self._whole, settings, known)
-            self._strategies[key] = found or self.planner.solve(*self._whole, settings)
-            self._known[key] = self._strategies[key].picks
-        return self._strategies[key]
 
 
 def _undominated(costs: np.ndarray, live: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Virtual stages that fill the memory of their submesh together: a bound, and the best options of some.
+"""Virtual stages that fill the memory of their submesh together: bounds, and the best options of some.
 
 The v stages of submesh j do all its work, m t for each, after the first microbatch came to it, which takes
 at least j times the shortest stage. Which layers they are made of is left open, but for their number: f_j(n)
@@ -12,15 +12,19 @@ another's (each counts with a v-th).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 
+from launcher.autopar.inter_op.judge import MOST_MISJUDGED, judged_s
 from launcher.autopar.inter_op.stage_table import (
     Pieces,
+    StageChoice,
     StageOption,
+    StageTable,
     in_flight_bytes,
     microbatch_time_s,
     unbeaten,
@@ -86,6 +90,26 @@ def busiest_submesh_s(
         inside = ways.layers <= num_layers
         np.minimum.at(least_s[j], ways.layers[inside], ways.work_s[inside] + j * shortest_s)
     return min(_shared_out_s(least_s, num_layers), worth_s)
+
+
+def fastest_options_s(
+    table: StageTable, schedule: Interleaved, num_microbatches: int,
+    transfer_s: Callable[[int], float],
+) -> float:  # fmt: skip
+    """Where there is but one way to cut: the step time if every stage had the least of its options in all.
+
+    No plan takes less, as far as the simulator's short cuts are exact; 0 where there are other ways.
+    """
+    pieces, rows = table.pieces, table.rows
+    if pieces.num_pieces != pieces.num_stages:
+        return 0.0
+    stages = []
+    for start, (first, last) in enumerate(pairwise(pieces.cuts)):
+        own = rows[rows["start"] == start]
+        least_s = {name: float(own[name].min()) for name in ("forward_s", "backward_s", "once_s")}
+        fastest = StageOption(**least_s, fixed_bytes=0.0, stash_bytes=0.0, tag=None)
+        stages.append(StageChoice(first=first, last=last, submesh=0, option=fastest))
+    return (1 - MOST_MISJUDGED) * judged_s(stages, schedule, num_microbatches, transfer_s)
 
 
 def least_together(

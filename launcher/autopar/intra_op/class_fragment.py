@@ -1,7 +1,7 @@
 """The nodes and edges inside one class of layers, on one mesh: what stage problems are put together from."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -79,7 +79,7 @@ class ClassFragment:
 
     def __init__(
         self, cls: LayerClass, tags: ClassTags, settings: StageSettings,
-        op_choices: dict[int, OpChoices] | None = None,
+        op_choices: dict[Hashable, OpChoices] | None = None,
     ):  # fmt: skip
         self.cls, self.tags, self.settings = cls, tags, settings
         self._op_choices = {} if op_choices is None else op_choices
@@ -164,9 +164,7 @@ class ClassFragment:
             self._add_op(index, op, part)
 
     def _add_op(self, index: int, op: Op, part: Part) -> None:
-        if index not in self._op_choices:
-            self._op_choices[index] = self.choices_of(index, op)
-        known, key = self._op_choices[index], self.key("op", index)
+        known, key = self._known_choices(index, op), self.key("op", index)
         self.choices[key] = known.strategies
         self.nodes.append(NodeCost(key, known.costs, part, self.cls.name))
         programs = _programs(part)
@@ -174,6 +172,17 @@ class ClassFragment:
             self._read(operand, Port(key, specs, place), programs)
         for value, specs in zip(op.results, known.results, strict=True):
             self.source[value] = Port(key, specs)
+
+    def _known_choices(self, index: int, op: Op) -> OpChoices:
+        """What an op may choose, found out once."""
+        name = self.name_of_choices(index)
+        if name not in self._op_choices:
+            self._op_choices[name] = self.choices_of(index, op)
+        return self._op_choices[name]
+
+    def name_of_choices(self, index: int) -> Hashable:
+        """What tells an op's choices from others of the class."""
+        return index
 
     def offer(self, key: Key, choices: tuple) -> None:
         """Give a node its choices."""

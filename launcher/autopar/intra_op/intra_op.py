@@ -132,7 +132,7 @@ class IntraOpPlanner:
         self.workspaces: dict[Hashable, object] = {}  # of `layer_workspace`
         self._fragments: dict[tuple, Fragments] = {}
         self._of_picks: dict[tuple, tuple[Picks, Fragments]] = {}
-        self._op_choices: dict[tuple, dict[str, dict[int, OpChoices]]] = {}
+        self._op_choices: dict[tuple, dict[str, dict[Hashable, OpChoices]]] = {}
         self._solutions: dict[Hashable, tuple[Picks, float]] = {}
         self._wirings: dict[tuple[int, int], StageWiring] = {}
 
@@ -207,6 +207,12 @@ class IntraOpPlanner:
                     found[name, slot] = float(costs.reduce_s[where])
         return found
 
+    def could_save(self, first: int, last: int, settings: StageSettings, picks: Picks) -> float:
+        """Which part of what the settings charge picks for memory others may save, at most."""
+        problem = self.problem(first, last, settings)
+        penalty = problem.penalty(picks)
+        return 1.0 - problem.least_penalty() / penalty if penalty else 0.0
+
     def _problem_for(
         self, first: int, last: int, settings: StageSettings, picks: Picks
     ) -> StageProblem:
@@ -222,21 +228,21 @@ class IntraOpPlanner:
         """The fragments of such settings; where nobody has needed them yet, those of the picks alone."""
         of_ops = (settings.mesh, settings.restrictions, settings.compute.key)
         key = (*of_ops, settings.zero == 3, settings.scatter, settings.optimizer)
+        known = self._op_choices.setdefault(of_ops, {name: {} for name in self.classes})
         if picks is not None and key not in self._fragments:
-            return self._picked_fragments(key, settings, wiring, picks)
+            return self._picked_fragments(key, settings, wiring, picks, known)
         if key not in self._fragments:
-            known = self._op_choices.setdefault(of_ops, {name: {} for name in self.classes})
             make = partial(_fragment, self.classes, self.tags, settings, known)
             self._fragments[key] = Fragments(make)
         return self._fragments[key]
 
     def _picked_fragments(
-        self, key: tuple, settings: StageSettings, wiring: StageWiring, picks: Picks
+        self, key: tuple, settings: StageSettings, wiring: StageWiring, picks: Picks, known
     ) -> Fragments:
         kept, fragments = self._of_picks.get((key, id(picks)), (None, None))
         if kept is not picks:
             held = with_stand_ins(picks, wiring.aliases)
-            make = partial(_picked_fragment, self.classes, self.tags, settings, held)
+            make = partial(_picked_fragment, self.classes, self.tags, settings, held, known)
             self._of_picks[key, id(picks)] = picks, (fragments := Fragments(make))
         return fragments
 
@@ -253,8 +259,8 @@ def _fragment(classes, tags, settings: StageSettings, known, name: str) -> Class
     return ClassFragment(classes[name], tags[name], settings, known[name])
 
 
-def _picked_fragment(classes, tags, settings: StageSettings, picks: Picks, name: str):
-    return PickedFragment(classes[name], tags[name], settings, picks)
+def _picked_fragment(classes, tags, settings: StageSettings, picks: Picks, known, name: str):
+    return PickedFragment(classes[name], tags[name], settings, picks, known[name])
 
 
 def _identity(problem: StageProblem, pins: Pins) -> Hashable:

@@ -5,13 +5,13 @@ edges are those of `ClassFragment`, each with one choice, and so are their costs
 fraction of the time, as most of it goes into choices that nobody asks for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from launcher.autopar.graphs.graph import Op, Value
 from launcher.autopar.graphs.layers import LayerClass
-from launcher.autopar.intra_op.class_fragment import ClassFragment
+from launcher.autopar.intra_op.class_fragment import ClassFragment, OpChoices
 from launcher.autopar.intra_op.stage_problem import Key, Picks, StageSettings
 from launcher.autopar.sharding.collectives import combine_cost
 from launcher.autopar.sharding.ports import Port
@@ -26,11 +26,22 @@ class NotOfferedError(Exception):
 
 
 class PickedFragment(ClassFragment):
-    """A fragment whose nodes have one choice each; `NotOfferedError` where a pick is none of theirs."""
+    """A fragment whose nodes have one choice each; `NotOfferedError` where a pick is none of theirs.
 
-    def __init__(self, cls: LayerClass, tags: ClassTags, settings: StageSettings, picks: Picks):
+    Args:
+        op_choices: of such fragments of the class, whose picks for an op are often the same.
+    """
+
+    def __init__(
+        self, cls: LayerClass, tags: ClassTags, settings: StageSettings, picks: Picks,
+        op_choices: dict[Hashable, OpChoices],
+    ):  # fmt: skip
         self.picks = picks
-        super().__init__(cls, tags, settings)
+        super().__init__(cls, tags, settings, op_choices)
+
+    def name_of_choices(self, index: int) -> Hashable:
+        """An op's pick is all it may choose."""
+        return index, self.picks.get(self.key("op", index))
 
     def offer(self, key: Key, choices: tuple) -> None:
         """Give a node its pick."""

@@ -161,5 +161,14 @@ class StageProblem:
             matrices[pair] = matrices.get(pair, 0.0) + matrix
         return PairwiseProblem(tuple(costs), matrices), keys
 
+    def penalty(self, picks: Picks) -> float:
+        """What the penalties of picks add to the objective."""
+        at = {node.key: self.choices[node.key].index(picks[node.key]) for node in self.penalties}
+        return sum(self._weight(node) * float(node.costs[at[node.key]]) for node in self.penalties)
+
+    def least_penalty(self) -> float:
+        """What no picks' penalties are less than."""
+        return sum(self._weight(node) * float(node.costs.min()) for node in self.penalties)
+
     def _weight(self, cost: NodeCost | EdgeCost) -> float:
         return self.counts.get(cost.group, 0) * cost.part.weight(self.settings)
