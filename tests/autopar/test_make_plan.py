@@ -1,5 +1,6 @@
 """From options to a plan: what was forced is in it, it holds together, and it replays."""
 
+import gc
 import importlib
 import json
 from dataclasses import replace
@@ -10,7 +11,13 @@ from plans import plan_of, stage_of
 from launcher.autopar.graphs.clustering import cluster
 from launcher.autopar.graphs.trace import trace_model
 from launcher.autopar.inter_op.space import PlanOptions
-from launcher.autopar.make_plan import _check_memory, adopt_plan, find_plan, make_plan
+from launcher.autopar.make_plan import (
+    _check_memory,
+    adopt_plan,
+    find_plan,
+    make_plan,
+    no_garbage_collection,
+)
 from launcher.autopar.plans.plan import ModelRef
 from launcher.autopar.plans.plan_checks import check_without_model
 from launcher.autopar.plans.plan_file import from_json, to_json
@@ -356,3 +363,13 @@ def test_a_realized_plan_knows_who_sends_what_to_whom(gpt, cpu8):
     assert {path: realized.users[path] for path in tied} == {path: (1,) for path in tied}
     assert {realized.owner[path] for path in tied} == {0}
     assert realize(realized.plan, gpt, cpu8).program == realized.program
+
+
+def test_what_the_last_plan_leaves_is_looked_at_by_the_next():
+    with no_garbage_collection(is_last=True):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count()
+    with no_garbage_collection():
+        assert not gc.get_freeze_count()
+    assert not gc.get_freeze_count()

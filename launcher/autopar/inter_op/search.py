@@ -216,7 +216,7 @@ class _Attempts:
         return min(tried, default=math.inf)
 
     def settle(self) -> None:
-        """Solve anew what the best took over from others, and what comes close: that may be why it is behind."""
+        """Solve anew what the best took over, and what comes close: that may be why it is behind."""
         settled: set[int] = set()
         while len(settled) < _MOST_SETTLED:
             near_s = _NEAR * self.best()[0]

@@ -15,13 +15,18 @@ from launcher.autopar.inter_op.slowest_stage import by_slowest_stage_s
 from launcher.autopar.inter_op.stage_table import (
     StageChoice,
     StageOption,
+    StageTable,
     make_pieces,
     make_rows,
     needed_bytes,
     shared_bytes,
     that_fit,
 )
-from launcher.autopar.inter_op.submesh_bound import busiest_submesh_s, least_together
+from launcher.autopar.inter_op.submesh_bound import (
+    busiest_submesh_s,
+    fastest_options_s,
+    least_together,
+)
 from launcher.autopar.programs.schedules import GPipe, Interleaved, OneForwardOneBackward, ZbH1
 
 SCHEDULES = [GPipe(), OneForwardOneBackward(), ZbH1(), Interleaved(virtual_stages=2)]
@@ -200,6 +205,53 @@ def test_no_plan_beats_the_bounds_of_memory_that_stages_share(p):
             ratios.append(max(bounds_s) / min(times_s))
     assert len(ratios) > 20
     assert np.median(ratios) > 0.9
+
+
+def one_cut_case(rng, num_options):
+    """The bound of stages that are cut in one way, and the times of all plans."""
+    schedule, p, m = SCHEDULES[3], 2, 8
+    pieces = make_pieces(
+        num_layers=2 * p, submeshes=((1, 1),), num_devices=2 * p, cuts=range(2 * p + 1),
+        num_stages=2 * p, use_all_devices=True,
+    )  # fmt: skip
+    stages = [
+        [
+            StageChoice(
+                first=first,
+                last=first + 1,
+                submesh=0,
+                option=StageOption(
+                    forward_s=0.5 + rng.random(),
+                    backward_s=0.5 + rng.random(),
+                    once_s=rng.random(),
+                    fixed_bytes=0.0,
+                    stash_bytes=0.0,
+                    tag=None,
+                ),
+            )
+            for _ in range(num_options)
+        ]
+        for first in range(2 * p)
+    ]
+    received_s = [0.1 * rng.random() for _ in range(2 * p + 1)]
+    choices = [choice for ways in stages for choice in ways]
+    rows = make_rows(pieces, choices, received_s.__getitem__, pace_of(schedule))
+    table = StageTable(pieces, rows, choices)
+    times_s = [
+        judged_s(plan, schedule, m, received_s.__getitem__) for plan in itertools.product(*stages)
+    ]
+    return fastest_options_s(table, schedule, m, received_s.__getitem__), times_s
+
+
+def test_no_plan_beats_the_fastest_options_where_there_is_one_way_to_cut():
+    rng, ratios = random.Random(0), []
+    for _ in range(30):
+        bound_s, times_s = one_cut_case(rng, 3)
+        assert bound_s <= min(times_s)
+        ratios.append(bound_s / min(times_s))
+    assert np.median(ratios) > 0.8
+    bound_s, (only_s,) = one_cut_case(rng, 1)
+    assert bound_s == pytest.approx(only_s, rel=0.0021)
 
 
 def test_options_that_share_memory_take_the_least_that_fits():
