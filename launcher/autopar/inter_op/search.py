@@ -48,7 +48,8 @@ from launcher.models.model import Model
 _STEP_FACTOR = 4
 _NEAR = 1.1  # times the best: may be because of the strategies
 _MOST_SETTLED = 2  # numbers of microbatches
-_WORTH_CLIMBING = 0.005  # of a step: less, and the next number will hardly bring more
+# Of a step, per device and at most: a try at the next number takes longer for more devices.
+_WORTH_CLIMBING, _MOST_WORTH_CLIMBING = 1e-4, 0.005
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
 
 
@@ -198,7 +199,8 @@ class _Attempts:
     def climb(self, counts: Sequence[int]) -> None:
         """Try the counts next to the best, until none is better by as much as is worth it."""
         before_s = math.inf
-        while self.best()[0] < (1 - _WORTH_CLIMBING) * before_s:
+        gain = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
+        while self.best()[0] < (1 - gain) * before_s:
             before_s, at = self.best()
             place = counts.index(at)
             beside = [counts[k] for k in (place - 1, place + 1) if 0 <= k < len(counts)]
