@@ -71,12 +71,13 @@ def find_plan(
 def no_garbage_collection(*, is_last: bool = False) -> Iterator[None]:
     """Planning makes millions of objects that stay: looking for garbage among them takes a fifth longer.
 
-    The first look comes when this ends, and takes seconds for a large plan.
+    The first look comes behind this, and takes seconds for a large plan.
 
     Args:
-        is_last: nothing comes after it, as a rule: the look is left to a next plan in this process.
+        is_last: nothing comes after it, as a rule: the look is left to a next plan in this process, as there
+            is in a sweep.
     """
-    if gc.get_freeze_count():  # a plan before this one was the last, as in a sweep
+    if gc.get_freeze_count():
         gc.unfreeze()
         gc.collect()
     was_enabled = gc.isenabled()

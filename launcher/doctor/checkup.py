@@ -28,9 +28,8 @@ class Checkup:
     """Runs checks, and knows which one is at work."""
 
     def __init__(self) -> None:
-        self._has_ended = (
-            threading.Event()
-        )  # the check begun last; a signal may come amid its start
+        # Of the check that was begun last. A thread says it less well: a signal may come amid its start.
+        self._has_ended = threading.Event()
         self._has_ended.set()
 
     def run(

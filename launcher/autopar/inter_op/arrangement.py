@@ -29,7 +29,7 @@ import numpy as np
 
 from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
-from launcher.autopar.inter_op.judge import judged_s
+from launcher.autopar.inter_op.judge import judged_s, num_passes
 from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
@@ -46,7 +46,9 @@ from launcher.autopar.inter_op.submesh_bound import (
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError, without_frames
 
-_MOST_PLAYED = 600_000  # passes of microbatches through stages, by the simulator
+_MOST_PASSES = (
+    600_000  # of microbatches through stages, that the simulator may play for one arrangement
+)
 _MOST_RISES = 16  # of the prices on memory that stages share
 
 
@@ -160,10 +162,10 @@ class Arranger:
         num_candidates = first.num_candidates
         stages, step_s = result.stages, self._judge(result.stages)
         step_s = math.inf if step_s is None else step_s
-        affordable = 1 + _MOST_PLAYED // (len(stages) * self.num_microbatches)
+        passes = num_passes(self.schedule, len(stages), self.num_microbatches)
         better = refine(
             first.table, first.lines, min(step_s, self.worth_s), self._judge,
-            min(self.most_judged, affordable),
+            min(self.most_judged, 1 + _MOST_PASSES // passes),
         )  # fmt: skip
         if better.stages is not None:
             stages, step_s = better.stages, better.step_s
@@ -301,7 +303,9 @@ class Arranger:
         fits = self._fits(whole.stages)
         if bound_s < self.worth_s:
             bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
-        bound_s = max(bound_s, fastest_options_s(whole.table, *of_space[2:], self.transfer_s))
+        if bound_s < self.worth_s:
+            of_cut_s = fastest_options_s(whole.table, *of_space[2:], self.transfer_s)
+            bound_s = max(bound_s, of_cut_s)
         whole = replace(whole, bound_s=bound_s)
         if bound_s >= self.worth_s:
             return replace(whole, stages=None)

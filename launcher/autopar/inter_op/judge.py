@@ -17,9 +17,9 @@ from launcher.autopar.programs.simulator import Durations
 from launcher.autopar.programs.step_clock import StepClock
 
 # Microbatches per submesh: until time grows evenly, and then. Of random stages a few in a hundred take longer
-# for that, and are judged by a thousandth or two too fast or slow.
+# for that, and are judged too fast or slow: by a thousandth or two, the worst of a thousand by 0.7 %.
 _WARM_UP, _SPAN = 6, 4
-MOST_MISJUDGED = 0.002  # of a step
+MOST_MISJUDGED = 0.01  # of a step
 _MANY, _WARM_UP_OF_MANY, _SPAN_OF_MANY = 48, 4, 1  # submeshes whose program is long in the making
 
 
@@ -38,15 +38,28 @@ def judged_s(
     def play(count: int) -> float:
         return _clock(schedule, len(stages), count).step_s(durations)
 
-    submeshes = len(stages) // schedule.virtual_stages
-    is_long = submeshes >= _MANY and schedule.virtual_stages == 1
-    usual, span = (_WARM_UP_OF_MANY, _SPAN_OF_MANY) if is_long else (_WARM_UP, _SPAN)
-    few = (warm_up or usual) * submeshes
-    more = few + span * submeshes
+    few, more = _played(schedule, len(stages), warm_up)
     if num_microbatches <= more:
         return play(num_microbatches)
     few_s, more_s = play(few), play(more)
     return more_s + (num_microbatches - more) * (more_s - few_s) / (more - few)
+
+
+def num_passes(schedule: AbstractSchedule, num_stages: int, num_microbatches: int) -> int:
+    """How many times a microbatch passes a stage while so many stages are judged."""
+    few, more = _played(schedule, num_stages)
+    return num_stages * (num_microbatches if num_microbatches <= more else few + more)
+
+
+def _played(
+    schedule: AbstractSchedule, num_stages: int, warm_up: int | None = None
+) -> tuple[int, int]:
+    """Of many microbatches, how many are played first, and how many then."""
+    submeshes = num_stages // schedule.virtual_stages
+    is_long = submeshes >= _MANY and schedule.virtual_stages == 1
+    usual, span = (_WARM_UP_OF_MANY, _SPAN_OF_MANY) if is_long else (_WARM_UP, _SPAN)
+    few = (warm_up or usual) * submeshes
+    return few, few + span * submeshes
 
 
 @lru_cache(maxsize=256)

@@ -37,7 +37,7 @@ from launcher.autopar.inter_op.slowest_stage import least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, StageCosts, worthwhile
 from launcher.autopar.inter_op.stage_table import StageOption
-from launcher.autopar.inter_op.strategies import Known
+from launcher.autopar.inter_op.strategies import Key, Known
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
 from launcher.autopar.programs.schedules import schedule_by_name
 from launcher.autopar.realized.realize import layered_model
@@ -185,8 +185,8 @@ class _Attempts:
             old.update(new)
         self.found[num_microbatches] = before.with_more(again)
 
-    def _taken_over(self, num_microbatches: int) -> list[set[tuple]]:
-        """The strategies that others found, by kind of hosts."""
+    def _taken_over(self, num_microbatches: int) -> list[set[Key]]:
+        """The strategies that were last solved for others, by kind of hosts."""
         return [
             {
                 key

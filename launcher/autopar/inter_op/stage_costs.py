@@ -9,8 +9,9 @@ Overlap of synchronisation with the last backward pass is offered to the stage o
 saves enough: of any other one, cotangents go on that would have to wait for what is left of it.
 
 Left out: choosing strategies anew for each range, for ZeRO-1 and -2, recomputation and overlap; a price on
-memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. ZeRO-1 is
-not tried unless it is asked for: it sends more than ZeRO-2, and keeps more.
+memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. Not tried
+unless they are asked for: ZeRO-1, which sends more than ZeRO-2 and keeps more; ZeRO-3 with gradients summed
+whole, which needs the memory of ZeRO-2 with whole weights and scattered gradients, and sends more.
 """
 
 import itertools
@@ -236,7 +237,7 @@ class StageCosts:
         if weights[0] or len(weights) == 1 or min(self.choices.zero) == 3:
             return weights
         dear = self._settings(_Variant(mesh, weights[-1], 0, scatter=False))
-        return weights[:1] if self._strategies.is_lean(dear, weights[-1]) else weights
+        return weights[:1] if self._strategies.is_lean(dear) else weights
 
     def _costs(self, solved: _Solved, recompute: str) -> np.ndarray:
         """What every range costs with the strategies of the whole model: (ranges, fields)."""

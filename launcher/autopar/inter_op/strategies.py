@@ -1,12 +1,12 @@
 """Strategies of the whole model on a mesh: solved, or taken over from another number of microbatches.
 
 A search over numbers of microbatches passes on what it found at one (`Known`), to be priced anew and not
-solved, as long as microbatches are of about that size. ZeRO-1 and -2 take the strategies without ZeRO; 3,
-which gathers the weights, has its own; what scatters gradients takes those of what does not, but for where
-gradients are summed.
+solved, unless it was found for microbatches of many times fewer samples. ZeRO-1 and -2 take the strategies
+without ZeRO; 3, which gathers the weights, has its own; what scatters gradients takes those of what does not,
+but for where gradients are summed.
 
-Where the fastest strategies hold the weights in as little memory as any, a price on memory changes nothing,
-and they stand for those that such a price would lead to.
+Where the fastest strategies hold the weights in nearly as little memory as any, those that a price on memory
+would lead to are not looked for. Left out, so: plans that fit by the last hundredth of the weights' memory.
 """
 
 from dataclasses import dataclass, replace
@@ -22,10 +22,15 @@ _LEAN = 0.01  # of the weights' memory: what others may save at most
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """What a mesh's nodes chose, and the number of microbatches that it was solved for."""
+    """What a mesh's nodes chose, and the number of microbatches that it was solved for.
+
+    Attributes:
+        is_lean: whether others need hardly less memory for the weights; None where nobody has asked.
+    """
 
     picks: Picks
     num_microbatches: int
+    is_lean: bool | None = None
 
 
 Key = tuple[LogicalMesh, float, int]
@@ -60,20 +65,19 @@ class Strategies:
             return self._planner.reprice_if_possible(*self._whole, settings, picks)
         return self._planner.reprice(*self._whole, settings, solved.picks)
 
-    def is_lean(self, settings: StageSettings, weight: float) -> bool:
-        """Whether no price on memory changes the fastest strategies.
+    def is_lean(self, settings: StageSettings) -> bool:
+        """Whether hardly any strategies need less memory for the weights than the fastest.
 
         Args:
-            settings: without ZeRO, with the price that `weight` leads to.
+            settings: without ZeRO, with a price on memory.
         """
-        fastest = self._solve(replace(settings, memory_s_per_byte=0.0), 0.0)
-        own, lean = ((settings.mesh, price, 0) for price in (0.0, weight))
-        if self._is_fresh(lean):
-            return self._known[lean] is self._known[own]
-        if self._planner.could_save(*self._whole, settings, fastest.picks) > _LEAN:
-            return False
-        self._known[lean] = self._known[own]
-        return True
+        self._solve(replace(settings, memory_s_per_byte=0.0), 0.0)
+        key = (settings.mesh, 0.0, settings.zero)
+        own = self._known[key]
+        if own.is_lean is None:
+            saving = self._planner.could_save(*self._whole, settings, own.picks)
+            own = self._known[key] = replace(own, is_lean=saving <= _LEAN)
+        return own.is_lean
 
     def _solve(self, settings: StageSettings, weight: float) -> StageSharding:
         key = (settings.mesh, weight, settings.zero)
@@ -89,7 +93,7 @@ class Strategies:
         return self._found[key]
 
     def _is_fresh(self, key: Key) -> bool:
-        """Whether strategies are known that were solved for microbatches of about this size."""
+        """Whether strategies are known that were not solved for much smaller microbatches."""
         known = self._known.get(key)
         return known is not None and known.num_microbatches <= _FRESH * self._num_microbatches
 

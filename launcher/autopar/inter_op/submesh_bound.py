@@ -98,7 +98,7 @@ def fastest_options_s(
 ) -> float:  # fmt: skip
     """Where there is but one way to cut: the step time if every stage had the least of its options in all.
 
-    No plan takes less, as far as the simulator's short cuts are exact; 0 where there are other ways.
+    Less by what the simulator's short cuts may be wrong by; 0 where there are other ways.
     """
     pieces, rows = table.pieces, table.rows
     if pieces.num_pieces != pieces.num_stages:

@@ -29,7 +29,7 @@ class PickedFragment(ClassFragment):
     """A fragment whose nodes have one choice each; `NotOfferedError` where a pick is none of theirs.
 
     Args:
-        op_choices: of such fragments of the class, whose picks for an op are often the same.
+        op_choices: of all fragments of the class, where the same picks for an op are often known.
     """
 
     def __init__(

@@ -21,7 +21,6 @@ CONFIGS = {
     "wrn": WrnConfig(size="250m", dtype="fp32"),
 }
 MESHES = [(1, 8), (2, 2), (4, 2)]
-WEIGHT = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def num_solved(model, num_microbatches, known, mesh=(2, 2)):
     return planner.num_solved
 
 
-def test_only_what_was_solved_for_microbatches_of_about_that_size_is_taken_over(layered):
+def test_what_was_solved_for_much_smaller_microbatches_is_not_taken_over(layered):
     known = {}
     assert num_solved(layered["gpt"], 64, known) == 1
     (first,) = known.values()
@@ -72,7 +71,7 @@ def priced(layered):
                 dear = replace(plain, memory_s_per_byte=price)
                 problem = planner.problem(*whole, dear)
                 frugal = planner.solve(*whole, dear)
-                is_lean = Strategies(planner, 8, {}).is_lean(dear, WEIGHT)
+                is_lean = Strategies(planner, 8, {}).is_lean(dear)
                 could = planner.could_save(*whole, dear, fastest.picks)
                 saved = 1 - problem.penalty(frugal.picks) / problem.penalty(fastest.picks)
                 found[name, mesh, price] = is_lean, could, saved
@@ -92,11 +91,18 @@ def test_where_strategies_are_lean_a_price_saves_nothing_worth_having(priced):
     assert max(others) > 0.1
 
 
-def test_lean_strategies_stand_for_those_of_a_price_until_they_are_solved_anew(layered):
-    known, dear = {}, replace(settings_on((2, 2)), memory_s_per_byte=0.0)
-    planner = IntraOpPlanner(layered["gpt"])
-    assert Strategies(planner, 8, known).is_lean(dear, WEIGHT)  # for nothing, nothing is saved
-    own, lean = ((dear.mesh, weight, 0) for weight in (0.0, WEIGHT))
-    assert known[lean] is known[own]
-    del known[own]
-    assert not Strategies(planner, 8, known).is_lean(dear, WEIGHT)
+@pytest.mark.parametrize(("name", "mesh"), [("gpt", (2, 2)), ("wrn", (4, 2))])
+def test_strategies_that_are_solved_anew_are_looked_at_anew(layered, priced, name, mesh):
+    known, dear = {}, replace(settings_on(mesh), memory_s_per_byte=1e-9)
+    planner = IntraOpPlanner(layered[name])
+    expected, *_ = priced[name, mesh, 1e-9]
+    assert Strategies(planner, 48, known).is_lean(dear) == expected
+    (first,) = known.values()
+    assert (
+        Strategies(planner, 8, known).is_lean(dear) == expected
+    )  # taken over, with what is known of it
+    assert list(known.values()) == [first]
+    assert Strategies(planner, 1, known).is_lean(dear) == expected
+    (anew,) = known.values()
+    assert anew is not first
+    assert anew.is_lean == expected
