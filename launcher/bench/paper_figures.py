@@ -12,6 +12,7 @@ heuristic, which has no counterpart here.
 from collections.abc import Mapping
 
 OUT_OF_MEMORY = 0.0
+NOT_SHARED = -1.0  # no data axis of the method divides the batch
 
 END_TO_END, INTRA_OP = "end-to-end", "intra-op"
 

@@ -17,6 +17,7 @@ from launcher.bench.paper_figures import (
     MEASURED,
     MEASURED_BY,
     MOE_SPEEDUPS,
+    NOT_SHARED,
     OUT_OF_MEMORY,
 )
 from launcher.bench.paper_methods import METHODS, methods_of
@@ -117,7 +118,7 @@ def _measured(experiment: str, family: str, method: str, number: int) -> str:
 
 
 def _rate(tflops: float) -> str:
-    return "OOM" if tflops == OUT_OF_MEMORY else f"{tflops:.2f}"
+    return {OUT_OF_MEMORY: "OOM", NOT_SHARED: "-"}.get(tflops, f"{tflops:.2f}")
 
 
 def _others(rows: Rows, experiment: str, family: str, number: int) -> list[Row]:
@@ -189,7 +190,7 @@ def pictures(rows: Rows) -> dict[str, str]:
 
 def _bars(rows: Rows, family: str, number: int) -> Bars:
     ours = {
-        row.method: row.tflops
+        row.method: max(row.tflops, OUT_OF_MEMORY)
         for row in rows.values()
         if (row.experiment, row.family, row.num_devices) == (END_TO_END, family, number)
     }
@@ -206,7 +207,8 @@ Written by this command. **Predicted** rows are what the simulator says of the b
 the paper's cluster (`cluster=8xp3`, a part of it for fewer GPUs); no GPU was there. **Measured** rows are the
 paper's (OSDI 2022, figures 7 and 8, from the tables of its artifact); those with * its authors extended from
 smaller batches. Rates are TFLOP/s per GPU, counted as the paper does: GPT's and MoE's with one forward pass
-more, whether a plan recomputes or not. OOM: out of memory; predicted, that no plan fits.
+more, whether a plan recomputes or not. OOM: out of memory; predicted, that no plan fits. -: no data axis of
+the method divides the paper's batch.
 
 The methods are in `launcher/bench/paper_methods.py`. `manual` is every data x tensor x pipeline degree and
 number of microbatches, with and without recomputation. The solver shards the ops inside these degrees, and

@@ -13,7 +13,7 @@ from launcher.autopar.plans.plan import Plan, Stage
 from launcher.autopar.text.atomic_file import write_atomically
 from launcher.autopar.text.wording import count
 from launcher.bench.paper_cases import Case
-from launcher.bench.paper_figures import OUT_OF_MEMORY
+from launcher.bench.paper_figures import NOT_SHARED, OUT_OF_MEMORY
 from launcher.bench.paper_methods import Choices, points_of
 from launcher.errors import ConfigError, InfeasiblePlanError
 from launcher.models.model import Model
@@ -25,9 +25,10 @@ class Row:
 
     Attributes:
         size: Of the model, in words.
-        step_s: None where nothing fits into memory.
-        tflops: Per device, as the paper counts operations; `OUT_OF_MEMORY` where nothing fits.
-        plan: In words; where nothing fits, why.
+        step_s: None where there is no plan.
+        tflops: Per device, as the paper counts operations; `OUT_OF_MEMORY` where nothing fits, `NOT_SHARED`
+            where the batch cannot be shared out.
+        plan: In words; where there is none, why.
         tried: How many choices were planned for.
         wall_s: What that took.
     """
@@ -54,6 +55,10 @@ class _Priced:
 
     plan: Plan | None
     why: str
+    no_rate: float = OUT_OF_MEMORY  # without a plan
+
+
+_TOO_LARGE = _Priced(None, "its share of weights and state is more than a device has")
 
 
 class Planner:
@@ -70,9 +75,8 @@ class Planner:
         tried = [found for group in points_of(self._case, method) for found in self._walk(group)]
         plans = [found.plan for found in tried if found.plan is not None]
         best = min(plans, key=lambda plan: plan.predicted.step_s, default=None)
-        no_plan = (
-            tried[0].why if tried else "its share of weights and state is more than a device has"
-        )
+        # Of several reasons for no plan, memory is the one that the paper gives.
+        none = max(tried, key=lambda found: found.no_rate, default=_TOO_LARGE)
         case = self._case
         return Row(
             experiment=case.experiment,
@@ -81,8 +85,8 @@ class Planner:
             method=method,
             size=case.size,
             step_s=None if best is None else best.predicted.step_s,
-            tflops=OUT_OF_MEMORY if best is None else self._tflops(best),
-            plan=no_plan if best is None else describe(best),
+            tflops=none.no_rate if best is None else self._tflops(best),
+            plan=none.why if best is None else describe(best),
             tried=len(tried),
             wall_s=time.perf_counter() - began_s,
         )
@@ -106,6 +110,8 @@ class Planner:
                 self._priced[key] = _Priced(plan, "")
             except InfeasiblePlanError as error:
                 self._priced[key] = _Priced(None, str(error))
+            except ConfigError as error:
+                self._priced[key] = _Priced(None, str(error), NOT_SHARED)
         return self._priced[key]
 
     def _tflops(self, plan: Plan) -> float:
