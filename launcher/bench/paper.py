@@ -54,9 +54,10 @@ def run(settings: Mapping[str, str]) -> int:
         for method in missing:
             row = planner.row(method)
             rows[row.key] = row
+            rate = "no plan" if row.step_s is None else f"{row.tflops:.2f} TFLOP/s"
             sys.stderr.write(
                 f"{case.family} on {case.num_devices} ({case.experiment}), {method}: "
-                f"{row.tflops:.2f} TFLOP/s, {row.plan}; {row.tried} planned in {row.wall_s:.0f} s\n"
+                f"{rate}, {row.plan}; {row.tried} planned in {row.wall_s:.0f} s\n"
             )
             write_rows(out / "paper.json", rows, order)
     _write(out, rows)
