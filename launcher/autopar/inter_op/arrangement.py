@@ -46,9 +46,8 @@ from launcher.autopar.inter_op.submesh_bound import (
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError, without_frames
 
-_MOST_PASSES = (
-    600_000  # of microbatches through stages, that the simulator may play for one arrangement
-)
+# Of microbatches through stages, that the simulator may play while it looks for one better arrangement.
+_MOST_PASSES = 600_000
 _MOST_RISES = 16  # of the prices on memory that stages share
 
 

@@ -207,6 +207,12 @@ def test_no_plan_beats_the_bounds_of_memory_that_stages_share(p):
     assert np.median(ratios) > 0.9
 
 
+def one_layer(first, **seconds):
+    """A stage of a layer that takes no memory."""
+    option = StageOption(**seconds, fixed_bytes=0.0, stash_bytes=0.0, tag=None)
+    return StageChoice(first=first, last=first + 1, submesh=0, option=option)
+
+
 def one_cut_case(rng, num_options, m):
     """The bound of stages that are cut in one way, and the times of all plans."""
     schedule, p = SCHEDULES[3], 2
@@ -216,18 +222,11 @@ def one_cut_case(rng, num_options, m):
     )  # fmt: skip
     stages = [
         [
-            StageChoice(
-                first=first,
-                last=first + 1,
-                submesh=0,
-                option=StageOption(
-                    forward_s=0.5 + rng.random(),
-                    backward_s=0.5 + rng.random(),
-                    once_s=rng.random(),
-                    fixed_bytes=0.0,
-                    stash_bytes=0.0,
-                    tag=None,
-                ),
+            one_layer(
+                first,
+                forward_s=0.5 + rng.random(),
+                backward_s=0.5 + rng.random(),
+                once_s=rng.random(),
             )
             for _ in range(num_options)
         ]
@@ -310,19 +309,12 @@ def test_many_microbatches_are_judged_by_a_few():
     few = itertools.product(SCHEDULES, (2, 3))
     for schedule, p in (*few, (SCHEDULES[1], 48)):
         stages = [
-            StageChoice(
-                first=i,
-                last=i + 1,
-                submesh=0,
-                option=StageOption(
-                    forward_s=1 + rng.random(),
-                    backward_s=2 + rng.random(),
-                    weight_s=1.0,
-                    once_s=rng.random(),
-                    fixed_bytes=0.0,
-                    stash_bytes=0.0,
-                    tag=None,
-                ),
+            one_layer(
+                i,
+                forward_s=1 + rng.random(),
+                backward_s=2 + rng.random(),
+                weight_s=1.0,
+                once_s=rng.random(),
             )
             for i in range(p * schedule.virtual_stages)
         ]

@@ -98,9 +98,8 @@ def test_strategies_that_are_solved_anew_are_looked_at_anew(layered, priced, nam
     expected, *_ = priced[name, mesh, 1e-9]
     assert Strategies(planner, 48, known).is_lean(dear) == expected
     (first,) = known.values()
-    assert (
-        Strategies(planner, 8, known).is_lean(dear) == expected
-    )  # taken over, with what is known of it
+    # Taken over, with what is known of it.
+    assert Strategies(planner, 8, known).is_lean(dear) == expected
     assert list(known.values()) == [first]
     assert Strategies(planner, 1, known).is_lean(dear) == expected
     (anew,) = known.values()
