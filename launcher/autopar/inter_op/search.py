@@ -32,6 +32,7 @@ from launcher.autopar.inter_op.advice import (
 )
 from launcher.autopar.inter_op.arrangement import Arranged, Arranger
 from launcher.autopar.inter_op.candidate import Candidate, Tried, fastest
+from launcher.autopar.inter_op.climb import climb
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
 from launcher.autopar.inter_op.slowest_stage import least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
@@ -197,25 +198,9 @@ class _Attempts:
         ]
 
     def climb(self, counts: Sequence[int]) -> None:
-        """Try the counts next to the best, until none is better by as much as is worth it."""
-        before_s = math.inf
-        gain = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
-        while self.best()[0] < (1 - gain) * before_s:
-            before_s, at = self.best()
-            place = counts.index(at)
-            beside = [counts[k] for k in (place - 1, place + 1) if 0 <= k < len(counts)]
-            # Uphill first: on the side of the better of those that were tried further away.
-            for neighbour in sorted(beside, key=lambda count: self._beyond_s(count, at)):
-                if self.step_s(neighbour) < self.step_s(at):
-                    break
-
-    def _beyond_s(self, neighbour: int, at: int) -> float:
-        """The least step time of what was tried on a neighbour's side."""
-        is_more = neighbour > at
-        tried = (
-            t.step_s for count, t in self.found.items() if (count > at) == is_more and count != at
-        )
-        return min(tried, default=math.inf)
+        """Go on from the best, as long as that is worth it."""
+        worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
+        climb(self.step_s, lambda: {m: t.step_s for m, t in self.found.items()}, counts, worth)
 
     def settle(self) -> None:
         """Solve anew what the best took over, and what comes close: that may be why it is behind."""
