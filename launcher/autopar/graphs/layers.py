@@ -41,6 +41,7 @@ from launcher.autopar.graphs.graph import (
 )
 from launcher.autopar.graphs.structure import op_signature
 from launcher.autopar.graphs.trace import Role, TracedModel
+from launcher.autopar.graphs.turned import turn_products
 from launcher.autopar.graphs.work import aval_bytes
 
 
@@ -289,7 +290,7 @@ def _differentiate(
     )
     # With barriers, or a program of both passes would find what `jax.checkpoint` wants to be recomputed.
     flat = from_jaxpr(closed, inline=CALLS | CUSTOM_CALLS, barriers=True)
-    graph = renumber(eliminate_dead_code(flat))
+    graph = renumber(eliminate_dead_code(turn_products(flat)))
     forward_ops, backward_ops, residuals = _split(graph, num_outputs)
     gradients = zip(differentiable, graph.outputs[num_outputs:], strict=True)
     handed_on = [gradient for i, gradient in gradients if slots[i].role is None]

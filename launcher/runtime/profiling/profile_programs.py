@@ -8,6 +8,7 @@ add up to what the programs took, in the least squares of the logarithms. Left o
 program's shapes.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ import numpy as np
 from jax import lax
 
 from launcher.autopar.clusters.compute import ComputeModel
-from launcher.autopar.graphs.graph import CALLS, from_jaxpr
+from launcher.autopar.graphs.graph import CALLS, evaluate, from_jaxpr
+from launcher.autopar.graphs.turned import turn_products
 from launcher.autopar.graphs.work import work_class
 from launcher.runtime.profiling.profile_timing import Job
 
@@ -25,7 +27,10 @@ CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 _DEPTH = 4  # blocks of a program
 _WIDENING = 4  # of a perceptron's middle
 _STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by one
-_ROUNDS = 20
+_NEAR = 0.1  # what a program is off by, in logarithms, from where on it weighs less
+_ROUNDS = 50
+Program = tuple[Callable | tuple[int, ...], ...]
+"""A function of arrays, and their shapes, of which the first is that of its result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +49,26 @@ class ProgramSizes:
 
 
 def program_jobs(sizes: ProgramSizes) -> list[Job]:
-    """All programs, each of one round."""
+    """All programs, each of one round: forward alone, as what is recomputed, and with the gradients."""
     return [
-        *(dense_job(*size) for size in sizes.dense),
-        *(experts_job(*size) for size in sizes.experts),
-        *(residual_job(*size) for size in sizes.residual),
+        make(*program)
+        for programs, of in (
+            (_dense, sizes.dense),
+            (_experts, sizes.experts),
+            (_residual, sizes.residual),
+        )
+        for program in itertools.starmap(programs, of)
+        for make in (_forward, _gradients)
     ]
 
 
 def dense_job(count: int, length: int, width: int) -> Job:
     """The gradients of a few blocks of attention and perceptron."""
+    return _gradients(*_dense(count, length, width))
+
+
+def _dense(count: int, length: int, width: int) -> Program:
+    """A few blocks of attention and perceptron."""
 
     def loss(stream, project, widen, narrow):
         for _ in range(_DEPTH):
@@ -62,13 +77,11 @@ def dense_job(count: int, length: int, width: int) -> Job:
         return stream
 
     middle = _WIDENING * width
-    return _gradients(
-        loss, (count, length, width), (width, middle), (width, middle), (middle, width)
-    )
+    return loss, (count, length, width), (width, middle), (width, middle), (middle, width)
 
 
-def experts_job(groups: int, length: int, width: int, experts: int) -> Job:
-    """The gradients of a few blocks of experts, each token going to one of them."""
+def _experts(groups: int, length: int, width: int, experts: int) -> Program:
+    """A few blocks of experts, each token going to one of them."""
 
     def loss(stream, gate, widen, narrow):
         for _ in range(_DEPTH):
@@ -81,14 +94,12 @@ def experts_job(groups: int, length: int, width: int, experts: int) -> Job:
         return stream
 
     middle = _WIDENING * width
-    return _gradients(
-        loss, (groups, length, width), (width, experts), (experts, width, middle),
-        (experts, middle, width),
-    )  # fmt: skip
+    wide, narrow = (experts, width, middle), (experts, middle, width)
+    return loss, (groups, length, width), (width, experts), wide, narrow
 
 
-def residual_job(count: int, side: int, channels: int) -> Job:
-    """The gradients of a few residual blocks: a convolution of a window, and one of single points."""
+def _residual(count: int, side: int, channels: int) -> Program:
+    """A few residual blocks: a convolution of a window, and one of single points."""
 
     def loss(images, windowed, pointwise):
         for _ in range(_DEPTH):
@@ -96,9 +107,8 @@ def residual_job(count: int, side: int, channels: int) -> Job:
             images = images + _over_the_batch(convolved(hidden, pointwise))
         return images
 
-    return _gradients(
-        loss, (count, side, side, channels), (3, 3, channels, channels), (1, 1, channels, channels)
-    )
+    kernels = (3, 3, channels, channels), (1, 1, channels, channels)
+    return loss, (count, side, side, channels), *kernels
 
 
 def in_programs(
@@ -115,8 +125,8 @@ def in_programs(
 def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
     """Factors f, near one, with which `table @ f` comes near what was measured.
 
-    Minimises the sum of the squares of log(table @ f / measured) and of `_STIFFNESS` log(f), by
-    Gauss-Newton in log(f).
+    Minimises the sum of |log(table @ f / measured)|, squared near zero, and of the squares of `_STIFFNESS`
+    log(f), by Gauss-Newton in log(f) with weights: a program that is unlike the others does not bend them.
     """
     logs = np.zeros(table.shape[1])
     stiff = _STIFFNESS * np.eye(logs.size)
@@ -124,8 +134,12 @@ def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
         parts = table * np.exp(logs)
         wholes = parts.sum(axis=1)
         slopes = np.vstack((parts / wholes[:, None], stiff))
-        misses = np.concatenate((np.log(wholes / measured_s), _STIFFNESS * logs))
-        logs = logs - np.linalg.lstsq(slopes, misses)[0]
+        off = np.log(wholes / measured_s)
+        misses = np.concatenate((off, _STIFFNESS * logs))
+        weights = np.concatenate(
+            (np.minimum(1.0, _NEAR / np.maximum(_NEAR, abs(off))) ** 0.5, np.ones(logs.size))
+        )
+        logs = logs - np.linalg.lstsq(weights[:, None] * slopes, weights * misses)[0]
     return np.exp(logs)
 
 
@@ -140,11 +154,21 @@ def _by_class(job: Job, compute: ComputeModel) -> Mapping[str, float]:
     return found
 
 
-def _gradients(loss: Callable, *shapes: tuple[int, ...]) -> Job:
+def _forward(loss: Callable, *shapes: tuple[int, ...]) -> Job:
     def body(held):
-        return jax.grad(lambda *held: (loss(*held) ** 2).sum(), argnums=tuple(range(len(shapes))))(
-            *held
-        )
+        return loss(*held), *held[1:]
+
+    return Job(body=body, shapes=shapes, guess_s=1.0, value=1 / shapes[0][-1])
+
+
+def _gradients(loss: Callable, *shapes: tuple[int, ...]) -> Job:
+    def gradients(*held):
+        every = tuple(range(len(shapes)))
+        return jax.grad(lambda *held: (loss(*held) ** 2).sum(), argnums=every)(*held)
+
+    def body(held):  # with products as they are in a stage's programs
+        graph = turn_products(from_jaxpr(jax.make_jaxpr(gradients)(*held), inline=CALLS))
+        return evaluate(graph, (*held, *graph.constants.values()))
 
     return Job(body=body, shapes=shapes, guess_s=1.0, value=1 / shapes[0][-1])
 
