@@ -20,6 +20,7 @@ from launcher.autopar.graphs.work import BATCHED_PRODUCT, CONVOLUTION, PRODUCT
 from launcher.runtime.profiling.profile_launches import launch_s
 from launcher.runtime.profiling.profile_programs import (
     CHANNELS_LAST,
+    KERNELS,
     ProgramSizes,
     convolved,
     dense_job,
@@ -59,9 +60,9 @@ ON_CPU = Sizes(
     channels=(8, 16, 32, 64), images=(8, 8), elements=2**16, stream_bytes=2**22,
     blocks=(16, 64, 64), small_blocks=(1, 32, 32),
     programs=ProgramSizes(
-        dense=((4, 128, 64), (16, 64, 64), (2, 128, 256)),
-        experts=((4, 128, 64, 4), (1, 128, 128, 8)),
-        residual=((16, 8, 32), (4, 16, 16), (16, 4, 64)),
+        dense=((4, 128, 64), (16, 64, 64), (2, 128, 256), (2, 64, 64), (1, 32, 32)),
+        experts=((4, 128, 64, 4), (1, 128, 128, 8), (2, 32, 64, 4)),
+        residual=((16, 8, 32), (4, 16, 16), (16, 4, 64), (2, 8, 16)),
     ),
 )  # fmt: skip
 ON_GPU = Sizes(
@@ -282,7 +283,7 @@ def _slower(took_s: Mapping[int, np.ndarray]) -> Points:
 def _in_programs(figures: ComputeFigures, jobs: Sequence[Job], grid: np.ndarray) -> ComputeFigures:
     """The figures, each by the factor by which its class of work costs more or less in whole programs."""
     took_s = _took_s(jobs, grid)
-    factors = in_programs(jobs, took_s[1], _compute_model(figures))
+    factors = in_programs(jobs, took_s[1], _compute_model(figures), kernels_apart=True)
     alone = replace(_by_factors(figures, factors), concurrency=_slower(took_s))
     crowding = in_programs(jobs, took_s[max(took_s)], _compute_model(alone))
     return replace(alone, crowding=crowding)
@@ -301,6 +302,7 @@ def _by_factors(figures: ComputeFigures, factors: Mapping[str, float]) -> Comput
         batched=slower(figures.batched, BATCHED_PRODUCT),
         convolutions=slower(figures.convolutions, CONVOLUTION),
         kernel_gradients=slower(figures.kernel_gradients, CONVOLUTION),
+        op_overhead_s=factors.get(KERNELS, 1.0) * figures.op_overhead_s,
         element_s={k: factors.get(k, 1.0) * each_s for k, each_s in figures.element_s.items()},
     )
 

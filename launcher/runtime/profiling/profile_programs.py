@@ -9,8 +9,9 @@ program's shapes.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ _WIDENING = 4  # of a perceptron's middle
 _STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by one
 _NEAR = 0.1  # what a program is off by, in logarithms, from where on it weighs less
 _ROUNDS = 50
+KERNELS = "kernels"  # a class of work: what they take beside it
 Program = tuple[Callable | tuple[int, ...], ...]
 """A function of arrays, and their shapes, of which the first is that of its result."""
 
@@ -112,10 +114,16 @@ def _residual(count: int, side: int, channels: int) -> Program:
 
 
 def in_programs(
-    jobs: Sequence[Job], measured_s: Sequence[float], compute: ComputeModel
-) -> dict[str, float]:
-    """The factor of each class of work that the programs have."""
-    rows = [_by_class(job, compute) for job in jobs]
+    jobs: Sequence[Job], measured_s: Sequence[float], compute: ComputeModel, *,
+    kernels_apart: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """The factor of each class of work that the programs have.
+
+    Args:
+        kernels_apart: whether what kernels take beside their work is a class of its own, `KERNELS`.
+    """
+    working = _without_overhead(compute) if kernels_apart else compute
+    rows = [_by_class(job, compute, working) for job in jobs]
     classes = sorted({name for row in rows for name in row})
     table = np.array([[row.get(name, 0.0) for name in classes] for row in rows])
     factors = fit_factors(table, np.array(measured_s))
@@ -143,14 +151,23 @@ def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
     return np.exp(logs)
 
 
-def _by_class(job: Job, compute: ComputeModel) -> Mapping[str, float]:
-    """Seconds of each class of work of a program, by what was measured of each alone."""
+def _without_overhead(compute: ComputeModel) -> ComputeModel:
+    return replace(compute, device=replace(compute.device, op_overhead_s=0.0))
+
+
+def _by_class(job: Job, compute: ComputeModel, working: ComputeModel) -> Mapping[str, float]:
+    """Seconds of each class of work of a program, by what was measured of each alone.
+
+    What `compute` prices ops higher than `working` is of the class `KERNELS`.
+    """
     shapes = [jax.ShapeDtypeStruct(shape, job.dtype) for shape in job.shapes]
-    found: dict[str, float] = {}
+    found: Counter[str] = Counter()
     for op in from_jaxpr(jax.make_jaxpr(job.body)(shapes), inline=CALLS).ops:
         work = work_class(op)
         if work is not None:
-            found[work] = found.get(work, 0.0) + float(compute.op_s(op))
+            work_s = float(working.op_s(op))
+            found[work] += work_s
+            found[KERNELS] += float(compute.op_s(op)) - work_s
     return found
 
 
