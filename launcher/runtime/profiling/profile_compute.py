@@ -283,9 +283,9 @@ def _slower(took_s: Mapping[int, np.ndarray]) -> Points:
 def _in_programs(figures: ComputeFigures, jobs: Sequence[Job], grid: np.ndarray) -> ComputeFigures:
     """The figures, each by the factor by which its class of work costs more or less in whole programs."""
     took_s = _took_s(jobs, grid)
-    factors = in_programs(jobs, took_s[1], _compute_model(figures), kernels_apart=True)
+    factors = in_programs(jobs, took_s[1], compute_model(figures), kernels_apart=True)
     alone = replace(_by_factors(figures, factors), concurrency=_slower(took_s))
-    crowding = in_programs(jobs, took_s[max(took_s)], _compute_model(alone))
+    crowding = in_programs(jobs, took_s[max(took_s)], compute_model(alone))
     return replace(alone, crowding=crowding)
 
 
@@ -307,7 +307,7 @@ def _by_factors(figures: ComputeFigures, factors: Mapping[str, float]) -> Comput
     )
 
 
-def _compute_model(figures: ComputeFigures) -> ComputeModel:
+def compute_model(figures: ComputeFigures) -> ComputeModel:
     """What prices ops by the figures, with as many devices at once as there are."""
 
     def rates(curves: Mapping[str, Points]) -> dict[str, Curve]:

@@ -123,7 +123,7 @@ def in_programs(
         kernels_apart: whether what kernels take beside their work is a class of its own, `KERNELS`.
     """
     working = _without_overhead(compute) if kernels_apart else compute
-    rows = [_by_class(job, compute, working) for job in jobs]
+    rows = [seconds_by_class(job, compute, working) for job in jobs]
     classes = sorted({name for row in rows for name in row})
     table = np.array([[row.get(name, 0.0) for name in classes] for row in rows])
     factors = fit_factors(table, np.array(measured_s))
@@ -155,7 +155,7 @@ def _without_overhead(compute: ComputeModel) -> ComputeModel:
     return replace(compute, device=replace(compute.device, op_overhead_s=0.0))
 
 
-def _by_class(job: Job, compute: ComputeModel, working: ComputeModel) -> Mapping[str, float]:
+def seconds_by_class(job: Job, compute: ComputeModel, working: ComputeModel) -> Mapping[str, float]:
     """Seconds of each class of work of a program, by what was measured of each alone.
 
     What `compute` prices ops higher than `working` is of the class `KERNELS`.

@@ -125,7 +125,34 @@ def test_without_reason_no_factor_is_far_from_one():
     assert found.sum() == pytest.approx(4.0, rel=0.02)
 
 
-def test_the_programs_give_gradients_of_all_that_they_take():
+def test_a_program_unlike_the_others_bends_no_factor():
+    table, factors = (
+        np.array([[3.0, 1.0], [1.0, 2.0], [1.0, 1.0], [0.5, 4.0]] * 2),
+        np.array([1.5, 0.7]),
+    )
+    measured = table @ factors
+    measured[0] *= 3.0
+    assert profile_programs.fit_factors(table, measured) == pytest.approx(factors, rel=0.1)
+
+
+def test_what_kernels_take_is_told_from_their_work():
+    """By programs of which some are small."""
+    sizes = [(count, length, 32) for count in (1, 2, 8) for length in (8, 64)]
+    jobs = [profile_programs.dense_job(*size) for size in sizes]
+    rates = {"fp32": ((1.0, 8e9), (1e9, 8e9))}
+    compute, slow = (
+        profile_compute.compute_model(
+            dataclasses.replace(COMPUTE, products=rates, batched=rates, op_overhead_s=overhead_s)
+        )
+        for overhead_s in (2e-6, 8e-6)
+    )
+    measured = [sum(profile_programs.seconds_by_class(job, slow, slow).values()) for job in jobs]
+    found = profile_programs.in_programs(jobs, measured, compute, kernels_apart=True)
+    assert found[profile_programs.KERNELS] == pytest.approx(4.0, rel=0.1)
+    assert all(0.8 < f < 1.25 for work, f in found.items() if work != profile_programs.KERNELS)
+
+
+def test_the_programs_give_back_all_that_they_take():
     """In the shapes that a loop hands on to its next round."""
     for job in profile_programs.program_jobs(SMALL.programs):
         held = tuple(jax.numpy.full(shape, job.value) for shape in job.shapes)
