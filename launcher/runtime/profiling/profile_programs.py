@@ -124,7 +124,7 @@ def in_programs(
     """
     working = _without_overhead(compute) if kernels_apart else compute
     rows = [seconds_by_class(job, compute, working) for job in jobs]
-    classes = sorted({name for row in rows for name in row})
+    classes = sorted({name for row in rows for name in row if row[name]})
     table = np.array([[row.get(name, 0.0) for name in classes] for row in rows])
     factors = fit_factors(table, np.array(measured_s))
     return dict(zip(classes, map(float, factors), strict=True))

@@ -8,6 +8,7 @@ import pytest
 
 from launcher import main
 from launcher.autopar.clusters.cluster import cluster_from_config, load_cluster
+from launcher.autopar.graphs.work import WORK
 from launcher.cli.compose import load
 from launcher.errors import ClusterError, ConfigError, StorageError
 from launcher.runtime.profiling import profile, profile_compute, profile_links, profile_programs
@@ -103,6 +104,7 @@ def test_everything_is_measured(monkeypatch):
     assert factors[0] == 1.0
     assert factors == sorted(factors)
     assert {"product", "batched_product", "convolution", "reduction"} <= compute.crowding.keys()
+    assert compute.crowding.keys() <= set(WORK)
     for link in (measured.intra_host, measured.inter_host):
         assert set(link.curves) == {
             "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"
