@@ -20,11 +20,14 @@ from launcher.autopar.graphs.work import BATCHED_PRODUCT, CONVOLUTION, PRODUCT
 from launcher.runtime.profiling.profile_launches import launch_s
 from launcher.runtime.profiling.profile_programs import (
     CHANNELS_LAST,
+    DEPTH,
     KERNELS,
     ProgramSizes,
     convolved,
     dense_job,
     in_programs,
+    meeting,
+    meeting_s,
     program_jobs,
 )
 from launcher.runtime.profiling.profile_timing import Job, round_s
@@ -139,17 +142,17 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
         took = _took_s([dense_job(*sizes.blocks)], grid)
         return replace(figures, concurrency=_slower(took))
     progress("other ops")
-    alone = {
+    each_s = {
         kind: _without(overhead_s, round_s(job, one)) / sizes.elements / ops
         for kind, (job, ops) in _element_jobs(sizes, device).items()
     }
     progress("whole programs, on 1 to all devices at once")
-    return _in_programs(replace(figures, element_s=alone), program_jobs(sizes.programs), grid)
+    return _in_programs(replace(figures, element_s=each_s), sizes.programs, grid)
 
 
-def _without(overhead_s: float, seconds: float) -> float:
+def _without(overhead_s: float, seconds):
     """What is left for the work; at least half, since kernels overlap their beginnings with it."""
-    return max(seconds - overhead_s, seconds / 2)
+    return np.maximum(seconds - overhead_s, seconds / 2)
 
 
 def _flops_jobs(
@@ -280,9 +283,20 @@ def _slower(took_s: Mapping[int, np.ndarray]) -> Points:
     return tuple(zip(map(float, took_s), map(float, np.maximum.accumulate(ratios)), strict=True))
 
 
-def _in_programs(figures: ComputeFigures, jobs: Sequence[Job], grid: np.ndarray) -> ComputeFigures:
-    """The figures, each by the factor by which its class of work costs more or less in whole programs."""
-    took_s = _took_s(jobs, grid)
+def _in_programs(figures: ComputeFigures, sizes: ProgramSizes, grid: np.ndarray) -> ComputeFigures:
+    """The figures, each by the factor by which its class of work costs more or less in whole programs.
+
+    Programs on several devices meet between their blocks, as they do in a training step. Waiting for those
+    that are late is part of what they take, a meeting itself is not: collectives have their own price.
+    """
+    jobs, took_s = program_jobs(sizes), _took_s(program_jobs(sizes, meeting), grid)
+    for count, seconds in took_s.items():
+        each_s = meeting_s(grid.reshape(-1)[:count])
+        for first, meetings in (
+            (0, DEPTH),
+            (1, 2 * DEPTH),
+        ):  # forward alone, and with the gradients
+            seconds[first::2] = _without(meetings * each_s, seconds[first::2])
     factors = in_programs(jobs, took_s[1], compute_model(figures), kernels_apart=True)
     alone = replace(_by_factors(figures, factors), concurrency=_slower(took_s))
     crowding = in_programs(jobs, took_s[max(took_s)], compute_model(alone))

@@ -4,14 +4,15 @@ A loop over one kernel finds its arrays in a cache, and its memory at hand. In a
 nor are all products square. So a few programs such as people train, the gradients of dense blocks, of blocks
 of experts and of residual convolutions, are measured as wholes, on one device and on more at once. Each class
 of work gets the factor by which it costs more or less in them: the factors, near one, with which the classes
-add up to what the programs took, in the least squares of the logarithms. Left out: what depends on a
-program's shapes.
+add up to what the programs took. On several devices the programs meet between blocks, so that the time
+counts that devices wait for those that are late. Left out: what depends on a program's shapes.
 """
 
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,17 @@ from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.graphs.graph import CALLS, evaluate, from_jaxpr
 from launcher.autopar.graphs.turned import turn_products
 from launcher.autopar.graphs.work import work_class
-from launcher.runtime.profiling.profile_timing import Job
+from launcher.runtime.profiling.profile_timing import EACH, Job, round_s
 
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
-_DEPTH = 4  # blocks of a program
+DEPTH = 4  # blocks of a program
+_LITTLE = 1e-9  # so that what is added changes nothing
 _WIDENING = 4  # of a perceptron's middle
 _STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by one
 _NEAR = 0.1  # what a program is off by, in logarithms, from where on it weighs less
 _ROUNDS = 50
 KERNELS = "kernels"  # a class of work: what they take beside it
+Between = Callable[[jax.Array], jax.Array]
 Program = tuple[Callable | tuple[int, ...], ...]
 """A function of arrays, and their shapes, of which the first is that of its result."""
 
@@ -50,8 +53,28 @@ class ProgramSizes:
     residual: tuple[tuple[int, int, int], ...]
 
 
-def program_jobs(sizes: ProgramSizes) -> list[Job]:
-    """All programs, each of one round: forward alone, as what is recomputed, and with the gradients."""
+def alone(stream: jax.Array) -> jax.Array:
+    return stream
+
+
+def meeting(stream: jax.Array) -> jax.Array:
+    """As between the layers of a step, no device goes on before all are there."""
+    return stream + _LITTLE * lax.pmean(stream.reshape(-1)[0], EACH)
+
+
+def meeting_s(devices: np.ndarray) -> float:
+    """What a meeting takes where nobody is late."""
+    return round_s(
+        Job(body=lambda held: (meeting(held[0]),), shapes=((8,),), guess_s=1e-4), devices
+    )
+
+
+def program_jobs(sizes: ProgramSizes, between: Between = alone) -> list[Job]:
+    """All programs, each of one round: forward alone, as what is recomputed, and with the gradients.
+
+    Args:
+        between: what happens to the stream between blocks: `alone`, or `meeting`.
+    """
     return [
         make(*program)
         for programs, of in (
@@ -59,40 +82,40 @@ def program_jobs(sizes: ProgramSizes) -> list[Job]:
             (_experts, sizes.experts),
             (_residual, sizes.residual),
         )
-        for program in itertools.starmap(programs, of)
+        for program in itertools.starmap(partial(programs, between), of)
         for make in (_forward, _gradients)
     ]
 
 
 def dense_job(count: int, length: int, width: int) -> Job:
     """The gradients of a few blocks of attention and perceptron."""
-    return _gradients(*_dense(count, length, width))
+    return _gradients(*_dense(alone, count, length, width))
 
 
-def _dense(count: int, length: int, width: int) -> Program:
+def _dense(between: Between, count: int, length: int, width: int) -> Program:
     """A few blocks of attention and perceptron."""
 
     def loss(stream, project, widen, narrow):
-        for _ in range(_DEPTH):
+        for _ in range(DEPTH):
             stream = stream + _attention(_normal(stream) @ project)
-            stream = stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow
+            stream = between(stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow)
         return stream
 
     middle = _WIDENING * width
     return loss, (count, length, width), (width, middle), (width, middle), (middle, width)
 
 
-def _experts(groups: int, length: int, width: int, experts: int) -> Program:
+def _experts(between: Between, groups: int, length: int, width: int, experts: int) -> Program:
     """A few blocks of experts, each token going to one of them."""
 
     def loss(stream, gate, widen, narrow):
-        for _ in range(_DEPTH):
+        for _ in range(DEPTH):
             normal = _normal(stream)
             chosen = _dispatch(jax.nn.softmax(normal @ gate))
             given = jnp.einsum("gsec,gsm->egcm", chosen, normal)
             hidden = jax.nn.gelu(jnp.einsum("egcm,emh->egch", given, widen))
             made = jnp.einsum("egch,ehm->egcm", hidden, narrow)
-            stream = stream + jnp.einsum("gsec,egcm->gsm", chosen, made)
+            stream = between(stream + jnp.einsum("gsec,egcm->gsm", chosen, made))
         return stream
 
     middle = _WIDENING * width
@@ -100,13 +123,13 @@ def _experts(groups: int, length: int, width: int, experts: int) -> Program:
     return loss, (groups, length, width), (width, experts), wide, narrow
 
 
-def _residual(count: int, side: int, channels: int) -> Program:
+def _residual(between: Between, count: int, side: int, channels: int) -> Program:
     """A few residual blocks: a convolution of a window, and one of single points."""
 
     def loss(images, windowed, pointwise):
-        for _ in range(_DEPTH):
+        for _ in range(DEPTH):
             hidden = jax.nn.relu(_over_the_batch(convolved(images, windowed)))
-            images = images + _over_the_batch(convolved(hidden, pointwise))
+            images = between(images + _over_the_batch(convolved(hidden, pointwise)))
         return images
 
     kernels = (3, 3, channels, channels), (1, 1, channels, channels)

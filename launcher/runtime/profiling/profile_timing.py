@@ -23,6 +23,7 @@ _REPEATS, _LEAST_REPEATS = 15, 5  # the fewer where they take long
 _ENOUGH_S = 1.0
 _CALL_S = 0.004  # about how long a call is to take: shorter than a scheduler lets anybody else run
 _MOST_ROUNDS = 512
+EACH = "each"  # the axis of all devices
 Body = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
 
 
@@ -44,7 +45,7 @@ class Job:
     value: float = 0.5
 
 
-def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = ("each",)) -> float:
+def round_s(job: Job, devices: np.ndarray, axes: Sequence[str] = (EACH,)) -> float:
     """Seconds of a round, with all the devices at it at once; `devices` has the shape of the mesh."""
     rounds = int(min(_MOST_ROUNDS, max(1, _CALL_S / job.guess_s)))
     program, arrays = prepared(job, devices, axes, rounds)

@@ -15,7 +15,14 @@ from launcher.runtime.profiling import profile, profile_compute, profile_links, 
 from launcher.runtime.profiling.profile import Measured
 from launcher.runtime.profiling.profile_compute import ComputeFigures
 from launcher.runtime.profiling.profile_links import LinkFigures
-from launcher.runtime.profiling.profile_timing import Job, call_s, lower_quartile, round_s
+from launcher.runtime.profiling.profile_timing import (
+    EACH,
+    Job,
+    call_s,
+    lower_quartile,
+    prepared,
+    round_s,
+)
 
 POINTS = ((1e6, 4e9), (1e9, 8e9))
 COMPUTE = ComputeFigures(
@@ -159,6 +166,22 @@ def test_the_programs_give_back_all_that_they_take():
     for job in profile_programs.program_jobs(SMALL.programs):
         held = tuple(jax.numpy.full(shape, job.value) for shape in job.shapes)
         assert [made.shape for made in job.body(held)] == list(job.shapes)
+
+
+def test_programs_that_meet_compute_the_same():
+    """On all devices at once, with collectives between their blocks."""
+    devices = np.array(jax.devices()[:8], dtype=object)
+    jobs, meeting = (
+        profile_programs.program_jobs(SMALL.programs, between)
+        for between in (profile_programs.alone, profile_programs.meeting)
+    )
+    for one, other in zip(jobs, meeting, strict=True):
+        programs = [prepared(job, devices, (EACH,), rounds=1) for job in (one, other)]
+        texts = [program.lower(*arrays).as_text() for program, arrays in programs]
+        assert ["all_reduce" in text for text in texts] == [False, True]
+        expected, found = (program(*arrays) for program, arrays in programs)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_kernel_gradient_is_the_one_that_jax_finds():
