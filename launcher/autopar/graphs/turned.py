@@ -7,7 +7,6 @@ is nothing to turn, and XLA's CPU backend has fast code for that alone: it is th
 from collections import Counter
 from dataclasses import replace
 
-import jax
 from jax import lax
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prim
@@ -20,19 +19,26 @@ def turn_products(graph: Graph) -> Graph:
     reads = Counter(value for op in graph.ops for value in op.values)
     reads.update(value for value in graph.outputs if not isinstance(value, Literal))
     products = {
-        op.results[0]: op
-        for op in graph.ops
-        if op.primitive is prim.dot_general_p and reads[op.results[0]] == 1
+        op.results[0]: op for op in graph.ops if _can_be_swapped(op) and reads[op.results[0]] == 1
     }
     swapped: dict[Op, Op] = {}
     turns: set[Op] = set()
     for turn in graph.ops:
-        product = products.get(turn.operands[0]) if turn.primitive is prim.transpose_p else None
-        if product is not None and turn.eqn.params["permutation"] == _undone_by_swapping(product):
+        if turn.primitive is not prim.transpose_p or products.keys().isdisjoint(turn.values):
+            continue
+        product = products[turn.values[0]]
+        if turn.eqn.params["permutation"] == _undone_by_swapping(product):
             swapped[product] = _swapped(product, turn)
             turns.add(turn)
     ops = tuple(swapped.get(op, op) for op in graph.ops if op not in turns)
     return replace(graph, ops=ops).check()
+
+
+def _can_be_swapped(op: Op) -> bool:
+    """Whether an op is a product that treats its operands alike: no algorithm that names them is forced."""
+    if op.primitive is not prim.dot_general_p or op.eqn.params["out_sharding"] is not None:
+        return False
+    return not isinstance(op.eqn.params["precision"], lax.DotAlgorithm)
 
 
 def _undone_by_swapping(product: Op) -> tuple[int, ...]:
@@ -48,14 +54,13 @@ def _swapped(product: Op, turn: Op) -> Op:
     params = product.eqn.params
     contracted, batch = params["dimension_numbers"]
     precision = params["precision"]
-
-    def multiply(lhs, rhs):
-        return lax.dot_general(
-            lhs, rhs, (contracted[::-1], batch[::-1]),
-            precision=precision[::-1] if isinstance(precision, tuple) else precision,
-            preferred_element_type=params["preferred_element_type"],
-        )  # fmt: skip
-
-    lhs, rhs = (jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in product.eqn.invars)
-    (eqn,) = jax.make_jaxpr(multiply)(rhs, lhs).eqns
+    eqn = product.eqn.replace(
+        invars=product.eqn.invars[::-1],
+        outvars=turn.eqn.outvars,
+        params=params
+        | {
+            "dimension_numbers": (contracted[::-1], batch[::-1]),
+            "precision": precision[::-1] if isinstance(precision, tuple) else precision,
+        },
+    )
     return Op(eqn, product.operands[::-1], turn.results)

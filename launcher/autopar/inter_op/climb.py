@@ -8,13 +8,13 @@ def climb(
     step_s: Callable[[int], float], tried: Callable[[], Mapping[int, float]],
     counts: Sequence[int], worth: float,
 ) -> None:  # fmt: skip
-    """Try the counts next to the best, until none is better by as much as is worth it.
+    """Try the counts next to the best, until none that promises enough is better.
 
     As much as the last step was better, for how far it went, the next one may be, for how far it goes.
 
     Args:
         step_s: tries a count, if it has not been tried; infinite where nothing fits.
-        tried: the step times so far, by count.
+        tried: the step times so far, by count, those of counts where nothing fits as well.
         counts: falling.
         worth: what a try must promise, as part of a step.
     """

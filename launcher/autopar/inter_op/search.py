@@ -200,7 +200,12 @@ class _Attempts:
     def climb(self, counts: Sequence[int]) -> None:
         """Go on from the best, as long as that is worth it."""
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
-        climb(self.step_s, lambda: {m: t.step_s for m, t in self.found.items()}, counts, worth)
+        climb(self.step_s, self._tried_s, counts, worth)
+
+    def _tried_s(self) -> dict[int, float]:
+        """Step times by count; infinite where nothing fits."""
+        fit = {count: tried.step_s for count, tried in self.found.items()}
+        return dict.fromkeys(self.failures, math.inf) | fit
 
     def settle(self) -> None:
         """Solve anew what the best took over, and what comes close: that may be why it is behind."""

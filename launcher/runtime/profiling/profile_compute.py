@@ -150,8 +150,8 @@ def measure_compute(grid: np.ndarray, device: Device, progress: Progress) -> Com
     return _in_programs(replace(figures, element_s=each_s), sizes.programs, grid)
 
 
-def _without(overhead_s: float, seconds):
-    """What is left for the work; at least half, since kernels overlap their beginnings with it."""
+def _without(overhead_s: float | np.ndarray, seconds: float | np.ndarray):
+    """What is left for the work; at least half, since what is beside it begins while others end."""
     return np.maximum(seconds - overhead_s, seconds / 2)
 
 
@@ -289,14 +289,12 @@ def _in_programs(figures: ComputeFigures, sizes: ProgramSizes, grid: np.ndarray)
     Programs on several devices meet between their blocks, as they do in a training step. Waiting for those
     that are late is part of what they take, a meeting itself is not: collectives have their own price.
     """
-    jobs, took_s = program_jobs(sizes), _took_s(program_jobs(sizes, meeting), grid)
-    for count, seconds in took_s.items():
-        each_s = meeting_s(grid.reshape(-1)[:count])
-        for first, meetings in (
-            (0, DEPTH),
-            (1, 2 * DEPTH),
-        ):  # forward alone, and with the gradients
-            seconds[first::2] = _without(meetings * each_s, seconds[first::2])
+    jobs, devices = program_jobs(sizes), grid.reshape(-1)
+    meetings = np.tile((DEPTH, 2 * DEPTH), len(jobs) // 2)  # forward alone, and with the gradients
+    took_s = {
+        count: _without(meetings * meeting_s(devices[:count]), seconds)
+        for count, seconds in _took_s(program_jobs(sizes, meeting), grid).items()
+    }
     factors = in_programs(jobs, took_s[1], compute_model(figures), kernels_apart=True)
     alone = replace(_by_factors(figures, factors), concurrency=_slower(took_s))
     crowding = in_programs(jobs, took_s[max(took_s)], compute_model(alone))

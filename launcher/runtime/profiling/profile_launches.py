@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from launcher.runtime.profiling.profile_timing import Job, call_s, prepared, with_arrays
+from launcher.runtime.profiling.profile_timing import EACH, Job, call_s, prepared, with_arrays
 
 _ARRAYS = (8, 128)  # that are taken and made beside those of the work
 _LAUNCHES, _TRIES = 20, 3
@@ -28,8 +28,8 @@ def launch_s(devices: np.ndarray, job: Job) -> tuple[float, float]:
 def _start_s(devices: np.ndarray, job: Job) -> float:
     half = max(1, devices.size // 2)
     halves = [part for part in (devices[:half], devices[half:]) if part.size]
-    chains = [prepared(job, part, ("each",), rounds=1) for part in halves]
-    at_once, arrays = prepared(job, devices, ("each",), rounds=_LAUNCHES)
+    chains = [prepared(job, part, (EACH,), rounds=1) for part in halves]
+    at_once, arrays = prepared(job, devices, (EACH,), rounds=_LAUNCHES)
 
     def one_by_one() -> None:
         held: Sequence = [arrays for _, arrays in chains]

@@ -1,11 +1,11 @@
 """What work costs in whole programs, beside what it costs in a loop of its own.
 
 A loop over one kernel finds its arrays in a cache, and its memory at hand. In a training step neither is so,
-nor are all products square. So a few programs such as people train, the gradients of dense blocks, of blocks
-of experts and of residual convolutions, are measured as wholes, on one device and on more at once. Each class
-of work gets the factor by which it costs more or less in them: the factors, near one, with which the classes
-add up to what the programs took. On several devices the programs meet between blocks, so that the time
-counts that devices wait for those that are late. Left out: what depends on a program's shapes.
+nor are all products square. So a few programs such as people train, dense blocks, blocks of experts and
+residual convolutions, forward alone and with their gradients, are measured as wholes, on one device and more.
+Each class of work gets the factor by which it costs more or less in them: the factors, near one, with which
+the classes add up to what the programs took. On several devices the programs meet between blocks, so that
+the time counts that devices wait for those that are late. Left out: what depends on a program's shapes.
 """
 
 import itertools
@@ -29,9 +29,9 @@ CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 DEPTH = 4  # blocks of a program
 _LITTLE = 1e-9  # so that what is added changes nothing
 _WIDENING = 4  # of a perceptron's middle
-_STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by one
+_STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by a factor of e
 _NEAR = 0.1  # what a program is off by, in logarithms, from where on it weighs less
-_ROUNDS = 50
+_ROUNDS, _STEP = 100, 0.2
 KERNELS = "kernels"  # a class of work: what they take beside it
 Between = Callable[[jax.Array], jax.Array]
 Program = tuple[Callable | tuple[int, ...], ...]
@@ -156,8 +156,9 @@ def in_programs(
 def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
     """Factors f, near one, with which `table @ f` comes near what was measured.
 
-    Minimises the sum of |log(table @ f / measured)|, squared near zero, and of the squares of `_STIFFNESS`
-    log(f), by Gauss-Newton in log(f) with weights: a program that is unlike the others does not bend them.
+    Minimises the sum of the squares of `_STIFFNESS` log(f) and of Huber's loss of log(table @ f / measured),
+    a square up to `_NEAR` and linear from there on, so that a program unlike the others does not bend them;
+    by Gauss-Newton in log(f) with weights, in steps of at most `_STEP`.
     """
     logs = np.zeros(table.shape[1])
     stiff = _STIFFNESS * np.eye(logs.size)
@@ -167,10 +168,10 @@ def fit_factors(table: np.ndarray, measured_s: np.ndarray) -> np.ndarray:
         slopes = np.vstack((parts / wholes[:, None], stiff))
         off = np.log(wholes / measured_s)
         misses = np.concatenate((off, _STIFFNESS * logs))
-        weights = np.concatenate(
-            (np.minimum(1.0, _NEAR / np.maximum(_NEAR, abs(off))) ** 0.5, np.ones(logs.size))
-        )
-        logs = logs - np.linalg.lstsq(weights[:, None] * slopes, weights * misses)[0]
+        near = np.sqrt(_NEAR / np.maximum(_NEAR, abs(off)))
+        weights = np.concatenate((near, np.ones(logs.size)))
+        step = np.linalg.lstsq(weights[:, None] * slopes, weights * misses)[0]
+        logs = logs - np.clip(step, -_STEP, _STEP)
     return np.exp(logs)
 
 

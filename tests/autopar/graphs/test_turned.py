@@ -53,13 +53,8 @@ def test_gradients_of_weights_are_the_same_and_not_turned(case):
     before, after = graphs_of(gradients, values, weight)
     assert_same(before, after, [values, weight])
     assert count(after, "dot_general") == count(before, "dot_general") == 3
-    assert count(after, "transpose") <= max(0, count(before, "transpose") - 1)
-
-
-def test_the_gradient_of_a_layer_needs_no_transposition():
-    values, weight = drawn((2, 3, 4), (4, 5))
-    before, after = graphs_of(lambda v, w: jax.vjp(lambda w: v @ w, w)[1](v @ w), values, weight)
-    assert (count(before, "transpose"), count(after, "transpose")) == (1, 0)
+    assert count(before, "transpose") == (case != "a vector")
+    assert count(after, "transpose") == 0
 
 
 @pytest.mark.parametrize("precision", [None, "highest", ("default", "highest")])
@@ -83,27 +78,27 @@ def test_what_a_product_is_asked_for_stays(precision):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda a, b: (a @ b, (a @ b).T),  # two products, of which one is turned: stays two ops
-        lambda a, b: [(p := a @ b), p.T],  # somebody else reads it
+        lambda a, b: [(p := a @ b), p.T],  # the result is read as it is, too
         lambda a, b: [(p := a @ b).T + 1.0, p.sum()],
         lambda a, b: jnp.einsum("ij,jk->ik", a, b) + 1.0,  # nothing is turned
         lambda a, b: a.T.sum() + b.sum(),  # no product is
+        lambda a, b: a + jax.lax.transpose(np.float32(2.0), ()) + b.sum(),
+        lambda a, b: (
+            jnp.matmul(
+                a,
+                b,
+                precision=jax.lax.DotAlgorithm(np.float32, np.float32, np.float32, 1, 1, 1, False),
+            ).T
+        ),
     ],
 )
 def test_everything_else_stays(function):
-    lhs, rhs = drawn((3, 4), (4, 5))
-    before, after = graphs_of(function, lhs, rhs)
-    assert_same(before, after, [lhs, rhs])
-
-
-def test_a_product_that_others_read_as_well_stays():
-    lhs, rhs = drawn((3, 4), (4, 5))
-    before, after = graphs_of(lambda a, b: [(p := a @ b).T, p.sum()], lhs, rhs)
+    before, after = graphs_of(function, *drawn((3, 4), (4, 5)))
     assert after.ops == before.ops
 
 
 def test_another_order_than_that_of_the_swapped_operands_stays():
-    lhs, rhs = drawn((2, 3, 4), (4, 5))
-    before, after = graphs_of(lambda a, b: jnp.transpose(a @ b, (1, 0, 2)), lhs, rhs)
+    before, after = graphs_of(
+        lambda a, b: jnp.transpose(a @ b, (1, 0, 2)), *drawn((2, 3, 4), (4, 5))
+    )
     assert after.ops == before.ops
-    assert_same(before, after, [lhs, rhs])

@@ -59,8 +59,7 @@ def test_what_is_gained_little_is_not_gone_on_for():
     assert 128 in Times(lambda count: step_s.get(count, 2.0), 512).climbed(POWERS, worth=0.0005)
 
 
-def test_where_nothing_fits_the_other_side_is_tried():
-    step_s = {256: 1.0, 512: 0.5}
-    times = Times(lambda count: step_s.get(count, math.inf), 256)
-    times.climbed(POWERS)
-    assert min(times.tried, key=times.tried.get) == 512
+def test_where_nothing_fits_further_on_the_other_side_is_first():
+    step_s = {1024: 2.0, 256: 1.0, 512: 0.5}
+    times = Times(lambda count: step_s.get(count, math.inf), 1024, 256, 64)
+    assert times.climbed(POWERS)[0] == 512
