@@ -35,10 +35,12 @@ def turn_products(graph: Graph) -> Graph:
 
 
 def _can_be_swapped(op: Op) -> bool:
-    """Whether an op is a product that treats its operands alike: no algorithm that names them is forced."""
-    if op.primitive is not prim.dot_general_p or op.eqn.params["out_sharding"] is not None:
+    """Whether an op is a product whose result may lie anyhow, by no algorithm that names its operands."""
+    if op.primitive is not prim.dot_general_p:
         return False
-    return not isinstance(op.eqn.params["precision"], lax.DotAlgorithm)
+    sharding, precision = op.eqn.params["out_sharding"], op.eqn.params["precision"]
+    is_free = sharding is None or not any(sharding.spec)  # inside `shard_map` it names no axis
+    return is_free and not isinstance(precision, lax.DotAlgorithm)
 
 
 def _undone_by_swapping(product: Op) -> tuple[int, ...]:
