@@ -3,10 +3,10 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that gets better, with the strategies that were found before; those of the best plans of the two best
-numbers, and of one at which the walk would end, are solved for their own. A forced
-choice (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single modes are searches in which
-everything but the strategies is forced (`space`).
+as that promises enough (`climb`), with the strategies that were found before; those of the best plans of the
+two best numbers, and of one at which the walk would end, are solved for their own. A forced choice
+(parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single modes are searches in which everything
+but the strategies is forced (`space`).
 
 A schedule whose bound says that it cannot beat what was found is not searched. The least of all bounds is
 what the optimality gap is stated against: of the numbers of microbatches that were tried.

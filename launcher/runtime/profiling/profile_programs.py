@@ -31,7 +31,7 @@ _LITTLE = 1e-9  # so that what is added changes nothing
 _WIDENING = 4  # of a perceptron's middle
 _STIFFNESS = 0.1  # how much a factor of e weighs, beside a program that is off by a factor of e
 _NEAR = 0.1  # what a program is off by, in logarithms, from where on it weighs less
-_ROUNDS, _STEP = 100, 0.2
+_ROUNDS, _STEP = 100, 0.2  # of the fit, and the most that a factor changes in one, in logarithms
 KERNELS = "kernels"  # a class of work: what they take beside it
 Between = Callable[[jax.Array], jax.Array]
 Program = tuple[Callable | tuple[int, ...], ...]
@@ -95,20 +95,20 @@ def dense_job(count: int, length: int, width: int) -> Job:
 def _dense(between: Between, count: int, length: int, width: int) -> Program:
     """A few blocks of attention and perceptron."""
 
-    def loss(stream, project, widen, narrow):
+    def blocks(stream, project, widen, narrow):
         for _ in range(DEPTH):
             stream = stream + _attention(_normal(stream) @ project)
             stream = between(stream + jax.nn.gelu(_normal(stream) @ widen) @ narrow)
         return stream
 
     middle = _WIDENING * width
-    return loss, (count, length, width), (width, middle), (width, middle), (middle, width)
+    return blocks, (count, length, width), (width, middle), (width, middle), (middle, width)
 
 
 def _experts(between: Between, groups: int, length: int, width: int, experts: int) -> Program:
     """A few blocks of experts, each token going to one of them."""
 
-    def loss(stream, gate, widen, narrow):
+    def blocks(stream, gate, widen, narrow):
         for _ in range(DEPTH):
             normal = _normal(stream)
             chosen = _dispatch(jax.nn.softmax(normal @ gate))
@@ -120,20 +120,20 @@ def _experts(between: Between, groups: int, length: int, width: int, experts: in
 
     middle = _WIDENING * width
     wide, narrow = (experts, width, middle), (experts, middle, width)
-    return loss, (groups, length, width), (width, experts), wide, narrow
+    return blocks, (groups, length, width), (width, experts), wide, narrow
 
 
 def _residual(between: Between, count: int, side: int, channels: int) -> Program:
     """A few residual blocks: a convolution of a window, and one of single points."""
 
-    def loss(images, windowed, pointwise):
+    def blocks(images, windowed, pointwise):
         for _ in range(DEPTH):
             hidden = jax.nn.relu(_over_the_batch(convolved(images, windowed)))
             images = between(images + _over_the_batch(convolved(hidden, pointwise)))
         return images
 
     kernels = (3, 3, channels, channels), (1, 1, channels, channels)
-    return loss, (count, side, side, channels), *kernels
+    return blocks, (count, side, side, channels), *kernels
 
 
 def in_programs(
@@ -195,17 +195,17 @@ def seconds_by_class(job: Job, compute: ComputeModel, working: ComputeModel) -> 
     return found
 
 
-def _forward(loss: Callable, *shapes: tuple[int, ...]) -> Job:
+def _forward(blocks: Callable, *shapes: tuple[int, ...]) -> Job:
     def body(held):
-        return loss(*held), *held[1:]
+        return blocks(*held), *held[1:]
 
     return Job(body=body, shapes=shapes, guess_s=1.0, value=1 / shapes[0][-1])
 
 
-def _gradients(loss: Callable, *shapes: tuple[int, ...]) -> Job:
+def _gradients(blocks: Callable, *shapes: tuple[int, ...]) -> Job:
     def gradients(*held):
         every = tuple(range(len(shapes)))
-        return jax.grad(lambda *held: (loss(*held) ** 2).sum(), argnums=every)(*held)
+        return jax.grad(lambda *held: (blocks(*held) ** 2).sum(), argnums=every)(*held)
 
     def body(held):  # with products as they are in a stage's programs
         graph = turn_products(from_jaxpr(jax.make_jaxpr(gradients)(*held), inline=CALLS))
