@@ -160,7 +160,16 @@ def _is_megatron(planner: IntraOpPlanner, key, choice: Strategy, row: Measuremen
         is_stream = shape[1:] == (row.length, row.hidden)
         if dim == 0 or shape[dim] == row.length or (is_stream and not may_be_heads):
             return False
-    return on_tensor.divides_work if is_product else PARTIAL not in on_tensor.results
+    # What is summed over the split vocabulary: the loss, and the embedding that is looked up.
+    over_vocabulary = any(
+        dim >= 0 and value.aval.shape[dim] == _VOCABULARY
+        for value, dim in zip(op.eqn.invars, on_tensor.operands, strict=True)
+    )
+    return (
+        on_tensor.divides_work
+        if is_product
+        else over_vocabulary or PARTIAL not in on_tensor.results
+    )
 
 
 @lru_cache(maxsize=2)

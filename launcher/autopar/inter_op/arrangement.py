@@ -31,13 +31,19 @@ from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.inter_op.judge import judged_s, num_passes
 from launcher.autopar.inter_op.pace import pace_of
+from launcher.autopar.inter_op.loop_plans import plans_by_period
 from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.refine import refine
 from launcher.autopar.inter_op.slowest_stage import Bound, by_slowest_stage_s
 from launcher.autopar.inter_op.space import Space
-from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, shared_bytes
+from launcher.autopar.inter_op.stage_table import (
+    StageChoice,
+    StageOption,
+    StageTable,
+    shared_bytes,
+)
 from launcher.autopar.inter_op.submesh_bound import (
     busiest_submesh_s,
     fastest_options_s,
@@ -106,7 +112,7 @@ class Arranger:
         bounds = (self._bound(first),)
         if result.stages is not None and not self._fits(result.stages):
             result, bounds = self._by_number(first)
-        if result.stages is None:
+        if first.stages is None:
             return Arranged(None, bounds, first.num_candidates)
         return self._refined(result, first, bounds)
 
@@ -114,15 +120,14 @@ class Arranger:
         """What no plan of a search can beat; what is not the least of all need not be sharper."""
         if result.bound_s >= self.worth_s:
             return Bound(result.bound_s)
-        pieces, rows = result.table.pieces, result.table.rows
+        of_space = (result.table.pieces, result.table.rows, self.schedule, self.num_microbatches)
+        room_bytes = self._room_bytes(result.table)
+        return Bound(result.bound_s, partial(by_slowest_stage_s, *of_space, room_bytes))
+
+    def _room_bytes(self, table: StageTable) -> np.ndarray:
+        """What there is on a device, by row."""
         memory_bytes = np.array([kind.device.usable_bytes for kind in self.cluster.kinds])
-        room_bytes = memory_bytes[np.array(self.space.kinds)[rows["submesh"]]]
-        return Bound(
-            result.bound_s,
-            partial(
-                by_slowest_stage_s, pieces, rows, self.schedule, self.num_microbatches, room_bytes
-            ),
-        )
+        return memory_bytes[np.array(self.space.kinds)[table.rows["submesh"]]]
 
     def _by_number(self, first: SearchResult) -> tuple[SearchResult, tuple[Bound, ...]]:
         """Try every number of stages by itself, as long as it may still be the best."""
@@ -159,8 +164,9 @@ class Arranger:
             bounds: of that.
         """
         num_candidates = first.num_candidates
-        stages, step_s = result.stages, self._judge(result.stages)
-        step_s = math.inf if step_s is None else step_s
+        stages, step_s = self._by_period(result.stages, first.table)
+        if stages is None:
+            return Arranged(None, bounds, num_candidates)
         passes = num_passes(self.schedule, len(stages), self.num_microbatches)
         better = refine(
             first.table, first.lines, min(step_s, self.worth_s), self._judge,
@@ -174,6 +180,19 @@ class Arranger:
         if not math.isfinite(step_s):
             return Arranged(None, bounds, num_candidates)
         return Arranged(Arrangement(stages, placement, step_s), bounds, num_candidates)
+
+    def _by_period(
+        self, stages: tuple[StageChoice, ...] | None, table: StageTable
+    ) -> tuple[tuple[StageChoice, ...] | None, float]:
+        """The faster of the formula's stages and those of a short period, and how long a step takes."""
+        step_s = None if stages is None else self._judge(stages)
+        step_s = math.inf if step_s is None else step_s
+        of_table = table, self.schedule, self.num_microbatches, self._room_bytes(table)
+        for others in plans_by_period(*of_table, min(step_s, self.worth_s)):
+            its_s = self._judge(others)
+            if its_s is not None and its_s < step_s:
+                stages, step_s = others, its_s
+        return stages, step_s
 
     @property
     def _v(self) -> int:

@@ -11,7 +11,6 @@ from launcher.autopar.graphs.layers import LayeredModel
 from launcher.autopar.graphs.work import aval_bytes, op_flops
 from launcher.autopar.inter_op.space import PlanOptions, Space, divisors
 
-_MOST_CUTS = 24
 _LIGHT = 0.5  # of a mean piece: less work is no stage's
 
 
@@ -45,7 +44,9 @@ def ways_to_cut(options: PlanOptions, space: Space, model: LayeredModel) -> Iter
     stages they are tried by themselves in any case: there the search among all cuts is only near the best.
     """
     forced = space.num_submeshes
-    everywhere = {v: stage_cuts(model, (forced or 0) * v) for _, v in space.schedules}
+    everywhere = {
+        v: stage_cuts(model, (forced or 0) * v, space.most_pieces) for _, v in space.schedules
+    }
 
     def way(name: str, v: int, number: int | None, cuts: tuple[int, ...]) -> Way:
         return Way(schedule=name, virtual_stages=v, num_submeshes=number, cuts=cuts)
@@ -61,15 +62,16 @@ def ways_to_cut(options: PlanOptions, space: Space, model: LayeredModel) -> Iter
                 yield way(name, v, number, equal)
 
 
-def stage_cuts(model: LayeredModel, num_stages: int) -> tuple[int, ...]:
+def stage_cuts(model: LayeredModel, num_stages: int, most_pieces: int) -> tuple[int, ...]:
     """Where stages may begin: before every layer, or, where that is too often, every few equal ones.
 
     A layer with little work goes with the ones beside it.
 
     Args:
         num_stages: so many stages there must be room for.
+        most_pieces: with fewer stages.
     """
-    count, most = len(model.layers), max(_MOST_CUTS, num_stages)
+    count, most = len(model.layers), max(most_pieces, num_stages)
     if count <= most:
         return tuple(range(count + 1))
     for group in range(2, count):

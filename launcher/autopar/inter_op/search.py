@@ -12,6 +12,7 @@ A schedule whose bound says that it cannot beat what was found is not searched. 
 what the optimality gap is stated against: of the numbers of microbatches that were tried.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ _MOST_SETTLED = 2  # numbers of microbatches
 # Of a step, per device and at most: a try at the next number takes longer for more devices.
 _WORTH_CLIMBING, _MOST_WORTH_CLIMBING = 1e-4, 0.005
 _CLOSE = 1.05  # times the best: worth solving for its own number of microbatches
+_FINE_PIECES = 48  # that layers are cut into where the best is known, but for these cuts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,13 +146,14 @@ class _Attempts:
         """The least step time, and the number of microbatches that has it."""
         return min(((tried.step_s, m) for m, tried in self.found.items()), default=(math.inf, 0))
 
-    def step_s(self, num_microbatches: int) -> float:
-        """The step time of the best arrangement; infinite where none fits."""
+    def step_s(self, num_microbatches: int, space: Space | None = None) -> float:
+        """The step time of the best arrangement, in a part of the space if one is given; infinite where none
+        fits."""
         if num_microbatches not in (*self.found, *self.failures):
             self._progress(f"{num_microbatches} microbatches")
             try:
                 self.found[num_microbatches] = self._try(
-                    num_microbatches, self.best()[0], self._known, self._space
+                    num_microbatches, self.best()[0], self._known, space or self._space
                 )
             except InfeasiblePlanError as error:
                 self.failures[num_microbatches] = without_frames(error)
@@ -198,9 +201,18 @@ class _Attempts:
         ]
 
     def climb(self, counts: Sequence[int]) -> None:
-        """Go on from the best, as long as that is worth it."""
+        """Go on from the best, as long as that is worth it, with the submeshes of what comes near it."""
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
-        climb(self.step_s, self._tried_s, counts, worth)
+        part = self._space.only(self._near())
+        climb(partial(self.step_s, space=part), self._tried_s, counts, worth)
+
+    def _near(self) -> set[int]:
+        """The submeshes of candidates that come near the best."""
+        candidates = [c for tried in self.found.values() for c in tried.candidates]
+        stages = [
+            c.arrangement.stages for c in candidates if c.step_s <= _NEAR * self.best()[0]
+        ]
+        return {choice.submesh for choice in itertools.chain(*stages)}
 
     def _tried_s(self) -> dict[int, float]:
         """Step times by count; infinite where nothing fits."""
@@ -219,28 +231,29 @@ class _Attempts:
             self._settle(near[0][1])
 
     def _settle(self, num_microbatches: int) -> None:
-        """Solve what the best candidates of a number of microbatches took over from others."""
+        """Solve what the best candidates of a number of microbatches took over from others, and cut finer."""
         before = self.found[num_microbatches]
-        chosen = [
-            choice
-            for candidate in before.candidates
-            for choice in candidate.arrangement.stages
-            if candidate.step_s <= _CLOSE * before.step_s
-        ]
+        near = [c for c in before.candidates if c.step_s <= _CLOSE * before.step_s]
+        chosen = [choice for candidate in near for choice in candidate.arrangement.stages]
         kinds = self._space.kinds
         used = {(kinds[c.submesh], c.option.tag.mesh, c.option.tag.weight) for c in chosen}
         stale = [
             {key for key in keys if (kind, *key[:2]) in used}
             for kind, keys in enumerate(self._taken_over(num_microbatches))
         ]
-        if not any(stale):
+        pieces, layers = before.cuts
+        if not any(stale) and pieces >= min(layers, _FINE_PIECES):
             return
         self._progress(f"{num_microbatches} microbatches")
         others = tuple(
             {key: solution for key, solution in known.items() if key not in keys}
             for known, keys in zip(self._known, stale, strict=True)
         )
-        part = self._space.only({choice.submesh for choice in chosen})
+        part = replace(
+            self._space.only({choice.submesh for choice in chosen}),
+            schedules=tuple(dict.fromkeys((c.schedule, c.virtual_stages) for c in near)),
+            most_pieces=_FINE_PIECES,
+        )
         try:
             again = self._try(num_microbatches, math.inf, others, part)
         except InfeasiblePlanError:

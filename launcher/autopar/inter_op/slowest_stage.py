@@ -74,14 +74,14 @@ def by_slowest_stage_s(
     # What a stage holds depends on the number of all stages.
     bound_s = enough_s
     for number in pieces.numbers_of_stages:
-        fitting = _in_all(number, pieces, rows, schedule, num_microbatches, room_bytes)
+        fitting = in_all(number, pieces, rows, schedule, num_microbatches, room_bytes)
         if len(fitting):
             of_number_s = _of_rows_s(pieces, fitting, schedule, num_microbatches, bound_s)
             bound_s = min(bound_s, of_number_s)
     return bound_s
 
 
-def _in_all(
+def in_all(
     number: int, pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int,
     room_bytes: np.ndarray,
 ) -> np.ndarray:  # fmt: skip

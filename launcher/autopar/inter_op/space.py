@@ -58,6 +58,7 @@ class Space:
         devices: How many there are to use, by kind.
         num_submeshes: That the stages lie on; None leaves their number open.
         schedules: Names, and how many stages a submesh holds.
+        most_pieces: That the layers are cut into, unless there are more stages.
     """
 
     submeshes: tuple[tuple[int, int], ...]
@@ -66,6 +67,7 @@ class Space:
     num_submeshes: int | None
     choices: Choices
     schedules: tuple[tuple[str, int], ...]
+    most_pieces: int = 24
 
     @property
     def num_devices(self) -> int:

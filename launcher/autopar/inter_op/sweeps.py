@@ -89,6 +89,18 @@ def sweep_waiting(
     return _sweep(pieces, rows, rows["fits"], step, sweep(pieces, rows, trip, np.add))
 
 
+def sweep_with(
+    pieces: Pieces, rows: np.ndarray, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """The same with the caller's own way to combine.
+
+    Args:
+        step: from the numbers of rows, how many stages there are from them on, and what is behind them
+            (rows, devices), to what is at them.
+    """
+    return _sweep(pieces, rows, rows["fits"], step)
+
+
 def _sweep(
     pieces: Pieces, rows: np.ndarray, fits: np.ndarray, step, *others: np.ndarray
 ) -> np.ndarray:
