@@ -1,8 +1,8 @@
 """What a search finds, by number of microbatches and schedule, before it is written down as a plan."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from launcher.autopar.inter_op.arrangement import Arrangement
 from launcher.autopar.inter_op.slowest_stage import Bound
@@ -21,6 +21,11 @@ class Candidate:
     planner: IntraOpPlanner
     arrangement: Arrangement
     largest_gap_fraction: float
+
+    def renumbered(self, numbers: Sequence[int]) -> "Candidate":
+        """The same with other numbers for submeshes."""
+        stages = tuple(replace(c, submesh=numbers[c.submesh]) for c in self.arrangement.stages)
+        return replace(self, arrangement=replace(self.arrangement, stages=stages))
 
     @property
     def decisions(self) -> tuple:

@@ -1,10 +1,11 @@
-"""How fast a pipeline runs under 1F1B and ZB-H1: its period, which the slowest loop through its stages sets.
+"""How fast a pipeline runs: its period, which the slowest loop through its stages sets.
 
-Stage i sends a microbatch on when one has come back to it, and between stages i and l, the next but l - i, there is
-room for l - i + 1. So in the middle of a step, when every stage does one forward and one backward pass in turn, the
-dependencies close a loop from i to l and back, for every i <= l, in which so many microbatches go round. With
+Under 1F1B and ZB-H1 stage i sends a microbatch on when one has come back to it, and there is room for l - i + 1
+between it and stage l. So in the middle of a step, when every stage does one forward and one backward pass in
+turn, the dependencies close a loop from i to l and back, for every i <= l, in which so many microbatches go
+round. With
 
-    t  F + I + W, what keeps a stage busy        q  F + I + c, what others wait for (1F1B: I is all of B, and W is 0)
+    t  F + I + W, what keeps a stage busy        q  F + I + c, what others wait for (1F1B: I is all of B, W is 0)
 
 each of them takes
 
@@ -12,7 +13,8 @@ each of them takes
 
 and the greatest of these is the period (the greatest cycle mean of the event graph: Baccelli, Cohen, Olsder and
 Quadrat, Synchronization and Linearity, 1992, chapter 2). It is less than the greatest t + c, by which the formula
-of `inter_op` goes, as far as the neighbours of a stage that waits long are fast; tests hold it against the simulator.
+of `inter_op` goes, as far as the neighbours of a stage that waits long are fast; tests hold it against the
+simulator. Under GPipe all microbatches are on their way at once: a stage waits for itself alone, and q is 0.
 
 Whether a plan's period is at most P can be seen stage by stage, from the last to the first, by what the loops
 through a stage lack, and must have left over before it:
@@ -20,6 +22,11 @@ through a stage lack, and must have left over before it:
     need_j = max(0, q_j - P + need_(j+1)),    t_i + need_(i+1) <= P
 
 which less need is always good for. So the least need is a DP as in `sweeps`, exact for each P.
+
+A step takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a later one
+from l to the end, and between the two the whole rounds that there are of the slowest loop: with n microbatches in
+it, (m - 1) / n of them, rounded down, of n periods each; and then what the first stage has left to do, its W and
+the end of the step. Under GPipe it takes m periods.
 """
 
 from collections.abc import Iterator
@@ -30,7 +37,10 @@ import numpy as np
 from launcher.autopar.inter_op.pace import busy_s, waited_for_s
 from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s
 from launcher.autopar.inter_op.sweeps import sweep, sweep_with
-from launcher.autopar.programs.schedules import AbstractSchedule, ZbH1
+from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
+
+_BISECTIONS = 6
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,23 +50,51 @@ class Loops:
     Attributes:
         busy_s: t of the module's head, by row.
         waited_s: q, by row.
+        last_s: what a first stage does when the last microbatch is back, by row.
     """
 
     pieces: Pieces
     rows: np.ndarray
     busy_s: np.ndarray
     waited_s: np.ndarray
+    last_s: np.ndarray
 
     @classmethod
     def of(cls, pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule) -> "Loops":
-        waited_s = waited_for_s(rows) if isinstance(schedule, ZbH1) else microbatch_time_s(rows)
-        return cls(pieces, rows, busy_s(rows), waited_s)
+        waited_s, last_s = microbatch_time_s(rows), rows["once_s"]
+        match schedule:
+            case GPipe():
+                waited_s = np.zeros(len(rows))
+            case ZbH1():
+                waited_s, last_s = waited_for_s(rows), rows["once_s"] + rows["weight_s"]
+        return cls(pieces, rows, busy_s(rows), waited_s, last_s)
 
     def within(self, period_s: float) -> "Within":
         """What can be had with a period that is no longer."""
+        period_s *= 1 + _ROUNDING
         live = self.busy_s <= period_s
-        loops = Loops(self.pieces, self.rows[live], self.busy_s[live], self.waited_s[live])
+        columns = (column[live] for column in (self.busy_s, self.waited_s, self.last_s))
+        loops = Loops(self.pieces, self.rows[live], *columns)
         return Within(loops, period_s, loops._needs(period_s))
+
+    def shortest(self, most_s: float) -> tuple[float, "Within"] | None:
+        """A period that no plan stays below, and nearly the shortest there is; None if that is over `most_s`."""
+        low_s = float(sweep(self.pieces, self.rows, self.busy_s, np.maximum)[:, 0, -1].min())
+        if low_s > most_s:
+            return None
+        best = self.within(low_s)  # where no stage waits for others
+        if len(best.numbers()):
+            return low_s, best
+        best = self.within(most_s)
+        if not len(best.numbers()):
+            return None
+        for _ in range(_BISECTIONS):
+            middle = self.within((low_s + best.period_s) / 2)
+            if len(middle.numbers()):
+                best = middle
+            else:
+                low_s = middle.period_s
+        return low_s, best
 
     def period_s(self, plan: np.ndarray) -> float:
         """Of a plan, given by the numbers of its rows."""
@@ -89,6 +127,29 @@ class Within:
     def numbers(self) -> np.ndarray:
         """How many stages such plans have."""
         return np.flatnonzero(np.isfinite(self.needs[:, 0, -1]))
+
+    def least_step_s(self, num_microbatches: int, longer_than_s: float) -> np.ndarray:
+        """What none of them can beat whose period is longer than so much, by the number of stages."""
+        loops, m = self.loops, num_microbatches
+        if not loops.waited_s.any():
+            return np.full(loops.pieces.max_stages + 1, m * longer_than_s)
+        trip_s = self._least_trips_s()
+        in_loop = np.maximum(np.arange(len(trip_s)), 1)
+        rounds = np.minimum.accumulate(in_loop * ((m - 1) // in_loop))
+        return trip_s + rounds * longer_than_s
+
+    def _least_trips_s(self) -> np.ndarray:
+        """The least sum of all q and of what the first stage does then, where every stage's own loops can be."""
+        loops, rows = self.loops, self.loops.rows
+        own_s = loops.waited_s + np.where(rows["start"] == 0, loops.last_s, 0.0)
+
+        def step(live: np.ndarray, stages: int, behind: np.ndarray, needs: np.ndarray) -> np.ndarray:
+            del stages
+            behind += own_s[live, None]
+            behind[loops.busy_s[live, None] + needs > self.period_s] = np.inf
+            return behind
+
+        return sweep_with(loops.pieces, rows, step, self.needs)[:, 0, -1]
 
     def plans(self) -> Iterator[np.ndarray]:
         """Yield, by the number of stages, the numbers of the rows of one with little on a microbatch's way."""

@@ -18,7 +18,6 @@ from launcher.autopar.inter_op.slowest_stage import in_all
 from launcher.autopar.inter_op.stage_table import StageChoice, StageTable
 from launcher.autopar.programs.schedules import AbstractSchedule, OneForwardOneBackward, ZbH1
 
-_BISECTIONS = 6
 _PERIODS = (1.0, 1.01, 1.02, 1.04, 1.08)  # times the shortest
 _MOST_PLANS = 12
 
@@ -37,11 +36,11 @@ def plans_by_period(
         return []
     loops = Loops.of(table.pieces, table.rows, schedule)
     most_s = known_s / num_microbatches
-    shortest = _shortest(loops, most_s)
+    shortest = loops.shortest(most_s)
     if shortest is None:
         return []
     found: dict[tuple[int, ...], float] = {}
-    for period_s in (shortest.period_s * factor for factor in _PERIODS):
+    for period_s in (shortest[1].period_s * factor for factor in _PERIODS):
         if period_s > most_s:
             break
         for within in _by_number(loops, period_s, schedule, num_microbatches, room_bytes):
@@ -54,21 +53,6 @@ def plans_by_period(
                 )
     best = sorted(found, key=found.__getitem__)[:_MOST_PLANS]
     return [tuple(table.choices[number] for number in plan) for plan in best]
-
-
-def _shortest(loops: Loops, most_s: float) -> Within | None:
-    """The shortest period that there is, or nearly; None where all are longer than `most_s`."""
-    best = loops.within(most_s)
-    if not len(best.numbers()):
-        return None
-    low_s = 0.5 * most_s
-    for _ in range(_BISECTIONS):
-        middle = loops.within(math.sqrt(low_s * best.period_s))
-        if len(middle.numbers()):
-            best = middle
-        else:
-            low_s = middle.period_s
-    return best
 
 
 def _by_number(

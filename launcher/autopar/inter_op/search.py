@@ -49,6 +49,7 @@ from launcher.models.model import Model
 
 _STEP_FACTOR = 4
 _NEAR = 1.1  # times the best: may be because of the strategies
+_LIKE = 2  # times as many devices, or as few
 _MOST_SETTLED = 2  # numbers of microbatches
 # Of a step, per device and at most: a try at the next number takes longer for more devices.
 _WORTH_CLIMBING, _MOST_WORTH_CLIMBING = 1e-4, 0.005
@@ -138,9 +139,10 @@ class _Attempts:
             self._planners[num_microbatches] = IntraOpPlanner(
                 self._layers(num_microbatches), relaxations=self._relaxations
             )
-        return self._search(
-            self._planners[num_microbatches], num_microbatches, worth_s, known, space
-        )
+        planner = self._planners[num_microbatches]
+        tried = self._search(planner, num_microbatches, worth_s, known, space)
+        numbers = space.numbers_in(self._space)
+        return replace(tried, candidates=tuple(c.renumbered(numbers) for c in tried.candidates))
 
     def best(self) -> tuple[float, int]:
         """The least step time, and the number of microbatches that has it."""
@@ -201,18 +203,24 @@ class _Attempts:
         ]
 
     def climb(self, counts: Sequence[int]) -> None:
-        """Go on from the best, as long as that is worth it, with the submeshes of what comes near it."""
+        """Go on from the best, as long as that is worth it, with submeshes like those of what comes near it."""
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
         part = self._space.only(self._near())
         climb(partial(self.step_s, space=part), self._tried_s, counts, worth)
 
     def _near(self) -> set[int]:
-        """The submeshes of candidates that come near the best."""
+        """The submeshes of candidates that come near the best, and all from half to twice their devices.
+
+        Another number of microbatches may need those: it divides by other numbers of stages.
+        """
         candidates = [c for tried in self.found.values() for c in tried.candidates]
         stages = [
             c.arrangement.stages for c in candidates if c.step_s <= _NEAR * self.best()[0]
         ]
-        return {choice.submesh for choice in itertools.chain(*stages)}
+        sizes = [math.prod(shape) for shape in self._space.submeshes]
+        near = [sizes[choice.submesh] for choice in itertools.chain(*stages)]
+        least, most = min(near) / _LIKE, max(near) * _LIKE
+        return {number for number, size in enumerate(sizes) if least <= size <= most}
 
     def _tried_s(self) -> dict[int, float]:
         """Step times by count; infinite where nothing fits."""

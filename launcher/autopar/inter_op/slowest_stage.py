@@ -1,11 +1,10 @@
-"""A sharper bound, for schedules without virtual stages: plans one by one by how slow their slowest stage is.
+"""A sharper bound, for schedules without virtual stages: plans one by one by their period.
 
-The bound of all plans is the least over ranges of max t, the time of the slowest stage, of the bound of the
-plans in that range. With rows that are no slower, more stages share the work evenly, and what lies before
-and behind a stage cannot be small. Beside the lines of `plan_bounds`, with their words and q for the number
-of stages behind i, there are these (again longest paths through the simulator's graph):
+The bound of all plans is the least over ranges of the period (`critical_loops`) of the bound of the plans in
+that range. With a period that is no longer, stages share the work more evenly, and what lies before and behind
+a stage cannot be small. Beside what the period says, and the lines of `plan_bounds`, with their words and q
+for the number of stages behind i, there are these (again longest paths through the simulator's graph):
 
-    all      m times the least max t of the range
     GPipe    sum of all t + c,  then (m - 1) t_i
     1F1B     sum of t + c before i,  then m t_i,  and twice what a trip to the end and back takes longer than
              the work meanwhile: at the beginning q forwards, at the end q backwards
@@ -22,6 +21,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from launcher.autopar.inter_op.critical_loops import Loops
 from launcher.autopar.inter_op.pace import busy_s, waited_for_s
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.stage_table import (
@@ -33,7 +33,8 @@ from launcher.autopar.inter_op.stage_table import (
 from launcher.autopar.inter_op.sweeps import sweep, sweep_waiting
 from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
-_NUM_RANGES = 5
+_NUM_RANGES = 6
+_FAR = 1.1  # times the mean time of a microbatch: longer periods are none of a good plan
 _CLOSE = 0.95  # of a plan's time: a bound that need not be sharper
 
 
@@ -99,15 +100,17 @@ def in_all(
 def _of_rows_s(
     pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int, enough_s: float
 ) -> float:  # fmt: skip
-    m, work_s = num_microbatches, busy_s(rows)
-    least_s = float(sweep(pieces, rows, work_s, np.maximum)[:, 0, -1].min())
-    if m * least_s >= enough_s:
-        return enough_s
-    bound_s = enough_s
-    for low_s, high_s in pairwise(np.geomspace(least_s, enough_s / m, _NUM_RANGES + 1)):
-        inside = rows[work_s <= math.nextafter(high_s, math.inf)]
-        by_stages = np.maximum(_by_stages(pieces, inside, schedule, m), m * low_s)
-        bound_s = min(bound_s, float(by_stages.min()))
+    loops, m = Loops.of(pieces, rows, schedule), num_microbatches
+    longest_s = float(loops.busy_s.max() + loops.waited_s.max())  # no plan's period is longer
+    far_s = min(_FAR * enough_s / m, longest_s)
+    shortest = loops.shortest(far_s)
+    low_s = far_s if shortest is None else shortest[0]
+    bound_s, edges_s = enough_s, np.geomspace(low_s, far_s, _NUM_RANGES + 1)
+    for low_s, high_s in pairwise((*edges_s.tolist(), longest_s)):
+        within = loops.within(high_s)
+        lines = _by_stages(pieces, within.loops.rows, schedule, m)
+        by_stages = np.maximum(lines, within.least_step_s(m, low_s))
+        bound_s = min(bound_s, float(by_stages[within.numbers()].min(initial=math.inf)))
     return bound_s
 
 

@@ -82,6 +82,11 @@ class Space:
             kinds=tuple(self.kinds[index] for index in kept),
         )
 
+    def numbers_in(self, whole: "Space") -> list[int]:
+        """Of each submesh, its number in the space that this is a part of."""
+        numbers = {place: n for n, place in enumerate(zip(whole.submeshes, whole.kinds, strict=True))}
+        return [numbers[place] for place in zip(self.submeshes, self.kinds, strict=True)]
+
     def describe(self) -> str:
         """What a plan of the space may be, in words."""
         shapes = [hosts * devices for hosts, devices in self.submeshes]

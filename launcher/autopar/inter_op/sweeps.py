@@ -90,15 +90,15 @@ def sweep_waiting(
 
 
 def sweep_with(
-    pieces: Pieces, rows: np.ndarray, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+    pieces: Pieces, rows: np.ndarray, step: Callable[..., np.ndarray], *others: np.ndarray
 ) -> np.ndarray:
     """The same with the caller's own way to combine.
 
     Args:
         step: from the numbers of rows, how many stages there are from them on, and what is behind them
-            (rows, devices), to what is at them.
+            (rows, devices) in this table and in the others, to what is at them.
     """
-    return _sweep(pieces, rows, rows["fits"], step)
+    return _sweep(pieces, rows, rows["fits"], step, *others)
 
 
 def _sweep(
