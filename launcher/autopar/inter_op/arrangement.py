@@ -28,22 +28,18 @@ from functools import partial
 import numpy as np
 
 from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.inter_op.by_period import Bound, by_period_s
 from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.inter_op.judge import judged_s, num_passes
-from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.loop_plans import plans_by_period
+from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.refine import refine
-from launcher.autopar.inter_op.slowest_stage import Bound, by_slowest_stage_s
+from launcher.autopar.inter_op.shared_memory import on_submeshes_bytes
 from launcher.autopar.inter_op.space import Space
-from launcher.autopar.inter_op.stage_table import (
-    StageChoice,
-    StageOption,
-    StageTable,
-    shared_bytes,
-)
+from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, StageTable
 from launcher.autopar.inter_op.submesh_bound import (
     busiest_submesh_s,
     fastest_options_s,
@@ -64,6 +60,11 @@ class Arrangement:
     stages: tuple[StageChoice, ...]
     placement: tuple[Placement, ...]
     step_s: float
+
+    def renumbered(self, numbers: Sequence[int]) -> "Arrangement":
+        """The same with other numbers for submeshes."""
+        stages = tuple(replace(c, submesh=numbers[c.submesh]) for c in self.stages)
+        return replace(self, stages=stages)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,9 +121,9 @@ class Arranger:
         """What no plan of a search can beat; what is not the least of all need not be sharper."""
         if result.bound_s >= self.worth_s:
             return Bound(result.bound_s)
-        of_space = (result.table.pieces, result.table.rows, self.schedule, self.num_microbatches)
+        of_space = result.table.pieces, result.table.rows, *self._program
         room_bytes = self._room_bytes(result.table)
-        return Bound(result.bound_s, partial(by_slowest_stage_s, *of_space, room_bytes))
+        return Bound(result.bound_s, partial(by_period_s, *of_space, room_bytes))
 
     def _room_bytes(self, table: StageTable) -> np.ndarray:
         """What there is on a device, by row."""
@@ -147,8 +148,8 @@ class Arranger:
                 failures.append(without_frames(error))
                 continue
             bounds.append(self._bound(result))
-            step_s = None if result.stages is None else self._judge(result.stages)
-            if step_s is not None and step_s < known_s:
+            step_s = self._judge(result.stages)
+            if step_s < known_s:
                 best, known_s = result, step_s
         if best.stages is None and math.isinf(self.worth_s):
             raise failures[0] if failures else self._no_fit()
@@ -157,14 +158,9 @@ class Arranger:
     def _refined(
         self, result: SearchResult, first: SearchResult, bounds: tuple[Bound, ...]
     ) -> Arranged:
-        """Look, with the simulator, whether other stages are faster than those of the formula.
-
-        Args:
-            first: where all that fits is to be found.
-            bounds: of that.
-        """
+        """Look, with the simulator, whether others of `first` are faster than the formula's stages."""
         num_candidates = first.num_candidates
-        stages, step_s = self._by_period(result.stages, first.table)
+        stages, step_s = self._or_short_period(result.stages, first.table)
         if stages is None:
             return Arranged(None, bounds, num_candidates)
         passes = num_passes(self.schedule, len(stages), self.num_microbatches)
@@ -177,36 +173,38 @@ class Arranger:
         if better.is_proven:
             bounds = (Bound(max(better.step_s, min(bounds).least_s)),)
         placement = self._place(stages)
-        if not math.isfinite(step_s):
-            return Arranged(None, bounds, num_candidates)
-        return Arranged(Arrangement(stages, placement, step_s), bounds, num_candidates)
+        best = Arrangement(stages, placement, step_s) if math.isfinite(step_s) else None
+        return Arranged(best, bounds, num_candidates)
 
-    def _by_period(
+    def _or_short_period(
         self, stages: tuple[StageChoice, ...] | None, table: StageTable
     ) -> tuple[tuple[StageChoice, ...] | None, float]:
         """The faster of the formula's stages and those of a short period, and how long a step takes."""
-        step_s = None if stages is None else self._judge(stages)
-        step_s = math.inf if step_s is None else step_s
-        of_table = table, self.schedule, self.num_microbatches, self._room_bytes(table)
+        step_s = self._judge(stages)
+        of_table = table, *self._program, self._room_bytes(table)
         for others in plans_by_period(*of_table, min(step_s, self.worth_s)):
             its_s = self._judge(others)
-            if its_s is not None and its_s < step_s:
+            if its_s < step_s:
                 stages, step_s = others, its_s
         return stages, step_s
+
+    @property
+    def _program(self) -> tuple[AbstractSchedule, int]:
+        return self.schedule, self.num_microbatches
 
     @property
     def _v(self) -> int:
         return self.schedule.virtual_stages
 
-    def _judge(self, stages: Sequence[StageChoice]) -> float | None:
-        """The simulated step time; None for stages that do not fit, in memory or on the cluster."""
-        if not self._fits(stages):
-            return None
+    def _judge(self, stages: Sequence[StageChoice] | None) -> float:
+        """The simulated step time; infinite for none, and what does not fit, in memory or on the cluster."""
+        if stages is None or not self._fits(stages):
+            return math.inf
         try:
             self._place(stages)
         except InfeasiblePlanError:
-            return None
-        return judged_s(stages, self.schedule, self.num_microbatches, self.transfer_s)
+            return math.inf
+        return judged_s(stages, *self._program, self.transfer_s)
 
     def _plan(self, num_stages: int | None) -> SearchResult:
         def counted(peak: Callable[[int, int, int], int]) -> Callable[[int, int], int]:
@@ -267,7 +265,8 @@ class Arranger:
             except InfeasiblePlanError as error:
                 failures.append(without_frames(error))
                 continue
-            found.append(replace(arranged, best=_on(submesh, arranged.best)))
+            best = arranged.best and arranged.best.renumbered([submesh])
+            found.append(replace(arranged, best=best))
         plans = [arranged.best for arranged in found if arranged.best is not None]
         if not found or (not plans and math.isinf(self.worth_s)):
             raise self._no_fit() if found else failures[-1] if failures else self._no_groups()
@@ -316,13 +315,13 @@ class Arranger:
         whole = self._cut_equal(p, memory_bytes)
         if whole.stages is None:
             return whole
-        of_space = (whole.table.pieces, whole.table.rows, self.schedule, self.num_microbatches)
+        of_space = whole.table.pieces, whole.table.rows, *self._program
         bound_s = max(whole.bound_s, paired_stages_s(*of_space, memory_bytes))
         fits = self._fits(whole.stages)
         if bound_s < self.worth_s:
             bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
         if bound_s < self.worth_s:
-            of_cut_s = fastest_options_s(whole.table, *of_space[2:], self.transfer_s)
+            of_cut_s = fastest_options_s(whole.table, *self._program, self.transfer_s)
             bound_s = max(bound_s, of_cut_s)
         whole = replace(whole, bound_s=bound_s)
         if bound_s >= self.worth_s:
@@ -333,7 +332,7 @@ class Arranger:
         for _ in range(_MOST_RISES):
             # The prices are those of the sum over p submeshes.
             stages = cheapest(whole.table, weight, prices.rows_s / p)
-            is_short = self._needed_bytes(stages) > memory_bytes
+            is_short = on_submeshes_bytes(stages, *self._program) > memory_bytes
             if not is_short.any():
                 return replace(whole, stages=self._repacked(stages))
             prices = prices.raised(is_short)
@@ -387,16 +386,7 @@ class Arranger:
         """Whether what the stages of each submesh hold at most fits together."""
         homes = [self.space.kinds[choice.submesh] for choice in stages[: len(stages) // self._v]]
         room_bytes = [self.cluster.kinds[kind].device.usable_bytes for kind in homes]
-        return bool((self._needed_bytes(stages) <= room_bytes).all())
-
-    def _needed_bytes(self, stages: Sequence[StageChoice]) -> np.ndarray:
-        """What the stages of each submesh need on a device."""
-        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
-        held = [self.schedule.stash_peak(stage, number, m) for stage in range(number)]
-        split = [self.schedule.split_peak(stage, number, m) for stage in range(number)]
-        options = [choice.option for choice in stages]
-        homes = [slice(home, None, submeshes) for home in range(submeshes)]
-        return np.array([shared_bytes(options[own], held[own], split[own]) for own in homes])
+        return bool((on_submeshes_bytes(stages, *self._program) <= room_bytes).all())
 
     def _place(self, stages: Sequence[StageChoice]) -> tuple[Placement, ...]:
         """Where the stages lie; those of a submesh take turns."""
@@ -404,11 +394,3 @@ class Arranger:
         shapes = [self.space.submeshes[submesh] for submesh in homes]
         kinds = [self.space.kinds[submesh] for submesh in homes]
         return place_on(self.cluster, shapes, kinds) * self._v
-
-
-def _on(submesh: int, arrangement: Arrangement | None) -> Arrangement | None:
-    """Stages that were found for the only submesh shape there was, by its index among all."""
-    if arrangement is None:
-        return None
-    stages = tuple(replace(choice, submesh=submesh) for choice in arrangement.stages)
-    return replace(arrangement, stages=stages)

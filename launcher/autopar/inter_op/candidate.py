@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from launcher.autopar.inter_op.arrangement import Arrangement
-from launcher.autopar.inter_op.slowest_stage import Bound
+from launcher.autopar.inter_op.by_period import Bound
 from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
 from launcher.autopar.text.wording import count
@@ -24,8 +24,7 @@ class Candidate:
 
     def renumbered(self, numbers: Sequence[int]) -> "Candidate":
         """The same with other numbers for submeshes."""
-        stages = tuple(replace(c, submesh=numbers[c.submesh]) for c in self.arrangement.stages)
-        return replace(self, arrangement=replace(self.arrangement, stages=stages))
+        return replace(self, arrangement=self.arrangement.renumbered(numbers))
 
     @property
     def decisions(self) -> tuple:

@@ -1,20 +1,22 @@
 """How fast a pipeline runs: its period, which the slowest loop through its stages sets.
 
-Under 1F1B and ZB-H1 stage i sends a microbatch on when one has come back to it, and there is room for l - i + 1
-between it and stage l. So in the middle of a step, when every stage does one forward and one backward pass in
-turn, the dependencies close a loop from i to l and back, for every i <= l, in which so many microbatches go
-round. With
+Under 1F1B and ZB-H1 stage i sends a microbatch on when one has come back to it, and there is room for
+l - i + 1 between it and stage l. So in the middle of a step, when every stage does one forward and one
+backward pass in turn, the dependencies close a loop from i to l and back, for every i <= l, in which so many
+microbatches go round. With
 
-    t  F + I + W, what keeps a stage busy        q  F + I + c, what others wait for (1F1B: I is all of B, W is 0)
+    t    F + I + W, what keeps a stage busy
+    q    F + I + c, what others wait for (1F1B: I is all of the backward pass, and W is 0)
 
 each of them takes
 
     (t_i + sum of q_j over i < j <= l) / (l - i + 1)
 
-and the greatest of these is the period (the greatest cycle mean of the event graph: Baccelli, Cohen, Olsder and
-Quadrat, Synchronization and Linearity, 1992, chapter 2). It is less than the greatest t + c, by which the formula
-of `inter_op` goes, as far as the neighbours of a stage that waits long are fast; tests hold it against the
-simulator. Under GPipe all microbatches are on their way at once: a stage waits for itself alone, and q is 0.
+and the greatest of these is the period (the greatest cycle mean of the event graph: Baccelli, Cohen, Olsder
+and Quadrat, Synchronization and Linearity, 1992, chapter 2). It is less than the greatest t + c, by which
+the formula of `inter_op` goes, as far as the neighbours of a stage that waits long are fast; tests hold it
+against the simulator. Under GPipe all microbatches are on their way at once: a stage waits for itself
+alone, and q is 0.
 
 Whether a plan's period is at most P can be seen stage by stage, from the last to the first, by what the loops
 through a stage lack, and must have left over before it:
@@ -23,10 +25,10 @@ through a stage lack, and must have left over before it:
 
 which less need is always good for. So the least need is a DP as in `sweeps`, exact for each P.
 
-A step takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a later one
-from l to the end, and between the two the whole rounds that there are of the slowest loop: with n microbatches in
-it, (m - 1) / n of them, rounded down, of n periods each; and then what the first stage has left to do, its W and
-the end of the step. Under GPipe it takes m periods.
+A step takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a
+later one from l to the end, and between the two the whole rounds that there are of the slowest loop: with n
+microbatches in it, (m - 1) / n of them, rounded down, of n periods each; and then what the first stage has
+left to do, its W and the end of the step. Under GPipe it takes m periods.
 """
 
 from collections.abc import Iterator
@@ -78,7 +80,7 @@ class Loops:
         return Within(loops, period_s, loops._needs(period_s))
 
     def shortest(self, most_s: float) -> tuple[float, "Within"] | None:
-        """A period that no plan stays below, and nearly the shortest there is; None if that is over `most_s`."""
+        """A period that no plan stays below, and nearly the shortest; None if that is over `most_s`."""
         low_s = float(sweep(self.pieces, self.rows, self.busy_s, np.maximum)[:, 0, -1].min())
         if low_s > most_s:
             return None
@@ -139,11 +141,13 @@ class Within:
         return trip_s + rounds * longer_than_s
 
     def _least_trips_s(self) -> np.ndarray:
-        """The least sum of all q and of what the first stage does then, where every stage's own loops can be."""
+        """The least sum of all q and of what the first stage does then, where each stage's loops can be."""
         loops, rows = self.loops, self.loops.rows
         own_s = loops.waited_s + np.where(rows["start"] == 0, loops.last_s, 0.0)
 
-        def step(live: np.ndarray, stages: int, behind: np.ndarray, needs: np.ndarray) -> np.ndarray:
+        def step(
+            live: np.ndarray, stages: int, behind: np.ndarray, needs: np.ndarray
+        ) -> np.ndarray:
             del stages
             behind += own_s[live, None]
             behind[loops.busy_s[live, None] + needs > self.period_s] = np.inf
@@ -152,7 +156,7 @@ class Within:
         return sweep_with(loops.pieces, rows, step, self.needs)[:, 0, -1]
 
     def plans(self) -> Iterator[np.ndarray]:
-        """Yield, by the number of stages, the numbers of the rows of one with little on a microbatch's way."""
+        """Yield, by the number of stages, the numbers of the rows of one with a short way."""
         rows = self.loops.rows
         ways_s = sweep(self.loops.pieces, rows, rows["path_s"], np.add)
         for number in self.numbers().tolist():

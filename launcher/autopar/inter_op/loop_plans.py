@@ -1,11 +1,12 @@
 """Stages of a short period, beside those of the formula of `inter_op`.
 
-The formula takes a stage for as slow as the microbatches that it waits for. Where transfers take long that rules
-out stages that wait while their neighbours are fast (`critical_loops`). So for periods from the shortest one that
-there is upwards, and for each number of stages, one plan is made here, for the simulator to judge.
+The formula takes a stage for as slow as the microbatches that it waits for. Where transfers take long that
+rules out stages that wait while their neighbours are fast (`critical_loops`). So for periods from the
+shortest that there is upwards, and for each number of stages, one plan is made here, for the simulator to
+judge.
 
-Left out: of the plans with a period, the one with the shortest way; each stage is chosen as if what follows had
-no more to respect than the period.
+Left out: of the plans with a period, the one with the shortest way; each stage is chosen as if what follows
+had no more to respect than the period.
 """
 
 import math
@@ -13,8 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from launcher.autopar.inter_op.by_period import in_all
 from launcher.autopar.inter_op.critical_loops import Loops, Within
-from launcher.autopar.inter_op.slowest_stage import in_all
 from launcher.autopar.inter_op.stage_table import StageChoice, StageTable
 from launcher.autopar.programs.schedules import AbstractSchedule, OneForwardOneBackward, ZbH1
 

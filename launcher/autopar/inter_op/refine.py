@@ -10,6 +10,7 @@ Objective: `judge.judged_s`. If the search ends by itself, no plan of the space 
 many plans as it may, the bound of the whole space stands.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,13 +34,13 @@ class Refined:
 
 def refine(
     table: StageTable, lines: Sequence[Line], known_s: float,
-    judge: Callable[[Stages], float | None], most_judged: int,
+    judge: Callable[[Stages], float], most_judged: int,
 ) -> Refined:  # fmt: skip
     """Look for stages that take less than `known_s`.
 
     Args:
         lines: that bound what a plan takes.
-        judge: the step time of some stages, None where they do not fit together.
+        judge: the step time of some stages, infinite where they do not fit together.
     """
     search = _Search(table, lines, judge, known_s, most_judged)
     for number in table.pieces.numbers_of_stages:
@@ -90,7 +91,7 @@ class _Search:
     def _judge(self, rows: tuple[int, ...]) -> None:
         stages = tuple(self.table.choices[self.table.rows["number"][row]] for row in rows)
         step_s = self.judge(stages)
-        if step_s is None:  # soon seen
+        if math.isinf(step_s):  # soon seen
             self.looks_left -= 1
             return
         self.judged_left -= 1

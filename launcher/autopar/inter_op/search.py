@@ -3,8 +3,9 @@
 For each number of microbatches the model is traced at that microbatch size, its layers are priced on every
 submesh (`stage_costs`) and, for each schedule, cut into stages (`arrangement`), which the simulator judges.
 Microbatch sizes are tried from the smallest upwards by factors of four, and then next to the best, as long
-as that promises enough (`climb`), with the strategies that were found before; those of the best plans of the
-two best numbers, and of one at which the walk would end, are solved for their own. A forced choice
+as that promises enough (`climb`), with the strategies that were found before and submeshes like those of the
+best. The strategies of the best plans of the two best numbers, and of one at which the walk would end, are
+solved for their own; there the layers are cut into more pieces, too. A forced choice
 (parallel.tp=4) leaves a set of one; the manual, data, ZeRO and single modes are searches in which everything
 but the strategies is forced (`space`).
 
@@ -15,7 +16,7 @@ what the optimality gap is stated against: of the numbers of microbatches that w
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,10 +33,10 @@ from launcher.autopar.inter_op.advice import (
     memory_cures,
 )
 from launcher.autopar.inter_op.arrangement import Arranged, Arranger
+from launcher.autopar.inter_op.by_period import least_bound_s
 from launcher.autopar.inter_op.candidate import Candidate, Tried, fastest
 from launcher.autopar.inter_op.climb import climb
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
-from launcher.autopar.inter_op.slowest_stage import least_bound_s
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, StageCosts, worthwhile
 from launcher.autopar.inter_op.stage_table import StageOption
@@ -49,7 +50,7 @@ from launcher.models.model import Model
 
 _STEP_FACTOR = 4
 _NEAR = 1.1  # times the best: may be because of the strategies
-_LIKE = 2  # times as many devices, or as few
+_LIKE = 4  # times as many devices, or as few
 _MOST_SETTLED = 2  # numbers of microbatches
 # Of a step, per device and at most: a try at the next number takes longer for more devices.
 _WORTH_CLIMBING, _MOST_WORTH_CLIMBING = 1e-4, 0.005
@@ -63,8 +64,9 @@ class Search:
 
     Attributes:
         bound_s: No plan of the space takes less, at the numbers of microbatches that were tried.
-        tried: These numbers.
+        tried: These numbers, and for each the devices of submeshes that stages could have.
         cuts: Of how many pieces stages are made, and how many layers there are.
+        finer: Of how many pieces next to the best.
     """
 
     candidates: tuple[Candidate, ...]
@@ -73,15 +75,23 @@ class Search:
     ilp_solved: int
     priced: int
     bound_s: float
-    tried: tuple[int, ...]
+    tried: Mapping[int, tuple[int, ...]]
     cuts: tuple[int, int]
+    finer: int
 
     def describe_space(self) -> str:
         """What was searched, in words."""
         (pieces, layers), texts = self.cuts, [self.space.describe()]
         if pieces < layers:
-            texts.append(f"stages of {pieces} pieces of {layers} layers, or of equally many layers")
-        return "; ".join([*texts, f"{', '.join(map(str, self.tried))} microbatches"])
+            finer = f", {self.finer} next to the best" if self.finer > pieces else ""
+            texts.append(
+                f"stages of {pieces} pieces of {layers} layers{finer}, or of equally many layers"
+            )
+        for sizes in dict.fromkeys(self.tried.values()):
+            counts = [str(m) for m in sorted(self.tried) if self.tried[m] == sizes]
+            only = "" if sizes == self.space.sizes else f" on {', '.join(map(str, sizes))} devices"
+            texts.append(f"{', '.join(counts)} microbatches{only}")
+        return "; ".join(texts)
 
 
 def search(
@@ -98,11 +108,11 @@ def search(
     counts = microbatch_counts(options, cluster)
     forced = options.num_microbatches
     attempts.walk(_spread(counts, options.global_batch) if forced is None else (forced,))
-    if attempts.found and forced is None:
-        attempts.climb(counts)
-        attempts.settle()
     if not attempts.found:
         raise attempts.failures[max(attempts.failures)]
+    if forced is None:
+        attempts.climb(counts)
+    attempts.settle()
     tried = attempts.found.values()
     candidates = sorted((c for t in tried for c in t.candidates), key=lambda c: c.step_s)
     return Search(
@@ -112,8 +122,9 @@ def search(
         ilp_solved=sum(attempt.num_solved for attempt in tried),
         priced=sum(attempt.num_candidates for attempt in tried),
         bound_s=least_bound_s((b for t in tried for b in t.bounds), attempts.best()[0]),
-        tried=tuple(sorted((*attempts.found, *attempts.failures))),
+        tried=attempts.sizes,
         cuts=next(iter(tried)).cuts,
+        finer=attempts.finer,
     )
 
 
@@ -131,6 +142,8 @@ class _Attempts:
         self._progress = progress
         self.found: dict[int, Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
+        self.sizes: dict[int, tuple[int, ...]] = {}  # of submeshes, by what was tried
+        self.finer = 0  # pieces, next to the best
         self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
 
     def _try(self, num_microbatches: int, worth_s: float, known, space: Space) -> Tried:
@@ -153,9 +166,11 @@ class _Attempts:
         fits."""
         if num_microbatches not in (*self.found, *self.failures):
             self._progress(f"{num_microbatches} microbatches")
+            space = space or self._space
+            self.sizes[num_microbatches] = space.sizes
             try:
                 self.found[num_microbatches] = self._try(
-                    num_microbatches, self.best()[0], self._known, space or self._space
+                    num_microbatches, self.best()[0], self._known, space
                 )
             except InfeasiblePlanError as error:
                 self.failures[num_microbatches] = without_frames(error)
@@ -203,7 +218,7 @@ class _Attempts:
         ]
 
     def climb(self, counts: Sequence[int]) -> None:
-        """Go on from the best, as long as that is worth it, with submeshes like those of what comes near it."""
+        """Go on from the best, as long as that is worth it, with submeshes like those of what is near."""
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
         part = self._space.only(self._near())
         climb(partial(self.step_s, space=part), self._tried_s, counts, worth)
@@ -214,10 +229,8 @@ class _Attempts:
         Another number of microbatches may need those: it divides by other numbers of stages.
         """
         candidates = [c for tried in self.found.values() for c in tried.candidates]
-        stages = [
-            c.arrangement.stages for c in candidates if c.step_s <= _NEAR * self.best()[0]
-        ]
-        sizes = [math.prod(shape) for shape in self._space.submeshes]
+        stages = [c.arrangement.stages for c in candidates if c.step_s <= _NEAR * self.best()[0]]
+        sizes = [hosts * devices for hosts, devices in self._space.submeshes]
         near = [sizes[choice.submesh] for choice in itertools.chain(*stages)]
         least, most = min(near) / _LIKE, max(near) * _LIKE
         return {number for number, size in enumerate(sizes) if least <= size <= most}
@@ -231,7 +244,7 @@ class _Attempts:
         """Solve anew what the best took over, and what comes close: that may be why it is behind."""
         settled: set[int] = set()
         while len(settled) < _MOST_SETTLED:
-            near_s = _NEAR * self.best()[0]
+            near_s = _CLOSE * self.best()[0]
             near = sorted((tried.step_s, m) for m, tried in self.found.items() if m not in settled)
             if not near or near[0][0] > near_s:
                 return
@@ -239,7 +252,7 @@ class _Attempts:
             self._settle(near[0][1])
 
     def _settle(self, num_microbatches: int) -> None:
-        """Solve what the best candidates of a number of microbatches took over from others, and cut finer."""
+        """Solve what the best candidates of a number took over from others, and cut into more pieces."""
         before = self.found[num_microbatches]
         near = [c for c in before.candidates if c.step_s <= _CLOSE * before.step_s]
         chosen = [choice for candidate in near for choice in candidate.arrangement.stages]
@@ -249,6 +262,7 @@ class _Attempts:
             {key for key in keys if (kind, *key[:2]) in used}
             for kind, keys in enumerate(self._taken_over(num_microbatches))
         ]
+        choices, zero = self._space.choices, {choice.option.tag.zero for choice in chosen}
         pieces, layers = before.cuts
         if not any(stale) and pieces >= min(layers, _FINE_PIECES):
             return
@@ -259,6 +273,7 @@ class _Attempts:
         )
         part = replace(
             self._space.only({choice.submesh for choice in chosen}),
+            choices=replace(choices, zero=tuple(z for z in choices.zero if z < 3 or z in zero)),
             schedules=tuple(dict.fromkeys((c.schedule, c.virtual_stages) for c in near)),
             most_pieces=_FINE_PIECES,
         )
@@ -266,6 +281,7 @@ class _Attempts:
             again = self._try(num_microbatches, math.inf, others, part)
         except InfeasiblePlanError:
             return  # the new strategies need more memory, and the ones that were taken over fit
+        self.finer = max(self.finer, again.cuts[0])
         self.found[num_microbatches] = before.with_more(again)
 
 
@@ -304,7 +320,7 @@ def _try_choices(
             planner, cluster, space.submeshes, num_microbatches=num_microbatches,
             choices=choices[kind], optimizer=OptimizerFootprint(options.optimizer),
             known=known[kind], kind=kind, ranges=ranges,
-            microbatch_size=options.global_batch // num_microbatches,
+            microbatch_size=options.global_batch // num_microbatches, worth_s=worth_s,
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip
@@ -334,7 +350,7 @@ def _try_choices(
         if best is not None:
             gap = max(its.largest_gap_fraction for its in costs)
             candidates.append(Candidate(num_microbatches, name, v, planner, best, gap))
-    if not found:
+    if not found and not any(its.has_left_out for its in costs):
         raise failures[0]
     pieces = layered.layers if options.equal_layers else ways[0].cuts[1:]
     return Tried(

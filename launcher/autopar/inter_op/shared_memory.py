@@ -1,4 +1,4 @@
-"""Prices on memory that the virtual stages of a submesh share.
+"""Memory that the virtual stages of a submesh share, and prices on it.
 
 The DP over stages cannot know which stages come to lie on one submesh, so it cannot keep their sum below a
 device's memory M. With a price of l_j seconds per byte of submesh j, what a plan costs at least is
@@ -13,18 +13,38 @@ Bytes are counted from below: of the workspace, of which one stage at a time has
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from launcher.autopar.inter_op.stage_table import Pieces, in_flight_bytes
+from launcher.autopar.inter_op.stage_table import (
+    Pieces,
+    StageChoice,
+    in_flight_bytes,
+    shared_bytes,
+)
 from launcher.autopar.inter_op.sweeps import sweep, trace_back
-from launcher.autopar.programs.schedules import Interleaved
+from launcher.autopar.programs.schedules import AbstractSchedule, Interleaved
 
 _FIRST_PRICES = range(-4, 5)  # the same on all submeshes, as powers of two
 _ROUNDS = 40
 _RAISE = 1.5
 _FIRST_GAIN, _FADE = 0.1, 0.93  # of the bound: how much a step is hoped to add, and how that fades
+
+
+def on_submeshes_bytes(
+    stages: Sequence[StageChoice], schedule: AbstractSchedule, num_microbatches: int
+) -> np.ndarray:
+    """What the stages of each submesh need together on a device."""
+    number, submeshes = len(stages), len(stages) // schedule.virtual_stages
+    held, split = (
+        [peak(stage, number, num_microbatches) for stage in range(number)]
+        for peak in (schedule.stash_peak, schedule.split_peak)
+    )
+    options = [choice.option for choice in stages]
+    homes = [slice(home, None, submeshes) for home in range(submeshes)]
+    return np.array([shared_bytes(options[own], held[own], split[own]) for own in homes])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -73,6 +73,11 @@ class Space:
     def num_devices(self) -> int:
         return sum(self.devices)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The devices that submeshes may have."""
+        return tuple(sorted({hosts * devices for hosts, devices in self.submeshes}))
+
     def only(self, submeshes: Collection[int]) -> "Space":
         """The part of it with these submeshes."""
         kept = sorted(submeshes)
@@ -84,19 +89,20 @@ class Space:
 
     def numbers_in(self, whole: "Space") -> list[int]:
         """Of each submesh, its number in the space that this is a part of."""
-        numbers = {place: n for n, place in enumerate(zip(whole.submeshes, whole.kinds, strict=True))}
+        numbers = {
+            place: n for n, place in enumerate(zip(whole.submeshes, whole.kinds, strict=True))
+        }
         return [numbers[place] for place in zip(self.submeshes, self.kinds, strict=True)]
 
     def describe(self) -> str:
         """What a plan of the space may be, in words."""
-        shapes = [hosts * devices for hosts, devices in self.submeshes]
         names = [name if v == 1 else f"{name} x {v}" for name, v in self.schedules]
         zero = self.choices.zero
         last = ["3"] if len(zero) > 1 and 3 in zero else []
         last += ["scattered gradients"] if max(zero) > 1 else []
         scarce = f" ({' and '.join(last)} where memory is scarce)" if last else ""
         return (
-            f"schedules {', '.join(names)}; submeshes of {', '.join(map(str, sorted(set(shapes))))} "
+            f"schedules {', '.join(names)}; submeshes of {', '.join(map(str, self.sizes))} "
             f"devices; recomputation {', '.join(self.choices.recompute)}; ZeRO "
             f"{', '.join(map(str, zero))}{scarce}; strategies of the sharding problems"
         )

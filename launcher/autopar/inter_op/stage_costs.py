@@ -15,6 +15,7 @@ whole, which needs the memory of ZeRO-2 with whole weights and scattered gradien
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 
@@ -51,6 +52,7 @@ _FIELDS = (
     "forward_s", "backward_s", "weight_s", "once_s",
     "fixed_bytes", "stash_bytes", "weight_stash_bytes", "workspace_bytes", "gradient_bytes",
 )  # fmt: skip
+_BUSY = slice(0, 2)  # of these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,13 +124,14 @@ class StageCosts:
         optimizer: decides how much state a parameter has, and what updating it takes.
         known: strategies to price instead of solving; those that are solved are added.
         ranges: of layers, that will be asked for; by default all.
+        worth_s: of a step; options that keep a stage busy for as long are left out.
     """
 
     def __init__(
         self, planner: IntraOpPlanner, cluster: AnyCluster, submeshes: Sequence[tuple[int, int]], *,
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
         microbatch_size: int, known: Known | None = None,
-        ranges: Iterable[tuple[int, int]] | None = None, kind: int = 0,
+        ranges: Iterable[tuple[int, int]] | None = None, kind: int = 0, worth_s: float = math.inf,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
@@ -149,6 +152,7 @@ class StageCosts:
         self._table = WiringTable.of(self._wirings)
         self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
         self.largest_gap_fraction = 0.0
+        self._worth_s, self.has_left_out = worth_s, False
 
     def _ideal_microbatch_s(self, cluster: AnyCluster) -> float:
         """A microbatch's operations spread over the cluster so that all devices take equally long."""
@@ -203,6 +207,8 @@ class StageCosts:
             return [()] * len(self._row)
         by_range = np.stack(costs, axis=1)  # (ranges, options, fields)
         there = np.isfinite(by_range).all(axis=2)
+        is_slow = self.num_microbatches * by_range[:, :, _BUSY].sum(axis=2) >= self._worth_s
+        self.has_left_out |= bool((there & is_slow).any())
         return [
             tuple(
                 StageOption(
@@ -210,7 +216,7 @@ class StageCosts:
                 )
                 for option in _undominated(costs, np.flatnonzero(live))
             )
-            for costs, live in zip(by_range, there, strict=True)
+            for costs, live in zip(by_range, there & ~is_slow, strict=True)
         ]
 
     def _variants_on(self, mesh: LogicalMesh) -> Iterable[_Variant]:

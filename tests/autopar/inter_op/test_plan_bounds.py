@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 
+from launcher.autopar.inter_op.by_period import by_period_s
 from launcher.autopar.inter_op.judge import judged_s
 from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.plan_bounds import least_step_s, lines_of
-from launcher.autopar.inter_op.slowest_stage import by_slowest_stage_s
 from launcher.autopar.inter_op.stage_table import (
     StageChoice,
     StageOption,
@@ -116,7 +116,7 @@ def case(rng, schedule, *, even=False):
     if times_s and schedule.virtual_stages == 1:
         enough_s = rng.choice((1.0, 1.5)) * max(times_s)
         room_bytes = np.full(len(fitting), memory_bytes)
-        sharper_s = by_slowest_stage_s(pieces, fitting, schedule, m, room_bytes, enough_s)
+        sharper_s = by_period_s(pieces, fitting, schedule, m, room_bytes, enough_s)
     return bound_s, sharper_s, times_s
 
 

@@ -1,9 +1,9 @@
 """A sharper bound, for schedules without virtual stages: plans one by one by their period.
 
 The bound of all plans is the least over ranges of the period (`critical_loops`) of the bound of the plans in
-that range. With a period that is no longer, stages share the work more evenly, and what lies before and behind
-a stage cannot be small. Beside what the period says, and the lines of `plan_bounds`, with their words and q
-for the number of stages behind i, there are these (again longest paths through the simulator's graph):
+that range. With a period that is no longer, stages share the work more evenly, and what lies before and
+behind a stage cannot be small. Beside what the period says, and the lines of `plan_bounds`, with their words
+and q for the number of stages behind i, there are these (again longest paths through the simulator's graph):
 
     GPipe    sum of all t + c,  then (m - 1) t_i
     1F1B     sum of t + c before i,  then m t_i,  and twice what a trip to the end and back takes longer than
@@ -59,7 +59,7 @@ def least_bound_s(bounds: Iterable[Bound], step_s: float) -> float:
     return heap[0].least_s
 
 
-def by_slowest_stage_s(
+def by_period_s(
     pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int,
     room_bytes: np.ndarray, enough_s: float,
 ) -> float:  # fmt: skip
