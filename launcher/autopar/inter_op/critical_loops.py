@@ -25,10 +25,11 @@ through a stage lack, and must have left over before it:
 
 which less need is always good for. So the least need is a DP as in `sweeps`, exact for each P.
 
-A step takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a
-later one from l to the end, and between the two the whole rounds that there are of the slowest loop: with n
-microbatches in it, (m - 1) / n of them, rounded down, of n periods each; and then what the first stage has
-left to do, its W and the end of the step. Under GPipe it takes m periods.
+A loop of one stage takes m periods of a step, and so does any under GPipe. With one of n > 1 stages a step
+takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a later one
+from l to the end, and between the two the whole rounds that there are: (m - 1) / n of them, rounded down,
+of n periods each. Of ZB-H1's first i microbatches stage i does the W last of all, so that as many rounds go
+without. In the end the first stage has its W and the end of the step left to do.
 """
 
 from collections.abc import Iterator
@@ -133,12 +134,23 @@ class Within:
     def least_step_s(self, num_microbatches: int, longer_than_s: float) -> np.ndarray:
         """What none of them can beat whose period is longer than so much, by the number of stages."""
         loops, m = self.loops, num_microbatches
+        alone_s = np.full(loops.pieces.max_stages + 1, m * longer_than_s)
         if not loops.waited_s.any():
-            return np.full(loops.pieces.max_stages + 1, m * longer_than_s)
-        trip_s = self._least_trips_s()
-        in_loop = np.maximum(np.arange(len(trip_s)), 1)
-        rounds = np.minimum.accumulate(in_loop * ((m - 1) // in_loop))
-        return trip_s + rounds * longer_than_s
+            return alone_s
+        stages = np.arange(len(alone_s))
+        in_loop = stages[2:, None]
+        begins_late = -(-(stages - in_loop) // in_loop) * self._most_delayed_s
+        rounds_s = in_loop * ((m - 1) // in_loop) * longer_than_s - begins_late
+        is_there = in_loop <= stages
+        rounds_s = np.where(is_there, rounds_s, np.inf).min(axis=0, initial=np.inf)
+        return np.minimum(alone_s, self._least_trips_s() + rounds_s)
+
+    @property
+    def _most_delayed_s(self) -> float:
+        """The longest W that others do not wait for."""
+        loops, rows = self.loops, self.loops.rows
+        others_s = loops.busy_s + rows["received_s"] - loops.waited_s
+        return float(others_s.max(initial=0.0))
 
     def _least_trips_s(self) -> np.ndarray:
         """The least sum of all q and of what the first stage does then, where each stage's loops can be."""

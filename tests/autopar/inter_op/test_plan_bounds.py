@@ -85,7 +85,7 @@ def fits(plan, schedule, m, memory_bytes):
 def case(rng, schedule, *, even=False):
     """(bound, a sharper one where there is one, the times of all plans) of a random space."""
     devices = rng.choice((1, 2, 4) if even else (1, 2, 3))
-    m = rng.choice((6, 12) if even or schedule.virtual_stages > 1 else (1, 2, 4))
+    m = rng.choice((6, 12) if even or schedule.virtual_stages > 1 else (1, 2, 4, 9))
     pieces = make_pieces(
         num_layers=NUM_LAYERS, submeshes=SUBMESHES, num_devices=devices * schedule.virtual_stages,
         cuts=range(NUM_LAYERS + 1), num_stages=None, use_all_devices=True,
