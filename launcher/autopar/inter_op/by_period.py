@@ -14,7 +14,6 @@ A trip is the least sum behind i of t + c, for ZB-H1 of F + I + c.
 """
 
 import heapq
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,9 +107,11 @@ def _of_rows_s(
     bound_s, edges_s = enough_s, np.geomspace(low_s, far_s, _NUM_RANGES + 1)
     for low_s, high_s in pairwise((*edges_s.tolist(), longest_s)):
         within = loops.within(high_s)
-        lines = _by_stages(pieces, within.loops.rows, schedule, m)
-        by_stages = np.maximum(lines, within.least_step_s(m, low_s))
-        bound_s = min(bound_s, float(by_stages[within.numbers()].min(initial=math.inf)))
+        numbers, least_s = within.numbers(), within.least_step_s(m, low_s)
+        if (least_s[numbers] >= bound_s).all():
+            continue  # the lines need not say more
+        least_s = np.maximum(least_s, _by_stages(pieces, within.loops.rows, schedule, m))
+        bound_s = min(bound_s, float(least_s[numbers].min()))
     return bound_s
 
 

@@ -20,6 +20,7 @@ from launcher.autopar.inter_op.stage_table import StageChoice, StageTable
 from launcher.autopar.programs.schedules import AbstractSchedule, OneForwardOneBackward, ZbH1
 
 _PERIODS = (1.0, 1.01, 1.02, 1.04, 1.08)  # times the shortest
+_NEAR = 1.03  # times the least, by their periods: plans worth judging
 _MOST_PLANS = 12
 
 
@@ -52,8 +53,9 @@ def plans_by_period(
                     + (num_microbatches - 1) * within.loops.period_s(plan)
                     + rows["once_s"].max()
                 )
-    best = sorted(found, key=found.__getitem__)[:_MOST_PLANS]
-    return [tuple(table.choices[number] for number in plan) for plan in best]
+    near_s = _NEAR * min(found.values())
+    best = sorted((step_s, plan) for plan, step_s in found.items() if step_s <= near_s)
+    return [tuple(table.choices[number] for number in plan) for _, plan in best[:_MOST_PLANS]]
 
 
 def _by_number(

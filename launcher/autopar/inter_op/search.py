@@ -13,7 +13,6 @@ A schedule whose bound says that it cannot beat what was found is not searched. 
 what the optimality gap is stated against: of the numbers of microbatches that were tried.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +49,7 @@ from launcher.models.model import Model
 
 _STEP_FACTOR = 4
 _NEAR = 1.1  # times the best: may be because of the strategies
-_LIKE = 4  # times as many devices, or as few
+_LIKE, _LIKE_EQUAL = 2, 4  # times as many devices, or as few
 _MOST_SETTLED = 2  # numbers of microbatches
 # Of a step, per device and at most: a try at the next number takes longer for more devices.
 _WORTH_CLIMBING, _MOST_WORTH_CLIMBING = 1e-4, 0.005
@@ -218,22 +217,30 @@ class _Attempts:
         ]
 
     def climb(self, counts: Sequence[int]) -> None:
-        """Go on from the best, as long as that is worth it, with submeshes like those of what is near."""
+        """Go on from the best, as long as that is worth it, with what is like what comes near it."""
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
-        part = self._space.only(self._near())
+        candidates = [c for tried in self.found.values() for c in tried.candidates]
+        near = [c for c in candidates if c.step_s <= _NEAR * self.best()[0]]
+        part = self._with_zero_of(near, self._space.only(self._like(near)))
         climb(partial(self.step_s, space=part), self._tried_s, counts, worth)
 
-    def _near(self) -> set[int]:
-        """The submeshes of candidates that come near the best, and all from half to twice their devices.
+    def _like(self, candidates: Sequence[Candidate]) -> set[int]:
+        """The submeshes of candidates, and those with about as many devices.
 
-        Another number of microbatches may need those: it divides by other numbers of stages.
+        Equal submeshes share out the microbatches evenly: another number of them needs others.
         """
-        candidates = [c for tried in self.found.values() for c in tried.candidates]
-        stages = [c.arrangement.stages for c in candidates if c.step_s <= _NEAR * self.best()[0]]
         sizes = [hosts * devices for hosts, devices in self._space.submeshes]
-        near = [sizes[choice.submesh] for choice in itertools.chain(*stages)]
-        least, most = min(near) / _LIKE, max(near) * _LIKE
+        used = [sizes[choice.submesh] for c in candidates for choice in c.arrangement.stages]
+        like = _LIKE_EQUAL if any(c.virtual_stages > 1 for c in candidates) else _LIKE
+        least, most = min(used) / like, max(used) * like
         return {number for number, size in enumerate(sizes) if least <= size <= most}
+
+    def _with_zero_of(self, candidates: Sequence[Candidate], space: Space) -> Space:
+        """Leave out ZeRO-3, which has strategies of its own, unless one of the candidates has it."""
+        stages = (choice for c in candidates for choice in c.arrangement.stages)
+        most = max(2, *(choice.option.tag.zero for choice in stages))
+        zero = tuple(stage for stage in space.choices.zero if stage <= most)
+        return replace(space, choices=replace(space.choices, zero=zero))
 
     def _tried_s(self) -> dict[int, float]:
         """Step times by count; infinite where nothing fits."""
@@ -262,7 +269,6 @@ class _Attempts:
             {key for key in keys if (kind, *key[:2]) in used}
             for kind, keys in enumerate(self._taken_over(num_microbatches))
         ]
-        choices, zero = self._space.choices, {choice.option.tag.zero for choice in chosen}
         pieces, layers = before.cuts
         if not any(stale) and pieces >= min(layers, _FINE_PIECES):
             return
@@ -272,8 +278,7 @@ class _Attempts:
             for known, keys in zip(self._known, stale, strict=True)
         )
         part = replace(
-            self._space.only({choice.submesh for choice in chosen}),
-            choices=replace(choices, zero=tuple(z for z in choices.zero if z < 3 or z in zero)),
+            self._with_zero_of(near, self._space.only({choice.submesh for choice in chosen})),
             schedules=tuple(dict.fromkeys((c.schedule, c.virtual_stages) for c in near)),
             most_pieces=_FINE_PIECES,
         )

@@ -39,6 +39,8 @@ class Reduced:
     memory: Memory | None = None
     constant: float = 0.0
     undo: list[Callable[[dict[int, int]], None]] = field(default_factory=list)
+    # Of edges, beside the matrix that it is of: nodes are looked at again for a change on another edge.
+    excess: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def rest(self) -> tuple[PairwiseProblem, tuple[int, ...]]:
         """What is left, as a problem of its own, and the original number of each of its nodes."""
@@ -220,8 +222,12 @@ def _drop_dominated(state: Reduced, node: int) -> bool:
     if len(costs) == 1 or len(costs) * entries > _MOST_COMPARED:
         return False
     worst = costs[:, None] - costs[None, :]  # (q, p): how much worse q can be than p
-    for matrix in neighbours.values():
-        worst = worst + _largest_excess(matrix)
+    for other, matrix in neighbours.items():
+        known, excess = state.excess.get((node, other), (None, None))
+        if known is not matrix:
+            excess = _largest_excess(matrix)
+            state.excess[node, other] = matrix, excess
+        worst += excess
     scale = _TOLERANCE * max(1e-30, float(np.abs(costs).max()))
     beats = worst <= scale
     if node in state.uses:
