@@ -111,8 +111,14 @@ def _report_error(source: Source, priced: Sequence[Priced]) -> int:
 
 def _report_ranks(source: Source, rows: Sequence[Priced]) -> int:
     """The rank correlation and the regret among plans for one model, batch and number of devices."""
-    predicted, measured = [row.step_s for row in rows], [row.measured.step_s for row in rows]
-    correlation = rank_correlation(predicted, measured)
+    correlation = _correlation(rows)
+    measured = [row.measured.step_s for row in rows]
+    others = [row for row in rows if not row.measured.artefact]
+    besides = (
+        f"; {_correlation(others):.3f} among the {len(others)} that are held to be no artefacts"
+        if source.ranks and _FEWEST_PLANS <= len(others) < len(rows)
+        else ""
+    )
     first = min(rows, key=lambda row: row.step_s).measured
     regret = first.step_s / min(measured) - 1.0
     bars = (correlation < _LEAST_RANK_CORRELATION, regret > _MOST_REGRET) if source.ranks else ()
@@ -120,10 +126,14 @@ def _report_ranks(source: Source, rows: Sequence[Priced]) -> int:
     model = f"h={first.hidden} L={first.layers} batch={first.global_batch} on {first.num_devices}"
     _say(
         f"  {model}: {len(rows)} plans, rank correlation {correlation:.3f}"
-        f" (at least {_LEAST_RANK_CORRELATION:g}{verdicts[0]}), the first ranked {first}"
+        f" (at least {_LEAST_RANK_CORRELATION:g}{verdicts[0]}{besides}), the first ranked {first}"
         f" is {100 * regret:.1f} % from the fastest (at most {100 * _MOST_REGRET:g} %{verdicts[1]})"
     )
     return sum(bars)
+
+
+def _correlation(rows: Sequence[Priced]) -> float:
+    return rank_correlation([row.step_s for row in rows], [row.measured.step_s for row in rows])
 
 
 def _verdict(missed: bool) -> str:
