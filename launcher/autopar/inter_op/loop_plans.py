@@ -53,7 +53,7 @@ def plans_by_period(
                     + (num_microbatches - 1) * within.loops.period_s(plan)
                     + rows["once_s"].max()
                 )
-    near_s = _NEAR * min(found.values())
+    near_s = _NEAR * min(found.values(), default=math.inf)
     best = sorted((step_s, plan) for plan, step_s in found.items() if step_s <= near_s)
     return [tuple(table.choices[number] for number in plan) for _, plan in best[:_MOST_PLANS]]
 
