@@ -49,7 +49,7 @@ from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError, without_frames
 
 # Of microbatches through stages, that the simulator may play while it looks for one better arrangement.
-_MOST_PASSES = 600_000
+_MOST_PASSES, _MOST_PASSES_BEFORE = 600_000, 100_000  # before: by periods
 _MOST_RISES = 16  # of the prices on memory that stages share
 
 
@@ -91,7 +91,7 @@ class Arranger:
         transfer_s: seconds per microbatch for what crosses a cut, both ways.
         cures: what to suggest where nothing fits into memory.
         worth_s: arrangements that cannot take less are not worth finding.
-        most_judged: how many arrangements the simulator may be asked about.
+        most_judged: how many arrangements the simulator may be asked about by `refine`.
     """
 
     cluster: AnyCluster
@@ -180,9 +180,12 @@ class Arranger:
         self, stages: tuple[StageChoice, ...] | None, table: StageTable
     ) -> tuple[tuple[StageChoice, ...] | None, float]:
         """The faster of the formula's stages and those of a short period, and how long a step takes."""
-        step_s = self._judge(stages)
+        step_s, passes = self._judge(stages), 0
         of_table = table, *self._program, self._room_bytes(table)
         for others in plans_by_period(*of_table, min(step_s, self.worth_s)):
+            passes += num_passes(self.schedule, len(others), self.num_microbatches)
+            if passes > _MOST_PASSES_BEFORE:
+                break
             its_s = self._judge(others)
             if its_s < step_s:
                 stages, step_s = others, its_s

@@ -1,4 +1,4 @@
-"""A sharper bound, for schedules without virtual stages: plans one by one by their period.
+"""A sharper bound, for schedules without virtual stages: plans apart by their period.
 
 The bound of all plans is the least over ranges of the period (`critical_loops`) of the bound of the plans in
 that range. With a period that is no longer, stages share the work more evenly, and what lies before and

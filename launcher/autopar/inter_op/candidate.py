@@ -59,20 +59,22 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tried:
-    """What a number of microbatches led to."""
+    """What a number of microbatches led to; `has_failures`: whether some schedule had nothing that fits."""
 
     num_solved: int
     candidates: tuple[Candidate, ...]
     cuts: tuple[int, int]  # pieces, layers
     bounds: tuple[Bound, ...]
     num_candidates: int
+    has_failures: bool = False
 
     @property
     def step_s(self) -> float:
         return min((candidate.step_s for candidate in self.candidates), default=math.inf)
 
     def with_more(self, other: "Tried") -> "Tried":
-        """The candidates of both, of which the other's were found in a part of the space, and solved anew.
+        """The candidates of both, of which the other's were found in a part of the space, cut finer or solved
+        anew.
 
         Of two with the same decisions the faster one stays.
         """

@@ -25,11 +25,13 @@ through a stage lack, and must have left over before it:
 
 which less need is always good for. So the least need is a DP as in `sweeps`, exact for each P.
 
-A loop of one stage takes m periods of a step, and so does any under GPipe. With one of n > 1 stages a step
-takes at least the sum of all q, the way of the first microbatch to stage l and back and that of a later one
-from l to the end, and between the two the whole rounds that there are: (m - 1) / n of them, rounded down,
-of n periods each. Of ZB-H1's first i microbatches stage i does the W last of all, so that as many rounds go
-without. In the end the first stage has its W and the end of the step left to do.
+Where the slowest loop has one stage, a step takes at least m periods; so it does under GPipe, whose rate
+also depends on its two phases. Where it has n > 1 stages, from i to l, a step takes at least the sum of all
+q, which is the way of the first microbatch to stage l and back and that of the last one from l to the end,
+and between the two the rounds of the loop, of n periods each. It is closed while stage i has forwards left:
+for (m - 1 - (p - n)) / n rounds, rounded down. The microbatches that are left still go back through l one
+by one. Of ZB-H1's first i microbatches stage i does the W last of all, so that as many rounds go without.
+In the end the first stage has its W and the end of the step left to do.
 """
 
 from collections.abc import Iterator
@@ -139,11 +141,19 @@ class Within:
             return alone_s
         stages = np.arange(len(alone_s))
         in_loop = stages[2:, None]
-        begins_late = -(-(stages - in_loop) // in_loop) * self._most_delayed_s
-        rounds_s = in_loop * ((m - 1) // in_loop) * longer_than_s - begins_late
-        is_there = in_loop <= stages
-        rounds_s = np.where(is_there, rounds_s, np.inf).min(axis=0, initial=np.inf)
+        rounds = np.maximum((m - 1 - (stages - in_loop)) // in_loop, 0)
+        left_s = (m - 1 - rounds * in_loop) * self._least_back_s
+        without_weights_s = -(-(stages - in_loop) // in_loop) * self._most_delayed_s
+        rounds_s = rounds * in_loop * longer_than_s + left_s - without_weights_s
+        rounds_s = np.where(in_loop <= stages, rounds_s, np.inf).min(axis=0, initial=np.inf)
         return np.minimum(alone_s, self._least_trips_s() + rounds_s)
+
+    @property
+    def _least_back_s(self) -> float:
+        """The shortest I, or backward pass that is in one piece."""
+        rows = self.loops.rows
+        back_s = self.loops.waited_s - rows["forward_s"] - rows["received_s"]
+        return float(back_s.min()) if len(rows) else 0.0
 
     @property
     def _most_delayed_s(self) -> float:
@@ -177,7 +187,7 @@ class Within:
     def _plan(self, number: int, ways_s: np.ndarray) -> np.ndarray:
         """Each row is chosen as if what follows had no need."""
         loops, axis, period_s = self.loops, self.loops.pieces.axis, self.period_s
-        rows, picked = loops.rows, []
+        rows, picked, slack_s = loops.rows, [], _ROUNDING * period_s
         start, devices, left_over_s = 0, axis.all_devices, np.inf
         for stages in range(number, 0, -1):
             here = np.arange(*np.searchsorted(rows["start"], (start, start + 1)))
@@ -186,7 +196,7 @@ class Within:
             place = stages - 1, rows["end"][here], devices - axis.takes[rows["submesh"][here]]
             behind_s = self.needs[place]
             need_s = np.maximum(loops.waited_s[here] - period_s + behind_s, 0.0)
-            can = (loops.busy_s[here] + behind_s <= period_s) & (need_s <= left_over_s)
+            can = (loops.busy_s[here] + behind_s <= period_s) & (need_s <= left_over_s + slack_s)
             total_s = np.where(can, rows["path_s"][here] + ways_s[place], np.inf)
             row = int(here[total_s.argmin()])
             picked.append(row)

@@ -69,7 +69,7 @@ def stage_cuts(model: LayeredModel, num_stages: int, most_pieces: int) -> tuple[
 
     Args:
         num_stages: so many stages there must be room for.
-        most_pieces: with fewer stages.
+        most_pieces: that there may be, unless there are more stages.
     """
     count, most = len(model.layers), max(most_pieces, num_stages)
     if count <= most:

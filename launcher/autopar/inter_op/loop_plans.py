@@ -45,7 +45,7 @@ def plans_by_period(
     for period_s in (shortest[1].period_s * factor for factor in _PERIODS):
         if period_s > most_s:
             break
-        for within in _by_number(loops, period_s, schedule, num_microbatches, room_bytes):
+        for within in _that_fit(loops, period_s, schedule, num_microbatches, room_bytes):
             for plan in within.plans():
                 rows = within.loops.rows[plan]
                 found[tuple(rows["number"].tolist())] = (
@@ -58,7 +58,7 @@ def plans_by_period(
     return [tuple(table.choices[number] for number in plan) for _, plan in best[:_MOST_PLANS]]
 
 
-def _by_number(
+def _that_fit(
     loops: Loops, period_s: float, schedule: AbstractSchedule, m: int, room_bytes: np.ndarray
 ) -> Iterator[Within]:
     """The plans within a period: of ZB-H1 by the number of stages, on which depends what fits."""

@@ -48,7 +48,7 @@ from launcher.errors import InfeasiblePlanError, without_frames
 from launcher.models.model import Model
 
 _STEP_FACTOR = 4
-_NEAR = 1.1  # times the best: may be because of the strategies
+_NEAR = 1.1  # times the best: what is slower is not looked at again
 _LIKE, _LIKE_EQUAL = 2, 4  # times as many devices, or as few
 _MOST_SETTLED = 2  # numbers of microbatches
 # Of a step, per device and at most: a try at the next number takes longer for more devices.
@@ -63,7 +63,7 @@ class Search:
 
     Attributes:
         bound_s: No plan of the space takes less, at the numbers of microbatches that were tried.
-        tried: These numbers, and for each the devices of submeshes that stages could have.
+        tried: These numbers, and the part of the space that was tried at each.
         cuts: Of how many pieces stages are made, and how many layers there are.
         finer: Of how many pieces next to the best.
     """
@@ -74,22 +74,21 @@ class Search:
     ilp_solved: int
     priced: int
     bound_s: float
-    tried: Mapping[int, tuple[int, ...]]
+    tried: Mapping[int, Space]
     cuts: tuple[int, int]
     finer: int
 
     def describe_space(self) -> str:
         """What was searched, in words."""
         (pieces, layers), texts = self.cuts, [self.space.describe()]
-        if pieces < layers:
+        if pieces < layers and self.space.has_pipelines:
             finer = f", {self.finer} next to the best" if self.finer > pieces else ""
             texts.append(
                 f"stages of {pieces} pieces of {layers} layers{finer}, or of equally many layers"
             )
-        for sizes in dict.fromkeys(self.tried.values()):
-            counts = [str(m) for m in sorted(self.tried) if self.tried[m] == sizes]
-            only = "" if sizes == self.space.sizes else f" on {', '.join(map(str, sizes))} devices"
-            texts.append(f"{', '.join(counts)} microbatches{only}")
+        for part in dict.fromkeys(self.tried.values()):
+            counts = [str(m) for m in sorted(self.tried) if self.tried[m] == part]
+            texts.append(f"{', '.join(counts)} microbatches{part.describe_limits(self.space)}")
         return "; ".join(texts)
 
 
@@ -121,7 +120,7 @@ def search(
         ilp_solved=sum(attempt.num_solved for attempt in tried),
         priced=sum(attempt.num_candidates for attempt in tried),
         bound_s=least_bound_s((b for t in tried for b in t.bounds), attempts.best()[0]),
-        tried=attempts.sizes,
+        tried=attempts.parts,
         cuts=next(iter(tried)).cuts,
         finer=attempts.finer,
     )
@@ -141,7 +140,7 @@ class _Attempts:
         self._progress = progress
         self.found: dict[int, Tried] = {}
         self.failures: dict[int, InfeasiblePlanError] = {}
-        self.sizes: dict[int, tuple[int, ...]] = {}  # of submeshes, by what was tried
+        self.parts: dict[int, Space] = {}  # of the space, by what was tried
         self.finer = 0  # pieces, next to the best
         self._known: tuple[Known, ...] = tuple({} for _ in cluster.kinds)
 
@@ -166,7 +165,7 @@ class _Attempts:
         if num_microbatches not in (*self.found, *self.failures):
             self._progress(f"{num_microbatches} microbatches")
             space = space or self._space
-            self.sizes[num_microbatches] = space.sizes
+            self.parts[num_microbatches] = space
             try:
                 self.found[num_microbatches] = self._try(
                     num_microbatches, self.best()[0], self._known, space
@@ -221,25 +220,17 @@ class _Attempts:
         worth = min(_MOST_WORTH_CLIMBING, _WORTH_CLIMBING * self._space.num_devices)
         candidates = [c for tried in self.found.values() for c in tried.candidates]
         near = [c for c in candidates if c.step_s <= _NEAR * self.best()[0]]
-        part = self._with_zero_of(near, self._space.only(self._like(near)))
+        # Equal submeshes share out the microbatches evenly: another number of them needs others.
+        times = _LIKE_EQUAL if any(c.virtual_stages > 1 for c in near) else _LIKE
+        like = self._space.like({c.submesh for it in near for c in it.arrangement.stages}, times)
+        part = self._with_zero_of(near, like)
         climb(partial(self.step_s, space=part), self._tried_s, counts, worth)
-
-    def _like(self, candidates: Sequence[Candidate]) -> set[int]:
-        """The submeshes of candidates, and those with about as many devices.
-
-        Equal submeshes share out the microbatches evenly: another number of them needs others.
-        """
-        sizes = [hosts * devices for hosts, devices in self._space.submeshes]
-        used = [sizes[choice.submesh] for c in candidates for choice in c.arrangement.stages]
-        like = _LIKE_EQUAL if any(c.virtual_stages > 1 for c in candidates) else _LIKE
-        least, most = min(used) / like, max(used) * like
-        return {number for number, size in enumerate(sizes) if least <= size <= most}
 
     def _with_zero_of(self, candidates: Sequence[Candidate], space: Space) -> Space:
         """Leave out ZeRO-3, which has strategies of its own, unless one of the candidates has it."""
         stages = (choice for c in candidates for choice in c.arrangement.stages)
-        most = max(2, *(choice.option.tag.zero for choice in stages))
-        zero = tuple(stage for stage in space.choices.zero if stage <= most)
+        most = max((choice.option.tag.zero for choice in stages), default=0)
+        zero = tuple(stage for stage in space.choices.zero if stage <= max(2, most))
         return replace(space, choices=replace(space.choices, zero=zero))
 
     def _tried_s(self) -> dict[int, float]:
@@ -270,7 +261,8 @@ class _Attempts:
             for kind, keys in enumerate(self._taken_over(num_microbatches))
         ]
         pieces, layers = before.cuts
-        if not any(stale) and pieces >= min(layers, _FINE_PIECES):
+        is_pipeline = any(len(c.arrangement.stages) > 1 for c in near)
+        if not any(stale) and not (is_pipeline and pieces < min(layers, _FINE_PIECES)):
             return
         self._progress(f"{num_microbatches} microbatches")
         others = tuple(
@@ -286,7 +278,7 @@ class _Attempts:
             again = self._try(num_microbatches, math.inf, others, part)
         except InfeasiblePlanError:
             return  # the new strategies need more memory, and the ones that were taken over fit
-        self.finer = max(self.finer, again.cuts[0])
+        self.finer = max(self.finer, again.cuts[0] if is_pipeline else 0)
         self.found[num_microbatches] = before.with_more(again)
 
 
@@ -304,10 +296,13 @@ def _try(
         worthwhile(space.choices, layered, optimizer, kind.device) for kind in cluster.kinds
     )
     try:
-        return search_with(some)
+        tried = search_with(some)
     except InfeasiblePlanError:
         if some == everything:
             raise
+        return search_with(everything)
+    if some == everything or tried.candidates or not tried.has_failures:
+        return tried
     return search_with(everything)
 
 
@@ -364,6 +359,7 @@ def _try_choices(
         cuts=(len(pieces), len(layered.layers)),
         bounds=tuple(bound for arranged in found for bound in arranged.bounds),
         num_candidates=sum(arranged.num_candidates for arranged in found),
+        has_failures=bool(failures),
     )
 
 

@@ -21,6 +21,7 @@ from launcher.autopar.programs.schedules import LEAST_VIRTUAL_STAGES
 from launcher.autopar.sharding.restrictions import Experts
 
 _VIRTUAL_STAGES = (2, 3, 4)
+_MOST_PIECES = 24
 _MOST_LEFT = 200  # numbers of devices that the DP over stages counts on several kinds of hosts
 
 
@@ -67,7 +68,7 @@ class Space:
     num_submeshes: int | None
     choices: Choices
     schedules: tuple[tuple[str, int], ...]
-    most_pieces: int = 24
+    most_pieces: int = _MOST_PIECES
 
     @property
     def num_devices(self) -> int:
@@ -87,12 +88,33 @@ class Space:
             kinds=tuple(self.kinds[index] for index in kept),
         )
 
+    def like(self, submeshes: Collection[int], times: int) -> "Space":
+        """The part with submeshes of as many devices as these, or up to so many times as many or as few."""
+        sizes = [hosts * devices for hosts, devices in self.submeshes]
+        least = min(sizes[number] for number in submeshes) / times
+        most = max(sizes[number] for number in submeshes) * times
+        return self.only({n for n, size in enumerate(sizes) if least <= size <= most})
+
     def numbers_in(self, whole: "Space") -> list[int]:
         """Of each submesh, its number in the space that this is a part of."""
         numbers = {
             place: n for n, place in enumerate(zip(whole.submeshes, whole.kinds, strict=True))
         }
         return [numbers[place] for place in zip(self.submeshes, self.kinds, strict=True)]
+
+    @property
+    def has_pipelines(self) -> bool:
+        """Whether plans may have more than one stage."""
+        return self.num_submeshes != 1 or any(v > 1 for _, v in self.schedules)
+
+    def describe_limits(self, whole: "Space") -> str:
+        """What this part of a space is limited to, in words; nothing for all of it."""
+        limits = []
+        if self.sizes != whole.sizes:
+            limits.append(f" on submeshes of {', '.join(map(str, self.sizes))} devices")
+        if self.choices.zero != whole.choices.zero:
+            limits.append(f" with ZeRO {', '.join(map(str, self.choices.zero))}")
+        return "".join(limits)
 
     def describe(self) -> str:
         """What a plan of the space may be, in words."""

@@ -89,6 +89,7 @@ def reduce(problem: PairwiseProblem) -> Reduced:
     while pending:
         _reduce_around(state, pending)
         pending = _fold_twins(state)
+    state.excess.clear()
     return state
 
 

@@ -123,6 +123,68 @@ def test_a_period_can_be_had_where_a_plan_has_it_and_nowhere_else(schedule):
         assert loops.shortest(0.5 * min(shortest.values())) is None
 
 
+def uneven_chain(rng, schedule, num_stages):
+    """The only plan there is of some stages, of which some do hardly anything, and what they receive."""
+    transfers = [0.0, *(rng.choice((0.0, rng.uniform(0, 3))) for _ in range(num_stages))]
+    pieces = make_pieces(
+        num_layers=num_stages, submeshes=((1, 1),), num_devices=num_stages,
+        cuts=range(num_stages + 1), num_stages=num_stages, use_all_devices=True,
+    )  # fmt: skip
+    choices = []
+    for first, last, submesh in pieces.ranges():
+        scale = rng.choice((0.01, 0.1, 1.0))
+        forward_s, input_s, weight_s = (scale * rng.uniform(0.5, 1.5) for _ in range(3))
+        held = StageOption(
+            forward_s=forward_s, backward_s=input_s + weight_s, weight_s=weight_s, once_s=0.0,
+            fixed_bytes=0.0, stash_bytes=0.0, tag=None,
+        )  # fmt: skip
+        choices.append(StageChoice(first=first, last=last, submesh=submesh, option=held))
+    rows = make_rows(pieces, choices, transfers.__getitem__, pace_of(schedule))
+    return StageTable(pieces, rows, choices), transfers
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, GPipe()], ids=str)
+def test_no_step_is_shorter_than_its_period_says(schedule):
+    rng, ratios = random.Random(3), []
+    for _ in range(300):
+        number, m = rng.randint(1, 6), rng.choice((1, 4, 7, 13, 16, 61))
+        table, transfers = uneven_chain(rng, schedule, number)
+        loops, plan = Loops.of(table.pieces, table.rows, schedule), np.arange(number)
+        period_s = loops.period_s(plan)
+        bound_s = loops.within(period_s).least_step_s(m, period_s)[number]
+        stages = stages_of(table, plan)
+        step_s = judged_s(stages, schedule, m, transfers.__getitem__, warm_up=500)
+        assert bound_s <= step_s * (1 + 1e-9)
+        ratios.append(bound_s / step_s)
+    assert np.median(ratios) > 0.8
+
+
+def test_a_loop_is_not_closed_before_the_last_forwards_have_left():
+    """With as many rounds as m - 1 holds, this step would take 183 s."""
+    seconds, schedule, m = (1.0, 1.0, 0.01, 0.01, 0.01), OneForwardOneBackward(), 61
+    transfers = [0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    pieces = make_pieces(
+        num_layers=5, submeshes=((1, 1),), num_devices=5, cuts=range(6), num_stages=5,
+        use_all_devices=True,
+    )  # fmt: skip
+    choices = [
+        StageChoice(
+            first=stage,
+            last=stage + 1,
+            submesh=0,
+            option=StageOption(
+                forward_s=s, backward_s=s, once_s=0.0, fixed_bytes=0.0, stash_bytes=0.0, tag=None
+            ),
+        )
+        for stage, s in enumerate(seconds)
+    ]
+    rows = make_rows(pieces, choices, transfers.__getitem__, pace_of(schedule))
+    loops = Loops.of(pieces, rows, schedule)
+    period_s = loops.period_s(np.arange(5))
+    step_s = judged_s(choices, schedule, m, transfers.__getitem__, warm_up=500)
+    assert loops.within(period_s).least_step_s(m, period_s)[5] <= step_s < 183
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_plans_of_short_periods_come_near_the_best(schedule):
     rng, m, ratios = random.Random(2), 40, []
