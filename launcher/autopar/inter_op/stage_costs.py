@@ -11,8 +11,8 @@ saves enough: of any other one, cotangents go on that would have to wait for wha
 Left out: choosing strategies anew for each range, for ZeRO-1 and -2, recomputation and overlap; a price on
 memory under ZeRO-3, which leaves little of it to save; overlap where the backward pass is split. Not tried
 unless they are asked for: ZeRO-1, which sends more than ZeRO-2 and keeps more; ZeRO-3 with gradients summed
-whole, which needs the memory of ZeRO-2 with whole weights and scattered gradients, and sends more. Not worth it:
-what keeps a stage busy for as long as the best step that is known.
+whole, which needs the memory of ZeRO-2 with whole weights and scattered gradients, and sends more. Not worth
+it: what keeps a stage busy for as long as the best step that is known.
 """
 
 import itertools

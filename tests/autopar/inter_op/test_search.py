@@ -7,8 +7,13 @@ import pytest
 
 from launcher import models
 from launcher.autopar.graphs.trace import Role
+from launcher.autopar.inter_op import search as search_module
+from launcher.autopar.inter_op.candidate import Tried
 from launcher.autopar.inter_op.search import search
-from launcher.autopar.inter_op.space import PlanOptions
+from launcher.autopar.inter_op.space import PlanOptions, make_space
+from launcher.autopar.inter_op.stage_costs import Choices
+from launcher.autopar.intra_op.intra_op import IntraOpPlanner
+from launcher.autopar.realized.realize import layered_model
 from launcher.config import MoeConfig
 from launcher.errors import ConfigError, InfeasiblePlanError
 
@@ -151,6 +156,45 @@ def parameters(layers, traced):
         for slot, value in enumerate(layer.inputs):
             if layer.cls.slots[slot].role is Role.PARAM:
                 yield layer, slot, traced.inputs[value].path
+
+
+def test_submeshes_of_a_part_of_a_space_have_their_numbers_in_all_of_it(cpu8):
+    whole = make_space(options("auto"), cpu8)
+    part = whole.only({1, 3})
+    assert [whole.submeshes[number] for number in part.numbers_in(whole)] == list(part.submeshes)
+    assert set(part.like({0}, 2).submeshes) <= set(part.submeshes)
+    sizes = whole.sizes
+    assert whole.like({0}, 2).sizes == tuple(size for size in sizes if size <= 2 * sizes[0])
+    assert whole.describe_limits(whole) == ""
+    assert "submeshes of" in part.describe_limits(whole)
+
+
+def test_the_stages_of_every_candidate_have_the_submesh_that_they_say(gpt, cpu8):
+    found = run(gpt, cpu8, "auto")
+    for candidate in found.candidates:
+        for choice in candidate.arrangement.stages:
+            mesh = choice.option.tag.mesh
+            hosts, devices = found.space.submeshes[choice.submesh]
+            assert mesh.shape[0] * mesh.shape[1] == hosts * devices
+
+
+def test_what_saves_memory_is_tried_where_nothing_without_it_was_worth_it(monkeypatch, gpt, cpu8):
+    """An option that is left out as too slow must not hide that others did not fit."""
+    asked = []
+
+    def try_choices(*args):
+        asked.append(args[-1])
+        return Tried(
+            num_solved=0, candidates=(), cuts=(1, 1), bounds=(), num_candidates=0, has_failures=True
+        )
+
+    some, everything = Choices(zero=(0, 2)), make_space(options("auto"), cpu8).choices
+    monkeypatch.setattr(search_module, "_try_choices", try_choices)
+    monkeypatch.setattr(search_module, "worthwhile", lambda *args: some)
+    planner = IntraOpPlanner(layered_model(gpt, 8))
+    space = make_space(options("auto"), cpu8)
+    search_module._try(cpu8, options("auto"), planner, 4, 1.0, ({},), space)
+    assert asked == [(some,), (everything,)]
 
 
 def test_less_memory_is_slower_and_recomputed_for(gpt, cpu8):
