@@ -4,14 +4,14 @@ With F, I, W, c as in `pace`, t = F + I + W, u for the end of a step, and m micr
 schedule takes at least, for each stage i (a longest path through the simulator's graph; `before` i: the
 stages and cuts that the first microbatch passes on its way to i, and the last one on its way back):
 
-    1F1B, GPipe     sum of t + c before i,      then m t_i
+    all but ZB-H1   sum of t + c before i,      then m t_i
     ZB-H1           sum of F + c / 2 before i,  then m t_i + u_i
     ZB-H1           sum of F + I + c before i,  then m (F_i + I_i)
     1F1B            ceil(m / p) (sum of all t + c):      p microbatches at most are between their first
                                                          forward and last backward
     ZB-H1           ceil(m / p) (sum of all F + I + c):  likewise, to their last input gradient
-    interleaved     1 / p (sum of all m t, and of (p - 1 - j) (t + c) of the stages j < p): the mean over
-                    p submeshes of their work and of what goes before it
+    interleaved     1 / p (sum of all m t + u, and of (p - 1 - j) (t + c) of the stages j < p): the mean
+                    over p submeshes of their work and of what goes before it
 
 and u of the first stage (for ZB-H1 with a W) after a way back. For each line the DP of `stage_table` finds
 the least over all plans of its greatest value; the greatest line of the best number of stages p counts.
@@ -84,8 +84,6 @@ def lines_of(
         rows: those that fit into memory, as `stage_table.that_fit` returns them.
         memory_bytes: of one device.
     """
-    if isinstance(schedule, Interleaved):
-        return [_mean_of_submeshes(pieces, rows, schedule, num_microbatches, memory_bytes)]
     m, first = num_microbatches, rows["start"] == 0
 
     def longest(own_s: np.ndarray, path_s: np.ndarray) -> Line:
@@ -107,6 +105,8 @@ def lines_of(
         ]
     trip_s, last_s = microbatch_time_s(rows), np.where(first, rows["once_s"], 0.0)
     ways = [longest(m * work_s + arrived_s + last_s, trip_s + last_s)]
+    if isinstance(schedule, Interleaved):
+        return [_mean_of_submeshes(pieces, rows, schedule, m, memory_bytes), *ways]
     return [*ways, waves(trip_s)] if isinstance(schedule, OneForwardOneBackward) else ways
 
 
@@ -120,7 +120,7 @@ def _mean_of_submeshes(
     have, is a bound too: Lagrange's relaxation of memory that stages share (`shared_memory`).
     """
     v, prices = schedule.virtual_stages, None
-    path_s = num_microbatches * (rows["forward_s"] + rows["backward_s"])
+    path_s = num_microbatches * (rows["forward_s"] + rows["backward_s"]) + rows["once_s"]
     if pieces.num_stages is not None:
         p, behind = pieces.num_stages // v, np.arange(pieces.num_stages)
         before = np.maximum(p - pieces.num_stages + behind, 0)  # p - 1 less the stage's number
