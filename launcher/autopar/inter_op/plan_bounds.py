@@ -4,7 +4,7 @@ With F, I, W, c as in `pace`, t = F + I + W, u for the end of a step, and m micr
 schedule takes at least, for each stage i (a longest path through the simulator's graph; `before` i: the
 stages and cuts that the first microbatch passes on its way to i, and the last one on its way back):
 
-    all but ZB-H1   sum of t + c before i,      then m t_i
+    all but ZB-H1   sum of t + c before i,      then m t_i  (of interleaved ones where p > 1)
     ZB-H1           sum of F + c / 2 before i,  then m t_i + u_i
     ZB-H1           sum of F + I + c before i,  then m (F_i + I_i)
     1F1B            ceil(m / p) (sum of all t + c):      p microbatches at most are between their first
@@ -106,7 +106,10 @@ def lines_of(
     trip_s, last_s = microbatch_time_s(rows), np.where(first, rows["once_s"], 0.0)
     ways = [longest(m * work_s + arrived_s + last_s, trip_s + last_s)]
     if isinstance(schedule, Interleaved):
-        return [_mean_of_submeshes(pieces, rows, schedule, m, memory_bytes), *ways]
+        mean = _mean_of_submeshes(pieces, rows, schedule, m, memory_bytes)
+        # On a submesh of their own stages send nothing, so that c is none of their time.
+        is_cut = (pieces.num_stages or 0) > schedule.virtual_stages
+        return [mean, *ways] if is_cut else [mean]
     return [*ways, waves(trip_s)] if isinstance(schedule, OneForwardOneBackward) else ways
 
 
