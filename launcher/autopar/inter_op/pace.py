@@ -10,8 +10,9 @@ those of what comes and goes through the cut before a stage:
     ZB-H1          F + I + W, or F + I + c if more     F + I - W + c
 
 1F1B has as few microbatches in flight as stages follow, so that a round trip through them hides nothing of
-what it sends; in ZB-H1 that is hidden behind W; the other two run further ahead. On balanced stages with free
-transfers all are the closed forms of docs/schedules.md, but for a constant of ZB-H1.
+what it sends; in ZB-H1 that is hidden behind W; the other two run further ahead. A stage that waits longer
+than its neighbours is faster than this says (`critical_loops`). On balanced stages with free transfers all
+are the closed forms of docs/schedules.md, but for a constant of ZB-H1.
 """
 
 import numpy as np

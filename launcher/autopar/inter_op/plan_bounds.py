@@ -104,12 +104,12 @@ def lines_of(
             waves(waited_s),
         ]
     trip_s, last_s = microbatch_time_s(rows), np.where(first, rows["once_s"], 0.0)
-    ways = [longest(m * work_s + arrived_s + last_s, trip_s + last_s)]
+    lines = []
     if isinstance(schedule, Interleaved):
-        mean = _mean_of_submeshes(pieces, rows, schedule, m, memory_bytes)
-        # On a submesh of their own stages send nothing, so that c is none of their time.
-        is_cut = (pieces.num_stages or 0) > schedule.virtual_stages
-        return [mean, *ways] if is_cut else [mean]
+        lines = [_mean_of_submeshes(pieces, rows, schedule, m, memory_bytes)]
+        if (pieces.num_stages or 0) <= schedule.virtual_stages:
+            return lines  # all on one submesh they send nothing, so that c is none of their time
+    ways = [*lines, longest(m * work_s + arrived_s + last_s, trip_s + last_s)]
     return [*ways, waves(trip_s)] if isinstance(schedule, OneForwardOneBackward) else ways
 
 

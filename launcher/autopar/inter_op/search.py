@@ -239,7 +239,8 @@ class _Attempts:
         return dict.fromkeys(self.failures, math.inf) | fit
 
     def settle(self) -> None:
-        """Solve anew what the best took over, and what comes close: that may be why it is behind."""
+        """Solve anew what the best took over, and what comes close, and cut both finer: either may be why it
+        is behind."""
         settled: set[int] = set()
         while len(settled) < _MOST_SETTLED:
             near_s = _CLOSE * self.best()[0]

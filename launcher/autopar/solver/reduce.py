@@ -39,7 +39,8 @@ class Reduced:
     memory: Memory | None = None
     constant: float = 0.0
     undo: list[Callable[[dict[int, int]], None]] = field(default_factory=list)
-    # Of edges, beside the matrix that it is of: nodes are looked at again for a change on another edge.
+    # By node and neighbour, beside the matrix of the edge then: a node is looked at again whenever any of
+    # its edges has changed, and the others have not.
     excess: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def rest(self) -> tuple[PairwiseProblem, tuple[int, ...]]:
