@@ -21,6 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 from launcher.autopar.inter_op.critical_loops import Loops
+from launcher.autopar.inter_op.loop_bounds import least_step_s
 from launcher.autopar.inter_op.pace import busy_s, waited_for_s
 from launcher.autopar.inter_op.plan_bounds import lines_of
 from launcher.autopar.inter_op.stage_table import (
@@ -107,7 +108,7 @@ def _of_rows_s(
     bound_s, edges_s = enough_s, np.geomspace(low_s, far_s, _NUM_RANGES + 1)
     for low_s, high_s in pairwise((*edges_s.tolist(), longest_s)):
         within = loops.within(high_s)
-        numbers, least_s = within.numbers(), within.least_step_s(m, low_s)
+        numbers, least_s = within.numbers(), least_step_s(within, m, low_s, bound_s)
         if (least_s[numbers] >= bound_s).all():
             continue  # the lines need not say more
         least_s = np.maximum(least_s, _by_stages(pieces, within.loops.rows, schedule, m))

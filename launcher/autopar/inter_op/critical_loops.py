@@ -24,14 +24,6 @@ through a stage lack, and must have left over before it:
     need_j = max(0, q_j - P + need_(j+1)),    t_i + need_(i+1) <= P
 
 which less need is always good for. So the least need is a DP as in `sweeps`, exact for each P.
-
-Where the slowest loop has one stage, a step takes at least m periods; so it does under GPipe, whose rate
-also depends on its two phases. Where it has n > 1 stages, from i to l, a step takes at least the sum of all
-q, which is the way of the first microbatch to stage l and back and that of the last one from l to the end,
-and between the two the rounds of the loop, of n periods each. It is closed while stage i has forwards left:
-for (m - 1 - (p - n)) / n rounds, rounded down. The microbatches that are left still go back through l one
-by one. Of ZB-H1's first i microbatches stage i does the W last of all, so that as many rounds go without.
-In the end the first stage has its W and the end of the step left to do.
 """
 
 from collections.abc import Iterator
@@ -44,7 +36,7 @@ from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s
 from launcher.autopar.inter_op.sweeps import sweep, sweep_with
 from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
-_BISECTIONS = 6
+_BISECTIONS = 10
 _ROUNDING = 1e-9
 
 
@@ -132,50 +124,6 @@ class Within:
     def numbers(self) -> np.ndarray:
         """How many stages such plans have."""
         return np.flatnonzero(np.isfinite(self.needs[:, 0, -1]))
-
-    def least_step_s(self, num_microbatches: int, longer_than_s: float) -> np.ndarray:
-        """What none of them can beat whose period is longer than so much, by the number of stages."""
-        loops, m = self.loops, num_microbatches
-        alone_s = np.full(loops.pieces.max_stages + 1, m * longer_than_s)
-        if not loops.waited_s.any():
-            return alone_s
-        stages = np.arange(len(alone_s))
-        in_loop = stages[2:, None]
-        rounds = np.maximum((m - 1 - (stages - in_loop)) // in_loop, 0)
-        left_s = (m - 1 - rounds * in_loop) * self._least_back_s
-        without_weights_s = -(-(stages - in_loop) // in_loop) * self._most_delayed_s
-        rounds_s = rounds * in_loop * longer_than_s + left_s - without_weights_s
-        rounds_s = np.where(in_loop <= stages, rounds_s, np.inf).min(axis=0, initial=np.inf)
-        return np.minimum(alone_s, self._least_trips_s() + rounds_s)
-
-    @property
-    def _least_back_s(self) -> float:
-        """The shortest I, or backward pass that is in one piece."""
-        rows = self.loops.rows
-        back_s = self.loops.waited_s - rows["forward_s"] - rows["received_s"]
-        return float(back_s.min()) if len(rows) else 0.0
-
-    @property
-    def _most_delayed_s(self) -> float:
-        """The longest W that others do not wait for."""
-        loops, rows = self.loops, self.loops.rows
-        others_s = loops.busy_s + rows["received_s"] - loops.waited_s
-        return float(others_s.max(initial=0.0))
-
-    def _least_trips_s(self) -> np.ndarray:
-        """The least sum of all q and of what the first stage does then, where each stage's loops can be."""
-        loops, rows = self.loops, self.loops.rows
-        own_s = loops.waited_s + np.where(rows["start"] == 0, loops.last_s, 0.0)
-
-        def step(
-            live: np.ndarray, stages: int, behind: np.ndarray, needs: np.ndarray
-        ) -> np.ndarray:
-            del stages
-            behind += own_s[live, None]
-            behind[loops.busy_s[live, None] + needs > self.period_s] = np.inf
-            return behind
-
-        return sweep_with(loops.pieces, rows, step, self.needs)[:, 0, -1]
 
     def plans(self) -> Iterator[np.ndarray]:
         """Yield, by the number of stages, the numbers of the rows of one with a short way."""

@@ -8,6 +8,7 @@ import pytest
 
 from launcher.autopar.inter_op.critical_loops import Loops
 from launcher.autopar.inter_op.judge import judged_s
+from launcher.autopar.inter_op.loop_bounds import least_step_s
 from launcher.autopar.inter_op.loop_plans import plans_by_period
 from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.stage_table import (
@@ -151,7 +152,7 @@ def test_no_step_is_shorter_than_its_period_says(schedule):
         table, transfers = uneven_chain(rng, schedule, number)
         loops, plan = Loops.of(table.pieces, table.rows, schedule), np.arange(number)
         period_s = loops.period_s(plan)
-        bound_s = loops.within(period_s).least_step_s(m, period_s)[number]
+        bound_s = least_step_s(loops.within(period_s), m, period_s, np.inf)[number]
         stages = stages_of(table, plan)
         step_s = judged_s(stages, schedule, m, transfers.__getitem__, warm_up=500)
         assert bound_s <= step_s * (1 + 1e-9)
@@ -182,7 +183,7 @@ def test_a_loop_is_not_closed_before_the_last_forwards_have_left():
     loops = Loops.of(pieces, rows, schedule)
     period_s = loops.period_s(np.arange(5))
     step_s = judged_s(choices, schedule, m, transfers.__getitem__, warm_up=500)
-    assert loops.within(period_s).least_step_s(m, period_s)[5] <= step_s < 183
+    assert least_step_s(loops.within(period_s), m, period_s, np.inf)[5] <= step_s < 183
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
