@@ -19,8 +19,12 @@ behind l is the first one. A loop of one stage takes at least m P, too; so does 
 is 0.
 
 Which loop is the slowest is up to the plan, so that the least over all (n, b) counts. For each of them the
-least over plans is a DP as in `sweeps`, since how many stages are behind one says where in the loop it is. The
-DP comes last, for the loops whose sums say least if they are minimised one by one.
+least over plans is a DP as in `sweeps`, since how many stages are behind one says where in the loop it is.
+There q is left out in the loop, which takes n P, and more than that, once more:
+
+    sum of q outside the loop  +  q_i - t_i  +  sum of q behind l  +  (R + 1) n P  +  ...
+
+Before, the sums are minimised one by one; the DP is for the loops about which that says least.
 """
 
 from dataclasses import dataclass
@@ -81,7 +85,9 @@ class _Paths:
         rounds = np.maximum((self.num_microbatches - 1 - behind) // stages, 0)
         own_s = rounds * stages * self.period_s
         own_s += np.where(self.num_microbatches - 1 > behind, self._behind_s, 0.0)
-        own_s -= np.minimum(-(-(self.most - stages - behind) // stages), rounds) * self._most_weight_s
+        own_s -= (
+            np.minimum(-(-(self.most - stages - behind) // stages), rounds) * self._most_weight_s
+        )
         sums_s = own_s[:, :, None] + self._sums_s[numbers, 0, -1]
         sums_s[0] = np.maximum(sums_s[0], self.num_microbatches * self.period_s)
         return np.where((stages + behind)[:, :, None] <= numbers, sums_s, np.inf)

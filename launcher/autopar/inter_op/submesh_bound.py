@@ -11,6 +11,7 @@ Tight where layers are much alike. Left out: where the layers lie, and that one 
 another's (each counts with a v-th).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from launcher.autopar.inter_op.judge import MOST_MISJUDGED, judged_s
+from launcher.autopar.inter_op.judge import MOST_MISJUDGED, judged_s, num_passes
 from launcher.autopar.inter_op.stage_table import (
     Pieces,
     StageChoice,
@@ -30,6 +31,8 @@ from launcher.autopar.inter_op.stage_table import (
     unbeaten,
 )
 from launcher.autopar.programs.schedules import Interleaved
+
+_MOST_PASSES = 20_000  # of microbatches through stages that the simulator may play
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,20 +99,35 @@ def fastest_options_s(
     table: StageTable, schedule: Interleaved, num_microbatches: int,
     transfer_s: Callable[[int], float],
 ) -> float:  # fmt: skip
-    """Where there is but one way to cut: the step time if every stage had the least of its options in all.
+    """The least step time, over the ways to cut, if every stage had the least of its options in all.
 
-    Less by what the simulator's short cuts may be wrong by; 0 where there are other ways.
+    Less by what the simulator's short cuts may be wrong by; 0 where there are too many ways.
     """
-    pieces, rows = table.pieces, table.rows
-    if pieces.num_pieces != pieces.num_stages:
+    pieces = table.pieces
+    passes = num_passes(schedule, pieces.num_stages, num_microbatches)
+    if passes * math.comb(pieces.num_pieces - 1, pieces.num_stages - 1) > _MOST_PASSES:
         return 0.0
-    stages = []
-    for start, (first, last) in enumerate(pairwise(pieces.cuts)):
-        own = rows[rows["start"] == start]
+    least_s = math.inf
+    for inner in itertools.combinations(range(1, pieces.num_pieces), pieces.num_stages - 1):
+        stages = _with_fastest(table, (0, *inner, pieces.num_pieces))
+        if stages is not None:
+            least_s = min(least_s, judged_s(stages, schedule, num_microbatches, transfer_s))
+    return (1 - MOST_MISJUDGED) * least_s
+
+
+def _with_fastest(table: StageTable, ends: Sequence[int]) -> list[StageChoice] | None:
+    """The stages between some pieces, each with the least of its options in all; None if one has none."""
+    cuts, rows, stages = table.pieces.cuts, table.rows, []
+    for start, end in pairwise(ends):
+        own = rows[(rows["start"] == start) & (rows["end"] == end)]
+        own = own[own["fits"][:, len(ends) - 2 - len(stages)]]
+        if not len(own):
+            return None
         least_s = {name: float(own[name].min()) for name in ("forward_s", "backward_s", "once_s")}
         fastest = StageOption(**least_s, fixed_bytes=0.0, stash_bytes=0.0, tag=None)
-        stages.append(StageChoice(first=first, last=last, submesh=0, option=fastest))
-    return (1 - MOST_MISJUDGED) * judged_s(stages, schedule, num_microbatches, transfer_s)
+        ends_at = {"first": cuts[start], "last": cuts[end]}
+        stages.append(StageChoice(**ends_at, submesh=0, option=fastest))
+    return stages
 
 
 def least_together(

@@ -157,7 +157,7 @@ def test_no_step_is_shorter_than_its_period_says(schedule):
         step_s = judged_s(stages, schedule, m, transfers.__getitem__, warm_up=500)
         assert bound_s <= step_s * (1 + 1e-9)
         ratios.append(bound_s / step_s)
-    assert np.median(ratios) > 0.8
+    assert np.median(ratios) > (0.8 if isinstance(schedule, GPipe) else 0.95)
 
 
 def test_a_loop_is_not_closed_before_the_last_forwards_have_left():
