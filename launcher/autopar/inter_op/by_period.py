@@ -35,7 +35,7 @@ from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
 _NUM_RANGES = 6
 _FAR = 1.1  # times the mean time of a microbatch: longer periods are none of a good plan
-_CLOSE = 0.95  # of a plan's time: a bound that need not be sharper
+_CLOSE = 0.98  # of a plan's time: a bound that need not be sharper
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,11 +108,11 @@ def _of_rows_s(
     bound_s, edges_s = enough_s, np.geomspace(low_s, far_s, _NUM_RANGES + 1)
     for low_s, high_s in pairwise((*edges_s.tolist(), longest_s)):
         within = loops.within(high_s)
-        numbers, least_s = within.numbers(), least_step_s(within, m, low_s, bound_s)
-        if (least_s[numbers] >= bound_s).all():
-            continue  # the lines need not say more
-        least_s = np.maximum(least_s, _by_stages(pieces, within.loops.rows, schedule, m))
-        bound_s = min(bound_s, float(least_s[numbers].min()))
+        numbers, wanted_s = within.numbers(), min(bound_s, _CLOSE * enough_s)
+        least_s = least_step_s(within, m, low_s, wanted_s)
+        if (least_s[numbers] < wanted_s).any():  # or the lines need not say more
+            least_s = np.maximum(least_s, _by_stages(pieces, within.loops.rows, schedule, m))
+        bound_s = min(bound_s, float(least_s[numbers].min(initial=np.inf)))
     return bound_s
 
 

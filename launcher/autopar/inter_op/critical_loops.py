@@ -36,7 +36,7 @@ from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s
 from launcher.autopar.inter_op.sweeps import sweep, sweep_with
 from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
-_BISECTIONS = 10
+_BISECTIONS = 8
 _ROUNDING = 1e-9
 
 

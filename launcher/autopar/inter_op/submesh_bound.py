@@ -104,8 +104,9 @@ def fastest_options_s(
     Less by what the simulator's short cuts may be wrong by; 0 where there are too many ways.
     """
     pieces = table.pieces
-    passes = num_passes(schedule, pieces.num_stages, num_microbatches)
-    if passes * math.comb(pieces.num_pieces - 1, pieces.num_stages - 1) > _MOST_PASSES:
+    num_ways = math.comb(pieces.num_pieces - 1, pieces.num_stages - 1)
+    passes = num_ways * num_passes(schedule, pieces.num_stages, num_microbatches)
+    if num_ways > 1 and passes > _MOST_PASSES:
         return 0.0
     least_s = math.inf
     for inner in itertools.combinations(range(1, pieces.num_pieces), pieces.num_stages - 1):

@@ -258,13 +258,26 @@ def test_no_plan_beats_the_fastest_options(m, num_layers):
     assert 0.98 * min(times_s) < bound_s < min(times_s)
 
 
-def test_where_there_are_many_ways_to_cut_the_fastest_options_say_nothing():
+def chain_of_layers(num_layers, num_stages):
+    """A table of equal layers with free transfers, for the fastest options."""
     pieces = make_pieces(
-        num_layers=40, submeshes=((1, 1),), num_devices=4, cuts=range(41), num_stages=4,
-        use_all_devices=True,
+        num_layers=num_layers, submeshes=((1, 1),), num_devices=num_stages,
+        cuts=range(num_layers + 1), num_stages=num_stages, use_all_devices=True,
     )  # fmt: skip
-    table = StageTable(pieces, make_rows(pieces, [], lambda cut: 0.0, pace_of(SCHEDULES[3])), [])
-    assert fastest_options_s(table, SCHEDULES[3], 8, lambda cut: 0.0) == 0.0
+    choices = [
+        one_layer(first, forward_s=1.0, backward_s=2.0, once_s=0.0) for first in range(num_layers)
+    ]
+    rows = make_rows(pieces, choices, lambda cut: 0.0, pace_of(SCHEDULES[3]))
+    return StageTable(pieces, rows, choices)
+
+
+@pytest.mark.parametrize(("num_layers", "is_one_way"), [(80, True), (81, False)])
+def test_the_fastest_options_of_many_stages_say_something_where_there_is_one_way(
+    num_layers, is_one_way
+):
+    table, m = chain_of_layers(num_layers, 80), 400
+    bound_s = fastest_options_s(table, SCHEDULES[3], m, lambda cut: 0.0)
+    assert bound_s > 3.0 * 2 * m if is_one_way else bound_s == 0.0
 
 
 def test_options_that_share_memory_take_the_least_that_fits():
