@@ -2,8 +2,9 @@
 
 The bound of all plans is the least over ranges of the period (`critical_loops`) of the bound of the plans in
 that range. With a period that is no longer, stages share the work more evenly, and what lies before and
-behind a stage cannot be small. Beside what the period says, and the lines of `plan_bounds`, with their words
-and q for the number of stages behind i, there are these (again longest paths through the simulator's graph):
+behind a stage cannot be small. What the loops say (`loop_bounds`) is mostly enough. Where it is not, the
+lines of `plan_bounds` count too, and these, with the words from there and q for the number of stages behind i
+(again longest paths through the simulator's graph):
 
     GPipe    sum of all t + c,  then (m - 1) t_i
     1F1B     sum of t + c before i,  then m t_i,  and twice what a trip to the end and back takes longer than
@@ -24,12 +25,7 @@ from launcher.autopar.inter_op.critical_loops import Loops
 from launcher.autopar.inter_op.loop_bounds import least_step_s
 from launcher.autopar.inter_op.pace import busy_s, waited_for_s
 from launcher.autopar.inter_op.plan_bounds import lines_of
-from launcher.autopar.inter_op.stage_table import (
-    Pieces,
-    microbatch_time_s,
-    needed_bytes,
-    that_fit,
-)
+from launcher.autopar.inter_op.stage_table import Pieces, microbatch_time_s, that_fit_in_all
 from launcher.autopar.inter_op.sweeps import sweep, sweep_waiting
 from launcher.autopar.programs.schedules import AbstractSchedule, GPipe, ZbH1
 
@@ -75,26 +71,11 @@ def by_period_s(
     # What a stage holds depends on the number of all stages.
     bound_s = enough_s
     for number in pieces.numbers_of_stages:
-        fitting = in_all(number, pieces, rows, schedule, num_microbatches, room_bytes)
+        fitting = that_fit_in_all(number, pieces, rows, schedule, num_microbatches, room_bytes)
         if len(fitting):
             of_number_s = _of_rows_s(pieces, fitting, schedule, num_microbatches, bound_s)
             bound_s = min(bound_s, of_number_s)
     return bound_s
-
-
-def in_all(
-    number: int, pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int,
-    room_bytes: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """The rows that fit where there are so many stages in all, and only where they are one of so many."""
-    place = number - np.arange(1, pieces.max_stages + 1)  # by the number of stages from one on
-    held, split = (
-        np.array([peak(i, number, m) if i >= 0 else 0 for i in place.tolist()])
-        for peak in (schedule.stash_peak, schedule.split_peak)
-    )
-    rows, starts = rows.copy(), rows["start"][:, None]
-    rows["fits"] &= (place >= 0) & ((starts == 0) == (place == 0)) & (place <= starts)
-    return that_fit(rows, needed_bytes(rows, held, split), room_bytes)
 
 
 def _of_rows_s(

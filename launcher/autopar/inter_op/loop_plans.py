@@ -14,9 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from launcher.autopar.inter_op.by_period import in_all
 from launcher.autopar.inter_op.critical_loops import Loops, Within
-from launcher.autopar.inter_op.stage_table import StageChoice, StageTable
+from launcher.autopar.inter_op.stage_table import StageChoice, StageTable, that_fit_in_all
 from launcher.autopar.programs.schedules import AbstractSchedule, OneForwardOneBackward, ZbH1
 
 _PERIODS = (1.0, 1.01, 1.02, 1.04, 1.08)  # times the shortest
@@ -68,6 +67,6 @@ def _that_fit(
         return
     pieces = loops.pieces
     for number in within.numbers().tolist():
-        rows = in_all(number, pieces, loops.rows, schedule, m, room_bytes)
+        rows = that_fit_in_all(number, pieces, loops.rows, schedule, m, room_bytes)
         if len(rows):
             yield Loops.of(pieces, rows, schedule).within(period_s)

@@ -13,6 +13,7 @@ from operator import attrgetter
 import numpy as np
 
 from launcher.autopar.inter_op.device_axis import DeviceAxis, device_axis
+from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError
 
 
@@ -261,6 +262,26 @@ def that_fit(
     fitting = rows[is_used]
     fitting["fits"] = fits[is_used]
     return fitting
+
+
+def that_fit_in_all(
+    number: int, pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, m: int,
+    room_bytes: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """The rows that fit where there are so many stages in all, and only where they are one of so many.
+
+    Args:
+        m: microbatches.
+        room_bytes: of one device, by row.
+    """
+    place = number - np.arange(1, pieces.max_stages + 1)  # by the number of stages from one on
+    held, split = (
+        np.array([peak(i, number, m) if i >= 0 else 0 for i in place.tolist()])
+        for peak in (schedule.stash_peak, schedule.split_peak)
+    )
+    rows, starts = rows.copy(), rows["start"][:, None]
+    rows["fits"] &= (place >= 0) & ((starts == 0) == (place == 0)) & (place <= starts)
+    return that_fit(rows, needed_bytes(rows, held, split), room_bytes)
 
 
 def shapes_text(submeshes: Sequence[tuple[int, int]]) -> str:
