@@ -114,7 +114,7 @@ def _find_plan(
     behind = found.candidates[len(judged) :]
     judged.sort(key=lambda it: (not _tightest(*it[1:]).fits, it[2].prediction.step_s))
     best, realized, outlook = judged[0]
-    _check_memory(_tightest(realized, outlook), cluster, options)
+    _check_memory(_tightest(realized, outlook), model, cluster, options)
     best_s = outlook.prediction.step_s
     others = [
         _runner_up(
@@ -215,9 +215,12 @@ def adopt_plan(plan: Plan, model: Model, cluster: AnyCluster, options: PlanOptio
     tight = _tightest(realized, outlook)
     plan = _without_other_figures(completed, plan, fits=tight.fits)
     if not tight.fits:
+        first, last = plan.stages[tight.stage].layers
         log.warning(
-            "the plan needs %s on a device that has %s to fill (cluster.device.memory_gib less "
-            "reserved_gib)", size(tight.needed_bytes), size(tight.device.usable_bytes),
+            "the plan does not fit: stage %s (layers %s-%s) needs %s on a device that has %s to fill "
+            "(cluster.device.memory_gib less reserved_gib); give the layers more or larger devices, or let "
+            "it recompute (stages[%s].recompute)", tight.stage, first, last - 1,
+            size(tight.needed_bytes), size(tight.device.usable_bytes), tight.stage,
         )  # fmt: skip
     return Planned(plan, replace(realized, plan=plan), outlook)
 
@@ -244,14 +247,17 @@ def _tightest(realized: RealizedPlan, outlook: Outlook) -> TightStage:
     return tightest(outlook.prediction, devices)
 
 
-def _check_memory(tight: TightStage, cluster: AnyCluster, options: PlanOptions) -> None:
+def _check_memory(
+    tight: TightStage, model: Model, cluster: AnyCluster, options: PlanOptions
+) -> None:
     if not tight.fits:
-        device = tight.device
+        device, cures = tight.device, memory_cures(options, cluster, model.num_parameters)
         raise InfeasiblePlanError(
-            f"the best plan needs {tight.needed_bytes / 2**30:.2f} GiB on a device that has "
-            f"{device.usable_bytes / 2**30:.2f} GiB to fill (cluster.device.memory_gib="
-            f"{device.memory_bytes / 2**30:g} less reserved_gib={device.reserved_bytes / 2**30:g}); "
-            f"{memory_cures(options, cluster)}"
+            f"the best plan needs {size(tight.needed_bytes)} in stage {tight.stage} on a device that has "
+            f"{size(device.usable_bytes)} to fill, {size(tight.over_bytes)} too many "
+            f"(cluster.device.memory_gib={device.memory_bytes / 2**30:g} less "
+            f"reserved_gib={device.reserved_bytes / 2**30:g}); "
+            f"{cures(tight.needed_bytes / device.usable_bytes)}"
         )
 
 

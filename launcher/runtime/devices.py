@@ -83,7 +83,8 @@ def acquire(cluster: AnyCluster, *, emulated: bool) -> np.ndarray:
             f"({cluster.num_devices} devices), this machine has {len(found)} "
             f"({found[0].device_kind}); the plan is saved. Ways on: run this inside the cluster (several "
             f"hosts: with Ray on each, and runtime.address=HEAD:6379); submit it with mode=submit; or "
-            f"rehearse that cluster's shape on this CPU by adding runtime=emulate model.size=tiny"
+            f"rehearse that cluster's shape on this CPU by adding runtime=emulate model.size=tiny "
+            "(a plan from a file is for its own model: leave it out)"
         )
     widths = [kind.devices_per_host for kind in cluster.kinds for _ in range(kind.num_hosts)]
     grid, left = np.full((len(widths), max(widths)), None, dtype=object), iter(found)

@@ -4,6 +4,7 @@ The loss of one microbatch is traced on shapes alone, so a model of any size is 
 comes out is a flat `Graph`; the planner cuts it, and differentiates the pieces (see `layers`).
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -54,6 +55,11 @@ class TracedModel:
         """Path of a parameter -> its shape and dtype; a leaf of the batch may have the same path."""
         avals = self.graph.avals
         return {i.path: avals[v] for v, i in self.inputs.items() if i.role is Role.PARAM}
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(aval.shape) for aval in self.param_avals.values())
 
 
 def trace_model(model: Model, microbatch_size: int) -> TracedModel:

@@ -6,11 +6,16 @@ that the mode allows. Values are found by trying them (`space.fits`), one key at
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 
 from launcher.autopar.clusters.hosts import AnyCluster
 from launcher.autopar.graphs.layers import LayeredModel
+from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
+from launcher.autopar.graphs.work import aval_bytes
 from launcher.autopar.inter_op.space import (
     PlanOptions,
     devices_by_kind,
@@ -25,7 +30,7 @@ from launcher.autopar.inter_op.space import (
 )
 from launcher.autopar.programs.schedules import require_groups
 from launcher.autopar.sharding.restrictions import expert_counts
-from launcher.autopar.text.wording import count, either
+from launcher.autopar.text.wording import count, either, large
 from launcher.errors import ConfigError, InfeasiblePlanError
 
 _MOST_VALUES = 6
@@ -207,13 +212,25 @@ def check_experts(options: PlanOptions, cluster: AnyCluster, model: LayeredModel
         )
 
 
-def memory_cures(options: PlanOptions, cluster: AnyCluster) -> str:
-    """What may lower a plan's memory, is allowed in its mode, and has not been tried by the search."""
-    cures = either([*_memory_cures(options, cluster), "take a smaller model.size"])
-    return f"what may help: {cures}"
+def memory_cures(
+    options: PlanOptions, cluster: AnyCluster, num_params: int
+) -> Callable[[float], str]:
+    """What may lower a plan's memory, is allowed in its mode, and has not been tried by the search.
+
+    Returns:
+        The text, called with how many times as much memory is needed as there is; numbers are in proportion.
+    """
+
+    def text(times: float) -> str:
+        fitting = large(int(num_params / times))
+        smaller = f"take a smaller model.size (of about {fitting} parameters instead of {large(num_params)})"
+        others = _other_cures(options, cluster, times)
+        return f"what may help: {either([*_cures_of_mode(options, cluster), *others, smaller])}"
+
+    return text
 
 
-def _memory_cures(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
+def _cures_of_mode(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
     searches = options.mode == "auto"
     if searches:
         forced = {"recompute": options.recompute, "zero": options.zero}
@@ -233,6 +250,22 @@ def _memory_cures(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
         yield "shard the state with parallel=zero"
     if options.mode in ("single", "data", "zero"):
         yield "take parallel=auto"
+
+
+def _other_cures(options: PlanOptions, cluster: AnyCluster, times: float) -> Iterator[str]:
+    """Besides another mode: more hosts, where they share the model, and a leaner optimizer."""
     if options.mode not in ("single", "data"):
+        hosts = cluster.num_hosts
+        more_hosts = max(hosts + 1, math.ceil(hosts * times))
         alike = len(cluster.kinds) == 1
-        yield f"raise cluster.hosts={cluster.num_hosts}" if alike else "add hosts to cluster.groups"
+        key = f"set cluster.hosts={more_hosts} or more" if alike else "add hosts to cluster.groups"
+        yield f"{key} (there {'is' if hosts == 1 else 'are'} {hosts})"
+    if _keeps_moments(options):
+        yield "take optimizer=adafactor"
+
+
+def _keeps_moments(options: PlanOptions) -> bool:
+    """Whether the optimizer keeps two numbers for each parameter, as Adam does."""
+    matrix = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    kept = OptimizerFootprint(options.optimizer).kept(matrix)
+    return kept.alike_bytes + kept.whole_bytes >= 2 * aval_bytes(matrix)

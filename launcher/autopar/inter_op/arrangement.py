@@ -89,7 +89,7 @@ class Arranger:
         options: ways to run layers [first, last) on a submesh, called as (first, last, submesh index).
         cuts: layers before which a stage may begin, ascending, with 0 and the number of layers.
         transfer_s: seconds per microbatch for what crosses a cut, both ways.
-        cures: what to suggest where nothing fits into memory.
+        cures: what to suggest where nothing fits, by how many times as much memory is needed.
         worth_s: arrangements that cannot take less are not worth finding.
         most_judged: how many arrangements the simulator may be asked about by `refine`.
     """
@@ -101,7 +101,7 @@ class Arranger:
     options: Callable[[int, int, int], Sequence[StageOption]]
     cuts: Sequence[int]
     transfer_s: Callable[[int], float]
-    cures: str
+    cures: Callable[[float], str]
     worth_s: float = math.inf
     most_judged: int = 40
 
@@ -365,7 +365,7 @@ class Arranger:
         return InfeasiblePlanError(
             f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
             f"device that has {memory_bytes / 2**30:.2f} GiB "
-            f"(parallel.num_microbatches={self.num_microbatches}); {self.cures}"
+            f"(parallel.num_microbatches={self.num_microbatches}); {self.cures(1.0)}"
         )
 
     def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult:

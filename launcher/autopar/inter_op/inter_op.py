@@ -89,7 +89,7 @@ def plan_stages(
     pace: Pace = ALPA,
     lines: Callable[[Pieces, np.ndarray], Sequence[Line]] = lambda pieces, rows: (),
     worth_s: float = math.inf,
-    cures: str = "take less, or more devices",
+    cures: Callable[[float], str] = lambda times: "take less, or more devices",
 ) -> SearchResult:
     """Find the plan of least T, or raise `InfeasiblePlanError`.
 
@@ -111,7 +111,7 @@ def plan_stages(
         pace: what stages add to T.
         lines: from what fits to bounds that no plan of it can beat (`plan_bounds`).
         worth_s: a bound from which on the search is not worth it.
-        cures: what to suggest where no plan fits into memory.
+        cures: what to suggest where no plan fits into memory, by how many times as much is needed.
     """
     pieces = make_pieces(
         num_layers=num_layers, submeshes=submeshes, num_devices=num_devices, cuts=cuts,
@@ -250,7 +250,7 @@ def _least_sum(pieces: Pieces, rows: np.ndarray, path_s: np.ndarray, box: _Box):
 
 def _infeasible(
     pieces: Pieces, rows: np.ndarray, need_bytes: np.ndarray, room_bytes: np.ndarray,
-    num_microbatches: int, cures: str,
+    num_microbatches: int, cures: Callable[[float], str],
 ) -> InfeasiblePlanError:  # fmt: skip
     """The error for a search without a plan: what the least demanding one needs, on the device it lacks."""
     excess = need_bytes - room_bytes[:, None]
@@ -263,8 +263,10 @@ def _infeasible(
     row, stages = np.argwhere(rows["fits"] & (excess == least))[0]
     least_bytes, memory_bytes = need_bytes[row, stages], room_bytes[row]
     over_bytes = math.ceil(least_bytes - memory_bytes)
+    first, last = pieces.cuts[rows["start"][row]], pieces.cuts[rows["end"][row]]
     return InfeasiblePlanError(
-        f"the least demanding plan needs {least_bytes / 2**30:.2f} GiB on a device that has "
-        f"{memory_bytes / 2**30:.2f} GiB, {size(over_bytes)} or {over_bytes:,} bytes too many "
-        f"(parallel.num_microbatches={num_microbatches}); {cures}"
+        f"the least demanding plan needs {size(least_bytes)} for layers {first}-{last - 1} of "
+        f"{pieces.cuts[-1]} on a device that has {size(memory_bytes)}, {size(over_bytes)} or "
+        f"{over_bytes:,} bytes too many (parallel.num_microbatches={num_microbatches}); "
+        f"{cures(least_bytes / memory_bytes)}"
     )

@@ -44,6 +44,7 @@ from launcher.autopar.intra_op.intra_op import IntraOpPlanner
 from launcher.autopar.programs.schedules import schedule_by_name
 from launcher.autopar.realized.realize import layered_model
 from launcher.autopar.solver import Relaxations
+from launcher.autopar.text.wording import count
 from launcher.errors import InfeasiblePlanError, without_frames
 from launcher.models.model import Model
 
@@ -163,7 +164,7 @@ class _Attempts:
         """The step time of the best arrangement, in a part of the space if one is given; infinite where none
         fits."""
         if num_microbatches not in (*self.found, *self.failures):
-            self._progress(f"{num_microbatches} microbatches")
+            self._progress(count(num_microbatches, "microbatch"))
             space = space or self._space
             self.parts[num_microbatches] = space
             try:
@@ -194,7 +195,7 @@ class _Attempts:
         if not any(self._taken_over(num_microbatches)):
             return
         before = self.found[num_microbatches]
-        self._progress(f"{num_microbatches} microbatches")
+        self._progress(count(num_microbatches, "microbatch"))
         known: tuple[Known, ...] = tuple({} for _ in self._known)
         try:
             again = self._try(num_microbatches, self.best()[0], known, self._space)
@@ -265,7 +266,7 @@ class _Attempts:
         is_pipeline = any(len(c.arrangement.stages) > 1 for c in near)
         if not any(stale) and not (is_pipeline and pieces < min(layers, _FINE_PIECES)):
             return
-        self._progress(f"{num_microbatches} microbatches")
+        self._progress(count(num_microbatches, "microbatch"))
         others = tuple(
             {key: solution for key, solution in known.items() if key not in keys}
             for known, keys in zip(self._known, stale, strict=True)
@@ -339,7 +340,7 @@ def _try_choices(
             options=partial(_options, costs, space, name),
             cuts=way.cuts,
             transfer_s=lambda cut: bytes_at[cut] / link.bytes_per_s + 2 * link.latency_s,
-            cures=memory_cures(options, cluster),
+            cures=memory_cures(options, cluster, layered.traced.num_parameters),
             worth_s=min([worth_s, *(candidate.step_s for candidate in candidates)]),
         )
         try:

@@ -14,8 +14,9 @@ from launcher.autopar.plans.plan import Plan, Prediction
 
 @dataclass(frozen=True, slots=True)
 class TightStage:
-    """The stage whose devices are the fullest, and what its submesh needs of each."""
+    """The stage whose devices are the fullest, by its number, and what its submesh needs of each."""
 
+    stage: int
     needed_bytes: float
     device: Device
 
@@ -37,9 +38,9 @@ def devices_of(plan: Plan, cluster: AnyCluster) -> tuple[Device, ...]:
 
 def tightest(predicted: Prediction, devices: Sequence[Device]) -> TightStage:
     """Return the stage that fills its devices most; the plan fits if it does."""
-    needs = zip(predicted.peak_bytes_per_device, devices, strict=True)
+    needs = enumerate(zip(predicted.peak_bytes_per_device, devices, strict=True))
     return max(
-        (TightStage(needed_bytes, device) for needed_bytes, device in needs),
+        (TightStage(stage, needed_bytes, device) for stage, (needed_bytes, device) in needs),
         key=lambda stage: stage.over_bytes,
     )
 

@@ -223,7 +223,8 @@ class RayPool(HostPool):
             f"(cluster.hosts, runtime.address)",
             "; the plan is saved. Ways on: start Ray on more hosts, with "
             "`ray start --address=HEAD:6379` on each; plan for what there is with cluster.hosts=N; or "
-            "rehearse on this CPU by adding runtime=emulate model.size=tiny",
+            "rehearse on this CPU by adding runtime=emulate model.size=tiny "
+            "(a plan from a file is for its own model: leave it out)",
         )
 
 

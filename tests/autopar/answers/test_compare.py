@@ -50,7 +50,7 @@ def side(plan, name, **parts):
     """A plan whose step is made of these parts."""
     made = StepParts(**parts)
     predicted = replace(plan.predicted, step_s=made.step_s)
-    tight = TightStage(0.0, load_cluster("cpu8").device)
+    tight = TightStage(0, 0.0, load_cluster("cpu8").device)
     return PricedPlan(name=name, plan=replace(plan, predicted=predicted), parts=made, tight=tight)
 
 
@@ -143,7 +143,7 @@ def test_a_part_that_one_plan_has_not_is_none(plan):
 def test_a_plan_that_does_not_fit_is_said_so(plan):
     one = side(plan, "this plan", computation_s=2.0)
     small = replace(load_cluster("cpu8").device, memory_bytes=2**20)
-    other = replace(side(plan, "b.json", computation_s=1.0), tight=TightStage(2**21, small))
+    other = replace(side(plan, "b.json", computation_s=1.0), tight=TightStage(0, 2**21, small))
     assert "; b.json does not fit, it needs " in verdict(compare(one, other, {}))
 
 

@@ -116,7 +116,7 @@ def test_names_cannot_break_the_page(plan, timeline, cpu8, params):
         schedule=HOSTILE,
     )
     priced = [
-        PricedPlan(name=HOSTILE, plan=each, parts=parts, tight=TightStage(0.0, cpu8.device))
+        PricedPlan(name=HOSTILE, plan=each, parts=parts, tight=TightStage(0, 0.0, cpu8.device))
         for each, parts in zip((hostile, plan), PARTS, strict=True)
     ]
     forced = Alternative(name=HOSTILE, best=None, reason=HOSTILE)

@@ -86,6 +86,7 @@ def test_what_is_missing_is_named(found, gpt, cpu8):
 def test_what_does_not_fit_is_warned_of(found, gpt, cpu8, caplog):
     device = replace(cpu8.device, memory_bytes=2**20, reserved_bytes=0)
     adopt_plan(found, gpt, replace(cpu8, device=device), OPTIONS)
+    assert "the plan does not fit: stage " in caplog.text
     assert "on a device that has 1 MiB to fill (cluster.device.memory_gib less" in caplog.text
 
 
