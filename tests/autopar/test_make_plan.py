@@ -165,11 +165,11 @@ def test_the_simulator_judges_every_plan_alike(gpt, cpu8):
 def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
     found = planned(gpt, cpu8, "single")
     small = replace(cpu8, device=replace(cpu8.device, memory_bytes=2**22))
+    tight = tightest(found.plan.predicted, [small.device])
     with pytest.raises(
         InfeasiblePlanError,
         match=r"needs [\d.]+ MiB in stage 0 on a device that has 4 MiB to fill, .*memory_gib=0\.0039",
     ):
-        tight = tightest(found.plan.predicted, [small.device])
         _check_memory(tight, gpt, small, options("single"))
 
 

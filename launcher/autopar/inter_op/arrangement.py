@@ -28,10 +28,12 @@ from functools import partial
 import numpy as np
 
 from launcher.autopar.clusters.hosts import AnyCluster
+from launcher.autopar.inter_op.arranged import Arranged, Arrangement
 from launcher.autopar.inter_op.by_period import Bound, by_period_s
 from launcher.autopar.inter_op.inter_op import SearchResult, cheapest, plan_stages
 from launcher.autopar.inter_op.judge import judged_s, num_passes
 from launcher.autopar.inter_op.loop_plans import plans_by_period
+from launcher.autopar.inter_op.neighbours import Neighbours
 from launcher.autopar.inter_op.pace import pace_of
 from launcher.autopar.inter_op.paired_stages import paired_stages_s
 from launcher.autopar.inter_op.placement import Placement, place_on
@@ -43,42 +45,15 @@ from launcher.autopar.inter_op.stage_table import StageChoice, StageOption, Stag
 from launcher.autopar.inter_op.submesh_bound import (
     busiest_submesh_s,
     fastest_options_s,
-    least_together,
+    repacked,
 )
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError, without_frames
 
 # Of microbatches through stages, that the simulator may play while it looks for one better arrangement.
 _MOST_PASSES, _MOST_PASSES_BEFORE = 600_000, 100_000  # before: by periods
+_SLOWER_IN_CROWDS = 100  # times, to play
 _MOST_RISES = 16  # of the prices on memory that stages share
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arrangement:
-    """Stages, where each lies, and how long a step takes with them."""
-
-    stages: tuple[StageChoice, ...]
-    placement: tuple[Placement, ...]
-    step_s: float
-
-    def renumbered(self, numbers: Sequence[int]) -> "Arrangement":
-        """The same with other numbers for submeshes."""
-        stages = tuple(replace(c, submesh=numbers[c.submesh]) for c in self.stages)
-        return replace(self, stages=stages)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arranged:
-    """The best arrangement that was found, if one is worth it, and what none can beat, part by part."""
-
-    best: Arrangement | None
-    bounds: tuple[Bound, ...]
-    num_candidates: int
-
-    @property
-    def bound_s(self) -> float:
-        """What no arrangement can beat."""
-        return min((bound.least_s for bound in self.bounds), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,7 +86,9 @@ class Arranger:
             return self._virtual()
         first = result = self._plan(self.space.num_submeshes)
         bounds = (self._bound(first),)
-        if result.stages is not None and not self._fits(result.stages):
+        if result.stages is not None and (
+            self._neighbours.start_in_turn or not self._fits(result.stages)
+        ):
             result, bounds = self._by_number(first)
         if first.stages is None:
             return Arranged(None, bounds, first.num_candidates)
@@ -119,7 +96,7 @@ class Arranger:
 
     def _bound(self, result: SearchResult) -> Bound:
         """What no plan of a search can beat; what is not the least of all need not be sharper."""
-        if result.bound_s >= self.worth_s:
+        if result.bound_s >= self.worth_s or self._neighbours.slow_down:
             return Bound(result.bound_s)
         of_space = result.table.pieces, result.table.rows, *self._program
         room_bytes = self._room_bytes(result.table)
@@ -163,7 +140,7 @@ class Arranger:
         stages, step_s = self._or_short_period(result.stages, first.table)
         if stages is None:
             return Arranged(None, bounds, num_candidates)
-        passes = num_passes(self.schedule, len(stages), self.num_microbatches)
+        passes = self._passes(stages)
         better = refine(
             first.table, first.lines, min(step_s, self.worth_s), self._judge,
             min(self.most_judged, 1 + _MOST_PASSES // passes),
@@ -183,13 +160,18 @@ class Arranger:
         step_s, passes = self._judge(stages), 0
         of_table = table, *self._program, self._room_bytes(table)
         for others in plans_by_period(*of_table, min(step_s, self.worth_s)):
-            passes += num_passes(self.schedule, len(others), self.num_microbatches)
+            passes += self._passes(others)
             if passes > _MOST_PASSES_BEFORE:
                 break
             its_s = self._judge(others)
             if its_s < step_s:
                 stages, step_s = others, its_s
         return stages, step_s
+
+    def _passes(self, stages: Sequence[StageChoice]) -> int:
+        """What judging some stages takes."""
+        slower = _SLOWER_IN_CROWDS if self._neighbours.slow_down else 1
+        return slower * num_passes(self.schedule, len(stages), self.num_microbatches)
 
     @property
     def _program(self) -> tuple[AbstractSchedule, int]:
@@ -204,10 +186,21 @@ class Arranger:
         if stages is None or not self._fits(stages):
             return math.inf
         try:
-            self._place(stages)
+            placed = self._place(stages)[: len(stages) // self._v]
         except InfeasiblePlanError:
             return math.inf
-        return judged_s(stages, *self._program, self.transfer_s)
+        kinds = [self.space.kinds[choice.submesh] for choice in stages[: len(placed)]]
+        return judged_s(
+            self._neighbours.among_all(stages, self._v), *self._program, self.transfer_s,
+            crowd=self._neighbours.crowd(kinds, placed),
+        )  # fmt: skip
+
+    @property
+    def _neighbours(self) -> Neighbours:
+        return Neighbours(self.cluster, self.space)
+
+    def _options_among(self, submeshes: int, *of: int) -> Sequence[StageOption]:
+        return self._neighbours.options_among(submeshes, self.options(*of))
 
     def _plan(self, num_stages: int | None) -> SearchResult:
         def counted(peak: Callable[[int, int, int], int]) -> Callable[[int, int], int]:
@@ -222,7 +215,7 @@ class Arranger:
             num_devices=self.space.devices,
             memory_bytes=[kind.device.usable_bytes for kind in self.cluster.kinds],
             kinds=self.space.kinds,
-            options=self.options,
+            options=partial(self._options_among, num_stages or 1),
             in_flight=counted(self.schedule.stash_peak),
             split=counted(self.schedule.split_peak),
             num_stages=num_stages,
@@ -242,6 +235,7 @@ class Arranger:
                 schedule=self.schedule,
                 num_microbatches=self.num_microbatches,
                 memory_bytes=self._memory_bytes,
+                crowded=self._neighbours.crowded(),
             ),
             "worth_s": self.worth_s,
             "cures": self.cures,
@@ -257,7 +251,7 @@ class Arranger:
                 self,
                 worth_s=min([self.worth_s, *known_s]),
                 space=self.space.only([submesh]),
-                options=partial(self._options_on, submesh),
+                options=partial(self._options_on, submesh, num_submeshes),
             )
             try:
                 result = alone._plan_equal(num_submeshes)
@@ -305,8 +299,10 @@ class Arranger:
             if self.space.num_submeshes in (None, number):
                 yield index, number
 
-    def _options_on(self, submesh: int, first: int, last: int, _: int) -> Sequence[StageOption]:
-        return self.options(first, last, submesh)
+    def _options_on(
+        self, submesh: int, submeshes: int, first: int, last: int, _: int
+    ) -> Sequence[StageOption]:
+        return self._options_among(submeshes, first, last, submesh)
 
     def _plan_equal(self, p: int) -> SearchResult:
         """Cut the layers for so many submeshes of the one shape there is.
@@ -318,14 +314,7 @@ class Arranger:
         whole = self._cut_equal(p, memory_bytes)
         if whole.stages is None:
             return whole
-        of_space = whole.table.pieces, whole.table.rows, *self._program
-        bound_s = max(whole.bound_s, paired_stages_s(*of_space, memory_bytes))
-        fits = self._fits(whole.stages)
-        if bound_s < self.worth_s:
-            bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
-        if bound_s < self.worth_s:
-            of_cut_s = fastest_options_s(whole.table, *self._program, self.transfer_s)
-            bound_s = max(bound_s, of_cut_s)
+        bound_s, fits = self._bound_of_equal_s(whole), self._fits(whole.stages)
         whole = replace(whole, bound_s=bound_s)
         if bound_s >= self.worth_s:
             return replace(whole, stages=None)
@@ -337,24 +326,24 @@ class Arranger:
             stages = cheapest(whole.table, weight, prices.rows_s / p)
             is_short = on_submeshes_bytes(stages, *self._program) > memory_bytes
             if not is_short.any():
-                return replace(whole, stages=self._repacked(stages))
+                packed = repacked(stages, self.options, *self._program, memory_bytes)
+                return replace(whole, stages=packed)
             prices = prices.raised(is_short)
         return whole
 
-    def _repacked(self, stages: Sequence[StageChoice]) -> tuple[StageChoice, ...]:
-        """The same ranges, those of each submesh with the options that fit together and take least."""
-        number, m, submeshes = len(stages), self.num_microbatches, len(stages) // self._v
-        packed = list(stages)
-        for home in range(submeshes):
-            own = range(home, number, submeshes)
-            options = least_together(
-                [self.options(stages[i].first, stages[i].last, stages[i].submesh) for i in own],
-                [self.schedule.stash_peak(i, number, m) for i in own],
-                self._memory_bytes,
-            )
-            for stage, option in zip(own, options, strict=True):
-                packed[stage] = replace(stages[stage], option=option)
-        return tuple(packed)
+    def _bound_of_equal_s(self, whole: SearchResult) -> float:
+        """What no plan of equal submeshes can beat, as far as it must be known."""
+        bound_s, memory_bytes = whole.bound_s, self._memory_bytes
+        if self._neighbours.slow_down:
+            return bound_s
+        of_space = whole.table.pieces, whole.table.rows, *self._program
+        bound_s = max(bound_s, paired_stages_s(*of_space, memory_bytes))
+        if bound_s < self.worth_s:
+            bound_s = max(bound_s, busiest_submesh_s(*of_space, memory_bytes, self.worth_s))
+        if bound_s < self.worth_s:
+            of_cut_s = fastest_options_s(whole.table, *self._program, self.transfer_s)
+            bound_s = max(bound_s, of_cut_s)
+        return bound_s
 
     def _weight(self, p: int) -> int:
         """Of max t_i in the objective."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from launcher.autopar.inter_op.arrangement import Arrangement
+from launcher.autopar.inter_op.arranged import Arrangement
 from launcher.autopar.inter_op.by_period import Bound
 from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner

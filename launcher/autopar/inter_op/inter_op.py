@@ -41,7 +41,7 @@ from launcher.autopar.inter_op.stage_table import (
     that_fit,
 )
 from launcher.autopar.inter_op.sweeps import sweep, trace_back
-from launcher.autopar.text.wording import size
+from launcher.autopar.text.wording import noun_for, ranges, size
 from launcher.errors import InfeasiblePlanError
 
 # Where the search divides the range of max t_i at first, in multiples of the least there is: the
@@ -263,10 +263,11 @@ def _infeasible(
     row, stages = np.argwhere(rows["fits"] & (excess == least))[0]
     least_bytes, memory_bytes = need_bytes[row, stages], room_bytes[row]
     over_bytes = math.ceil(least_bytes - memory_bytes)
-    first, last = pieces.cuts[rows["start"][row]], pieces.cuts[rows["end"][row]]
+    layers = range(pieces.cuts[rows["start"][row]], pieces.cuts[rows["end"][row]])
     return InfeasiblePlanError(
-        f"the least demanding plan needs {size(least_bytes)} for layers {first}-{last - 1} of "
-        f"{pieces.cuts[-1]} on a device that has {size(memory_bytes)}, {size(over_bytes)} or "
-        f"{over_bytes:,} bytes too many (parallel.num_microbatches={num_microbatches}); "
+        f"the least demanding plan needs {size(least_bytes)} for {noun_for(len(layers), 'layer')} "
+        f"{ranges(layers)} of {pieces.cuts[-1]} on a device that has {size(memory_bytes)}, "
+        f"{size(over_bytes)} or {over_bytes:,} bytes too many "
+        f"(parallel.num_microbatches={num_microbatches}); "
         f"{cures(least_bytes / memory_bytes)}"
     )

@@ -11,7 +11,8 @@ from functools import lru_cache
 
 from launcher.autopar.inter_op.stage_table import StageChoice
 from launcher.autopar.programs.communication import add_communication
-from launcher.autopar.programs.program import Wiring
+from launcher.autopar.programs.crowded import Crowd, simulate_crowded
+from launcher.autopar.programs.program import Program, Wiring
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.autopar.programs.simulator import Durations
 from launcher.autopar.programs.step_clock import StepClock
@@ -25,17 +26,20 @@ _MANY, _WARM_UP_OF_MANY, _SPAN_OF_MANY = 48, 4, 1  # submeshes whose program is 
 
 def judged_s(
     stages: Sequence[StageChoice], schedule: AbstractSchedule, num_microbatches: int,
-    transfer_s: Callable[[int], float], *, warm_up: int | None = None,
+    transfer_s: Callable[[int], float], *, warm_up: int | None = None, crowd: Crowd | None = None,
 ) -> float:  # fmt: skip
     """The step time of some stages.
 
     Args:
         transfer_s: seconds per microbatch for what crosses a cut, both ways.
+        crowd: who slows whom down, if anybody does.
         warm_up: microbatches per submesh until the others all add the same time, if it is known.
     """
     durations = _durations(stages, transfer_s)
 
     def play(count: int) -> float:
+        if crowd is not None:
+            return simulate_crowded(_program(schedule, len(stages), count), durations, crowd).step_s
         return _clock(schedule, len(stages), count).step_s(durations)
 
     few, more = _played(schedule, len(stages), warm_up)
@@ -64,9 +68,14 @@ def _played(
 
 @lru_cache(maxsize=256)
 def _clock(schedule: AbstractSchedule, num_stages: int, num_microbatches: int) -> StepClock:
+    return StepClock.of(_program(schedule, num_stages, num_microbatches))
+
+
+@lru_cache(maxsize=16)
+def _program(schedule: AbstractSchedule, num_stages: int, num_microbatches: int) -> Program:
     """The schedule's program on a chain of stages."""
     wiring = Wiring.chain(num_stages, with_norm=True, virtual_stages=schedule.virtual_stages)
-    return StepClock.of(add_communication(schedule.build(num_stages, num_microbatches), wiring))
+    return add_communication(schedule.build(num_stages, num_microbatches), wiring)
 
 
 def _durations(stages: Sequence[StageChoice], transfer_s: Callable[[int], float]) -> Durations:

@@ -69,6 +69,21 @@ class Line:
         return least_s * [self.factor(max(n, 1)) for n in range(len(least_s))]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Crowded:
+    """Devices that slow one another down, so that a path is as fast as whoever waits meanwhile lets it be.
+
+    What all of them do together is bounded all the same: no step is shorter than their mean work.
+
+    Attributes:
+        shares: Of all devices, by submesh.
+        speed_up: How many times as much as priced they can do together at the very most.
+    """
+
+    shares: np.ndarray
+    speed_up: float
+
+
 def least_step_s(lines: Sequence[Line]) -> float:
     """No plan takes less than the lines say; infinite where there is none."""
     return float(np.max([line.by_stages() for line in lines], axis=0).min()) if lines else 0.0
@@ -76,15 +91,18 @@ def least_step_s(lines: Sequence[Line]) -> float:
 
 def lines_of(
     pieces: Pieces, rows: np.ndarray, schedule: AbstractSchedule, num_microbatches: int,
-    memory_bytes: float = math.inf,
+    memory_bytes: float = math.inf, crowded: Crowded | None = None,
 ) -> list[Line]:  # fmt: skip
     """The lines of a schedule.
 
     Args:
         rows: those that fit into memory, as `stage_table.that_fit` returns them.
         memory_bytes: of one device.
+        crowded: where devices slow one another down, for which there is but the mean of their work.
     """
     m, first = num_microbatches, rows["start"] == 0
+    if crowded is not None and not isinstance(schedule, Interleaved):
+        return [_mean_of_devices(pieces, rows, m, crowded)]
 
     def longest(own_s: np.ndarray, path_s: np.ndarray) -> Line:
         return Line(own_s, path_s, sweep_longest(pieces, rows, own_s, path_s))
@@ -106,8 +124,8 @@ def lines_of(
     trip_s, last_s = microbatch_time_s(rows), np.where(first, rows["once_s"], 0.0)
     lines = []
     if isinstance(schedule, Interleaved):
-        lines = [_mean_of_submeshes(pieces, rows, schedule, m, memory_bytes)]
-        if (pieces.num_stages or 0) <= schedule.virtual_stages:
+        lines = [_mean_of_submeshes(pieces, rows, schedule, m, memory_bytes, crowded)]
+        if crowded is not None or (pieces.num_stages or 0) <= schedule.virtual_stages:
             return lines  # all on one submesh they send nothing, so that c is none of their time
     ways = [*lines, longest(m * work_s + arrived_s + last_s, trip_s + last_s)]
     return [*ways, waves(trip_s)] if isinstance(schedule, OneForwardOneBackward) else ways
@@ -115,7 +133,7 @@ def lines_of(
 
 def _mean_of_submeshes(
     pieces: Pieces, rows: np.ndarray, schedule: Interleaved, num_microbatches: int,
-    memory_bytes: float,
+    memory_bytes: float, crowded: Crowded | None,
 ) -> Line:  # fmt: skip
     """The line of the interleaved schedule; what goes before a submesh's work only for a given p.
 
@@ -123,10 +141,12 @@ def _mean_of_submeshes(
     have, is a bound too: Lagrange's relaxation of memory that stages share (`shared_memory`).
     """
     v, prices = schedule.virtual_stages, None
+    speed_up = 1.0 if crowded is None else crowded.speed_up
     path_s = num_microbatches * (rows["forward_s"] + rows["backward_s"]) + rows["once_s"]
     if pieces.num_stages is not None:
         p, behind = pieces.num_stages // v, np.arange(pieces.num_stages)
         before = np.maximum(p - pieces.num_stages + behind, 0)  # p - 1 less the stage's number
+        before *= crowded is None
         path_s = path_s[:, None] + microbatch_time_s(rows)[:, None] * before
         prices = memory_prices(pieces, rows, path_s, schedule, num_microbatches, memory_bytes)
         path_s = path_s + prices.rows_s
@@ -135,5 +155,12 @@ def _mean_of_submeshes(
         path_s=path_s,
         table=sweep(pieces, rows, path_s, np.add),
         prices=prices,
-        factor=lambda num_stages: 1 / max(num_stages // v, 1),
+        factor=lambda num_stages: 1 / max(num_stages // v, 1) / speed_up,
     )
+
+
+def _mean_of_devices(pieces: Pieces, rows: np.ndarray, m: int, crowded: Crowded) -> Line:
+    """The mean of what the devices do, as fast as they can."""
+    work_s = m * (rows["forward_s"] + rows["backward_s"]) + rows["once_s"]
+    share_s = work_s * crowded.shares[rows["submesh"]] / crowded.speed_up
+    return Line(np.zeros(len(rows)), share_s, sweep(pieces, rows, share_s, np.add))

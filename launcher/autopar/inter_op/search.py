@@ -31,11 +31,13 @@ from launcher.autopar.inter_op.advice import (
     check_stages,
     memory_cures,
 )
-from launcher.autopar.inter_op.arrangement import Arranged, Arranger
+from launcher.autopar.inter_op.arranged import Arranged
+from launcher.autopar.inter_op.arrangement import Arranger
 from launcher.autopar.inter_op.by_period import least_bound_s
 from launcher.autopar.inter_op.candidate import Candidate, Tried, fastest
 from launcher.autopar.inter_op.climb import climb
 from launcher.autopar.inter_op.cuts import crossing_bytes, ways_to_cut
+from launcher.autopar.inter_op.neighbours import Neighbours
 from launcher.autopar.inter_op.space import PlanOptions, Space, make_space, microbatch_counts
 from launcher.autopar.inter_op.stage_costs import Choices, StageCosts, worthwhile
 from launcher.autopar.inter_op.stage_table import StageOption
@@ -313,8 +315,7 @@ def _try_choices(
     worth_s: float, known: Sequence[Known], space: Space, choices: Sequence[Choices],
 ) -> Tried:  # fmt: skip
     """Search with the choices on each kind of hosts, and with the strategies that are known for it."""
-    solved_before = planner.num_solved
-    layered = planner.model
+    solved_before, layered = planner.num_solved, planner.model
     ways = tuple(ways_to_cut(options, space, layered))
     ranges = dict.fromkeys(ends for way in ways for ends in way.ranges())
     costs = tuple(
@@ -322,7 +323,8 @@ def _try_choices(
             planner, cluster, space.submeshes, num_microbatches=num_microbatches,
             choices=choices[kind], optimizer=OptimizerFootprint(options.optimizer),
             known=known[kind], kind=kind, ranges=ranges,
-            microbatch_size=options.global_batch // num_microbatches, worth_s=worth_s,
+            microbatch_size=options.global_batch // num_microbatches,
+            worth_s=math.inf if Neighbours(cluster, space).slow_down else worth_s,
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip
@@ -369,8 +371,7 @@ def _options(
     costs: Sequence[StageCosts], space: Space, schedule: str, *of: int
 ) -> Sequence[StageOption]:
     """The ways to run layers [first, last) on a submesh, called as (first, last, submesh)."""
-    options = costs[space.kinds[of[-1]]].options(*of)
-    return [o for o in options if not o.tag.overlap] if schedule == "zb_h1" else options
+    return costs[space.kinds[of[-1]]].options_under(schedule, *of)
 
 
 def _layers(

@@ -30,6 +30,7 @@ from launcher.autopar.graphs.layers import LayeredModel
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.graphs.trace import Role
 from launcher.autopar.graphs.work import aval_bytes
+from launcher.autopar.inter_op.program_starts import ProgramStarts
 from launcher.autopar.inter_op.stage_table import StageOption, unbeaten
 from launcher.autopar.inter_op.strategies import Known, Strategies
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner, StageSharding
@@ -154,6 +155,7 @@ class StageCosts:
         self._borrowed = np.array([self._borrowed_s(wiring) for wiring in self._wirings])
         self.largest_gap_fraction = 0.0
         self._worth_s, self.has_left_out = worth_s, False
+        self._starts = ProgramStarts(planner, self.cluster.device, optimizer)
 
     def _ideal_microbatch_s(self, cluster: AnyCluster) -> float:
         """A microbatch's operations spread over the cluster so that all devices take equally long."""
@@ -175,6 +177,18 @@ class StageCosts:
         if submesh not in self._options:
             self._options[submesh] = self._price(submesh)
         return self._options[submesh][self._row[first, last]]
+
+    def options_under(
+        self, schedule: str, first: int, last: int, submesh: int
+    ) -> Sequence[StageOption]:
+        """The same under a schedule, with what starting their programs takes."""
+        options, splits = self.options(first, last, submesh), schedule == "zb_h1"
+        if splits:
+            options = tuple(option for option in options if not option.tag.overlap)
+        if self._starts.are_free:
+            return options
+        starts = self._starts
+        return [starts.with_starts(o, first, last, splits_backward=splits) for o in options]
 
     def _meshes(self, submesh: int) -> Iterable[LogicalMesh]:
         """The logical views: every tensor degree that divides the devices of a host."""

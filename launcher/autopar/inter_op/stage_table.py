@@ -7,7 +7,7 @@ over the table in sweeps (`sweeps`). Left out: which hosts and devices a submesh
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -15,6 +15,16 @@ import numpy as np
 from launcher.autopar.inter_op.device_axis import DeviceAxis, device_axis
 from launcher.autopar.programs.schedules import AbstractSchedule
 from launcher.errors import InfeasiblePlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Starts:
+    """What starting the programs of a stage takes: of one submesh, each time."""
+
+    forward_s: float
+    backward_s: float
+    weight_s: float
+    once_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +42,8 @@ class StageOption:
         workspace_bytes: Beside them, while a pass runs.
         gradient_bytes: Beside what is fixed, at the end of a step, when nothing is in flight.
         tag: The caller's.
+        starts: Part of the seconds, for each of `neighbours`; None where it takes nothing.
+        neighbours: Submeshes, itself included, whose programs one thread starts.
     """
 
     forward_s: float
@@ -44,11 +56,27 @@ class StageOption:
     workspace_bytes: float = 0.0
     gradient_bytes: float = 0.0
     tag: object
+    starts: Starts | None = None
+    neighbours: int = 0
 
     @property
     def seconds(self) -> float:
         """Return the time of one microbatch, forward and backward."""
         return self.forward_s + self.backward_s
+
+    def among(self, neighbours: int) -> "StageOption":
+        """Return the same where the programs of so many submeshes are started in turn."""
+        more = neighbours - self.neighbours
+        if self.starts is None or not more:
+            return self
+        return replace(
+            self,
+            forward_s=self.forward_s + more * self.starts.forward_s,
+            backward_s=self.backward_s + more * self.starts.backward_s,
+            weight_s=self.weight_s + more * self.starts.weight_s,
+            once_s=self.once_s + more * self.starts.once_s,
+            neighbours=neighbours,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ another's (each counts with a v-th).
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 
@@ -129,6 +129,25 @@ def _with_fastest(table: StageTable, ends: Sequence[int]) -> list[StageChoice] |
         ends_at = {"first": cuts[start], "last": cuts[end]}
         stages.append(StageChoice(**ends_at, submesh=0, option=fastest))
     return stages
+
+
+def repacked(
+    stages: Sequence[StageChoice], options: Callable[[int, int, int], Sequence[StageOption]],
+    schedule: Interleaved, num_microbatches: int, memory_bytes: float,
+) -> tuple[StageChoice, ...]:  # fmt: skip
+    """The same ranges, those of each submesh with the options that fit together and take least."""
+    number, submeshes = len(stages), len(stages) // schedule.virtual_stages
+    packed = list(stages)
+    for home in range(submeshes):
+        own = range(home, number, submeshes)
+        chosen = least_together(
+            [options(stages[i].first, stages[i].last, stages[i].submesh) for i in own],
+            [schedule.stash_peak(i, number, num_microbatches) for i in own],
+            memory_bytes,
+        )
+        for stage, option in zip(own, chosen, strict=True):
+            packed[stage] = replace(stages[stage], option=option)
+    return tuple(packed)
 
 
 def least_together(

@@ -5,7 +5,7 @@ Names: parameters and state go by path, batch leaves by name, values that cross 
 the traced model, kept values by (layer, value of the layer's joint graph).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from launcher.autopar.graphs.graph import Value, used_values
@@ -170,20 +170,33 @@ class _Layouter:
 
     def _kept(self) -> Iterable[tuple[Kept, Spec]]:
         """Residuals as they were produced, and the layer inputs that come from inside the stage."""
-        for index, layer in self.layers:
-            cls = layer.cls
-            again = self.recompute != "none"
-            read = used_values((*cls.forward_ops, *cls.backward_ops) if again else cls.backward_ops)
-            read |= {value for value in cls.gradients.values() if isinstance(value, Value)}
-            for slot, value in enumerate(cls.joint.inputs[: cls.num_slots]):
-                role = cls.slots[slot].role
-                inside = role is None and self._is_internal(layer.inputs[slot])
-                state = role is Role.STATE
-                if value in read and (state or (inside and self.recompute != "full")):
-                    yield (index, value), self.slot_spec(cls, slot)
-            if not again:
-                for value in cls.residuals:
-                    yield (index, value), produced_spec(cls, value, self.picks)
+        for index, value, slot in kept_values(self.model, self.first, self.last, self.recompute):
+            cls = self.model.layers[index].cls
+            produced = slot is None
+            spec = produced_spec(cls, value, self.picks) if produced else self.slot_spec(cls, slot)
+            yield (index, value), spec
+
+
+def kept_values(
+    model: LayeredModel, first: int, last: int, recompute: str
+) -> Iterator[tuple[int, Value, int | None]]:
+    """Yield what the forward pass of layers [first, last) leaves for its backward pass.
+
+    Each as the number of its layer, its value in the layer's class, and its slot; None for a residual.
+    """
+    made = {value for layer in model.layers[first:last] for value in layer.outputs}
+    again = recompute != "none"
+    for index, layer in enumerate(model.layers[first:last], start=first):
+        cls = layer.cls
+        read = used_values((*cls.forward_ops, *cls.backward_ops) if again else cls.backward_ops)
+        read |= {value for value in cls.gradients.values() if isinstance(value, Value)}
+        for slot, value in enumerate(cls.joint.inputs[: cls.num_slots]):
+            role = cls.slots[slot].role
+            inside = role is None and layer.inputs[slot] in made
+            if value in read and (role is Role.STATE or (inside and recompute != "full")):
+                yield index, value, slot
+        if not again:
+            yield from ((index, value, None) for value in cls.residuals)
 
 
 def read_later(

@@ -17,9 +17,9 @@ from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.graphs.trace import TracedModel
 from launcher.autopar.graphs.work import op_flops
 from launcher.autopar.intra_op.intra_op import StageSharding
+from launcher.autopar.intra_op.launch_arrays import launch_arrays
 from launcher.autopar.plans.plan import Plan, Prediction
 from launcher.autopar.plans.stage_hosts import devices_of
-from launcher.autopar.predictions.launch_arrays import launch_arrays
 from launcher.autopar.predictions.predicted_buffers import predicted_buffers
 from launcher.autopar.predictions.synchronization import synchronization_s
 from launcher.autopar.programs.buffers import peak
@@ -127,8 +127,12 @@ def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
     """How long each kind of instruction takes on each stage."""
     shardings = [stage.sharding for stage in realized.stages]
     across = price_messages(realized.messages, realized.stages, cluster)
-    avals, is_alone = realized.planner.model.traced.param_avals, len(shardings) == 1
-    arrays = [launch_arrays(stage, avals, is_alone=is_alone) for stage in realized.stages]
+    arrays = [
+        launch_arrays(
+            realized.planner, *stage.stage.layers, stage.stage.recompute, stage.settings.optimizer
+        )
+        for stage in realized.stages
+    ]
     kinds, neighbours = (
         devices_of(realized.plan, cluster),
         submeshes_at_hand(realized.plan, cluster),
