@@ -13,6 +13,7 @@ from launcher.autopar.clusters.mesh import DATA
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.inter_op.advice import memory_cures
 from launcher.autopar.inter_op.candidate import Candidate, differing
+from launcher.autopar.inter_op.neighbours import Neighbours
 from launcher.autopar.inter_op.placement import Placement
 from launcher.autopar.inter_op.search import Search, search
 from launcher.autopar.inter_op.space import PlanOptions
@@ -28,7 +29,7 @@ from launcher.autopar.realized.open_stages import fill_in
 from launcher.autopar.realized.picks import specs_as_dims, strategies_of
 from launcher.autopar.realized.realize import RealizedPlan, realize
 from launcher.autopar.sharding.param_costs import optimizer_spec
-from launcher.autopar.text.wording import count, seconds, size
+from launcher.autopar.text.wording import count, ranges, seconds, size
 from launcher.errors import InfeasiblePlanError, PlanError
 from launcher.models.model import Model
 
@@ -125,7 +126,7 @@ def _find_plan(
         if other.decisions != best.decisions
     ]  # fmt: skip
     others += [
-        _runner_up(o, best, o.step_s, o.bubble_fraction, best_s)
+        _runner_up(o, best, o.step_s, _bubble(o, found, cluster), best_s)
         for o in behind
         if o.decisions != best.decisions
     ]
@@ -215,11 +216,11 @@ def adopt_plan(plan: Plan, model: Model, cluster: AnyCluster, options: PlanOptio
     tight = _tightest(realized, outlook)
     plan = _without_other_figures(completed, plan, fits=tight.fits)
     if not tight.fits:
-        first, last = plan.stages[tight.stage].layers
+        layers = range(*plan.stages[tight.stage].layers)
         log.warning(
-            "the plan does not fit: stage %s (layers %s-%s) needs %s on a device that has %s to fill "
-            "(cluster.device.memory_gib less reserved_gib); give the layers more or larger devices, or let "
-            "it recompute (stages[%s].recompute)", tight.stage, first, last - 1,
+            "the plan does not fit: stage %s (layers %s) and what shares its devices need %s on a device "
+            "that has %s to fill (cluster.device.memory_gib less reserved_gib); give the layers more or "
+            "larger devices, or let it recompute (stages[%s].recompute)", tight.stage, ranges(layers),
             size(tight.needed_bytes), size(tight.device.usable_bytes), tight.stage,
         )  # fmt: skip
     return Planned(plan, replace(realized, plan=plan), outlook)
@@ -253,7 +254,7 @@ def _check_memory(
     if not tight.fits:
         device, cures = tight.device, memory_cures(options, cluster, model.num_parameters)
         raise InfeasiblePlanError(
-            f"the best plan needs {size(tight.needed_bytes)} in stage {tight.stage} on a device that has "
+            f"the best plan needs {size(tight.needed_bytes)} for stage {tight.stage} on a device that has "
             f"{size(device.usable_bytes)} to fill, {size(tight.over_bytes)} too many "
             f"(cluster.device.memory_gib={device.memory_bytes / 2**30:g} less "
             f"reserved_gib={device.reserved_bytes / 2**30:g}); "
@@ -364,8 +365,14 @@ def _check_batch(plan: Plan) -> None:
             )
 
 
+def _bubble(candidate: Candidate, found: Search, cluster: AnyCluster) -> float | None:
+    """None where devices slow one another down, which are busy for other times than options say."""
+    is_crowded = Neighbours(cluster, found.space).slow_down
+    return None if is_crowded else candidate.bubble_fraction
+
+
 def _runner_up(
-    candidate: Candidate, best: Candidate, step_s: float, bubble_fraction: float, best_s: float,
+    candidate: Candidate, best: Candidate, step_s: float, bubble_fraction: float | None, best_s: float,
     over_bytes: float = 0.0,
 ) -> RunnerUp:  # fmt: skip
     """Say how a candidate compares.
@@ -376,9 +383,9 @@ def _runner_up(
     description = candidate.describe()
     if description == best.describe():
         description += f", other {', '.join(differing(candidate, best))}"
-    return RunnerUp(
-        description=description,
-        step_s=step_s,
-        why=f"{step_s / best_s:.2f} times the step time; bubble {bubble_fraction:.1%}"
-        + (f"; {size(over_bytes)} too large for a device" if over_bytes > 0 else ""),
-    )
+    why = [f"{step_s / best_s:.2f} times the step time"]
+    if bubble_fraction is not None:
+        why.append(f"bubble {bubble_fraction:.1%}")
+    if over_bytes > 0:
+        why.append(f"{size(over_bytes)} too large for a device")
+    return RunnerUp(description=description, step_s=step_s, why="; ".join(why))

@@ -168,7 +168,7 @@ def test_a_plan_too_large_for_a_device_is_told_with_both_numbers(gpt, cpu8):
     tight = tightest(found.plan.predicted, [small.device])
     with pytest.raises(
         InfeasiblePlanError,
-        match=r"needs [\d.]+ MiB in stage 0 on a device that has 4 MiB to fill, .*memory_gib=0\.0039",
+        match=r"needs [\d.]+ MiB for stage 0 on a device that has 4 MiB to fill, .*memory_gib=0\.0039",
     ):
         _check_memory(tight, gpt, small, options("single"))
 

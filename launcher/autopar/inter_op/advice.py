@@ -214,16 +214,19 @@ def check_experts(options: PlanOptions, cluster: AnyCluster, model: LayeredModel
 
 def memory_cures(
     options: PlanOptions, cluster: AnyCluster, num_params: int
-) -> Callable[[float], str]:
+) -> Callable[[float | None], str]:
     """What may lower a plan's memory, is allowed in its mode, and has not been tried by the search.
 
     Returns:
-        The text, called with how many times as much memory is needed as there is; numbers are in proportion.
+        The text, called with how many times as much memory is needed as there is; numbers are in
+        proportion, and there are none where that is not known.
     """
 
-    def text(times: float) -> str:
-        fitting = large(int(num_params / times))
-        smaller = f"take a smaller model.size (of about {fitting} parameters instead of {large(num_params)})"
+    def text(times: float | None) -> str:
+        smaller = "take a smaller model.size"
+        if times is not None:
+            fitting = large(int(num_params / times))
+            smaller += f" (of about {fitting} parameters instead of {large(num_params)})"
         others = _other_cures(options, cluster, times)
         return f"what may help: {either([*_cures_of_mode(options, cluster), *others, smaller])}"
 
@@ -252,16 +255,22 @@ def _cures_of_mode(options: PlanOptions, cluster: AnyCluster) -> Iterator[str]:
         yield "take parallel=auto"
 
 
-def _other_cures(options: PlanOptions, cluster: AnyCluster, times: float) -> Iterator[str]:
+def _other_cures(options: PlanOptions, cluster: AnyCluster, times: float | None) -> Iterator[str]:
     """Besides another mode: more hosts, where they share the model, and a leaner optimizer."""
     if options.mode not in ("single", "data"):
-        hosts = cluster.num_hosts
-        more_hosts = max(hosts + 1, math.ceil(hosts * times))
-        alike = len(cluster.kinds) == 1
-        key = f"set cluster.hosts={more_hosts} or more" if alike else "add hosts to cluster.groups"
-        yield f"{key} (there {'is' if hosts == 1 else 'are'} {hosts})"
+        yield _more_hosts(cluster, times)
     if _keeps_moments(options):
         yield "take optimizer=adafactor"
+
+
+def _more_hosts(cluster: AnyCluster, times: float | None) -> str:
+    hosts = cluster.num_hosts
+    if len(cluster.kinds) > 1:
+        return "add hosts to cluster.groups"
+    there = f"(there {'is' if hosts == 1 else 'are'} {hosts})"
+    if times is None:
+        return f"set more cluster.hosts {there}"
+    return f"set cluster.hosts={max(hosts + 1, math.ceil(hosts * times))} or more {there}"
 
 
 def _keeps_moments(options: PlanOptions) -> bool:

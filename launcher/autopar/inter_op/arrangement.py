@@ -48,6 +48,7 @@ from launcher.autopar.inter_op.submesh_bound import (
     repacked,
 )
 from launcher.autopar.programs.schedules import AbstractSchedule
+from launcher.autopar.text.wording import size
 from launcher.errors import InfeasiblePlanError, without_frames
 
 # Of microbatches through stages, that the simulator may play while it looks for one better arrangement.
@@ -76,7 +77,7 @@ class Arranger:
     options: Callable[[int, int, int], Sequence[StageOption]]
     cuts: Sequence[int]
     transfer_s: Callable[[int], float]
-    cures: Callable[[float], str]
+    cures: Callable[[float | None], str]
     worth_s: float = math.inf
     most_judged: int = 40
 
@@ -86,9 +87,7 @@ class Arranger:
             return self._virtual()
         first = result = self._plan(self.space.num_submeshes)
         bounds = (self._bound(first),)
-        if result.stages is not None and (
-            self._neighbours.start_in_turn or not self._fits(result.stages)
-        ):
+        if result.stages is not None and (self._start_in_turn or not self._fits(result.stages)):
             result, bounds = self._by_number(first)
         if first.stages is None:
             return Arranged(None, bounds, first.num_candidates)
@@ -150,6 +149,7 @@ class Arranger:
         if better.is_proven:
             bounds = (Bound(max(better.step_s, min(bounds).least_s)),)
         placement = self._place(stages)
+        stages = self._neighbours.among_all(stages, placement[: len(stages) // self._v])
         best = Arrangement(stages, placement, step_s) if math.isfinite(step_s) else None
         return Arranged(best, bounds, num_candidates)
 
@@ -191,13 +191,18 @@ class Arranger:
             return math.inf
         kinds = [self.space.kinds[choice.submesh] for choice in stages[: len(placed)]]
         return judged_s(
-            self._neighbours.among_all(stages, self._v), *self._program, self.transfer_s,
+            self._neighbours.among_all(stages, placed), *self._program, self.transfer_s,
             crowd=self._neighbours.crowd(kinds, placed),
         )  # fmt: skip
 
     @property
     def _neighbours(self) -> Neighbours:
         return Neighbours(self.cluster, self.space)
+
+    @property
+    def _start_in_turn(self) -> bool:
+        """Whether what stages take depends on how many there are, and that is open."""
+        return self._neighbours.starts_take_time and self.space.num_submeshes is None
 
     def _options_among(self, submeshes: int, *of: int) -> Sequence[StageOption]:
         return self._neighbours.options_among(submeshes, self.options(*of))
@@ -353,8 +358,8 @@ class Arranger:
         v, memory_bytes = self._v, self._memory_bytes
         return InfeasiblePlanError(
             f"no plan was found of which {v} stages (parallel.virtual_stages={v}) fit together on a "
-            f"device that has {memory_bytes / 2**30:.2f} GiB "
-            f"(parallel.num_microbatches={self.num_microbatches}); {self.cures(1.0)}"
+            f"device that has {size(memory_bytes)} "
+            f"(parallel.num_microbatches={self.num_microbatches}); {self.cures(None)}"
         )
 
     def _cut_equal(self, p: int, memory_bytes: float) -> SearchResult:

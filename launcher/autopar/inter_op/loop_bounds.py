@@ -14,9 +14,9 @@ are left, as long as its mean t for each, and follows the last one from l to the
 
 Last is the end of the step of the first stage, with its W. ZB-H1 does W of the first i microbatches last of
 all, so that the first ceil(i / n) rounds go without stage i's, and those that are left without any where
-R n < p. Where m - 1 <= b, the first microbatch is not back before the last one has left, and the second way
-behind l is the first one. A loop of one stage takes at least m P, too; so does every step of GPipe, where q
-is 0.
+R n < p. Where R is 0, those that are left count nothing. Where m - 1 <= b, the first microbatch is not back
+before the last one has left, and the second way behind l is the first one. A loop of one stage takes at
+least m P, too; so does every step of GPipe, where q is 0.
 
 Which loop is the slowest is up to the plan, so that the least over all (n, b) counts. For each of them the
 least over plans is a DP as in `sweeps`, since how many stages are behind one says where in the loop it is.
@@ -104,7 +104,7 @@ class _Paths:
 
         def added_s(behind_it: int, live: np.ndarray) -> np.ndarray:
             if behind_it < last:
-                return loops.waited_s[live] * (m - 1 > behind)
+                return loops.waited_s[live] if m - 1 > behind else np.zeros(len(live))
             if behind_it > first:
                 return np.zeros(len(live))
             round_s = loops.busy_s[live] if behind_it == first else loops.waited_s[live]

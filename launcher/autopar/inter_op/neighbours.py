@@ -3,8 +3,11 @@
 Their programs are started in turn by one thread (`program_starts`), and their devices may slow one another
 down: emulated devices share a CPU's cores, accelerators power and memory channels. Options are priced for a
 machine all of whose devices compute; where some wait, the others are faster (`programs.crowded`).
+
+Left out: in the DP and in bounds, that several submeshes may share one of several machines; the judge knows.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +31,15 @@ class Neighbours:
     space: Space
 
     @property
-    def start_in_turn(self) -> bool:
-        """Whether starting programs takes time, and all submeshes share a machine."""
+    def starts_take_time(self) -> bool:
+        """Whether starting programs does."""
         kinds = self.cluster.kinds
-        takes_time = any(k.device.program_launch_s or k.device.array_launch_s for k in kinds)
-        return takes_time and len(self._devices()) == 1
+        return any(k.device.program_launch_s or k.device.array_launch_s for k in kinds)
+
+    @property
+    def are_on_one_machine(self) -> bool:
+        """Whether all submeshes are."""
+        return self.cluster.machine_of(self.cluster.num_hosts - 1) == 0
 
     @property
     def slow_down(self) -> bool:
@@ -43,17 +50,34 @@ class Neighbours:
     def options_among(
         self, submeshes: int, options: Sequence[StageOption]
     ) -> Sequence[StageOption]:
-        """The options where there are so many submeshes."""
-        return [o.among(submeshes) for o in options] if self.start_in_turn else options
+        """The options where there are so many submeshes, or fewer on machines of their own."""
+        if not (self.starts_take_time and self.are_on_one_machine):
+            return options
+        return [option.among(submeshes) for option in options]
 
     def among_all(
-        self, stages: Sequence[StageChoice], virtual_stages: int
-    ) -> Sequence[StageChoice]:
-        """The stages where each has all others as neighbours, if so it is."""
-        if not self.start_in_turn:
-            return stages
-        submeshes = len(stages) // virtual_stages
-        return [replace(it, option=it.option.among(submeshes)) for it in stages]
+        self, stages: Sequence[StageChoice], placement: Sequence[Placement]
+    ) -> tuple[StageChoice, ...]:
+        """The stages among those that share a machine with them, by where the submeshes lie."""
+        if not self.starts_take_time:
+            return tuple(stages)
+        machines = [{self.cluster.machine_of(host) for host in hosts} for hosts, _ in placement]
+        present = Counter(machine for own in machines for machine in own)
+        counts = [max(present[machine] for machine in own) for own in machines]
+        return tuple(
+            replace(stage, option=stage.option.among(counts[at % len(counts)]))
+            for at, stage in enumerate(stages)
+        )
+
+    def priced_for(self, kind: int, worth_s: float) -> dict:
+        """What `StageCosts` of a kind goes by, for a step that should take less than `worth_s`.
+
+        Where others may wait, a stage can be done sooner than its options say.
+        """
+        return {
+            "at_once": self.at_once(kind),
+            "worth_s": math.inf if self.slow_down else worth_s,
+        }
 
     def crowd(self, kinds: Sequence[int], placement: Sequence[Placement]) -> Crowd | None:
         """Who shares a machine with whom, by the kind of each submesh and where it lies; None where that
@@ -67,34 +91,30 @@ class Neighbours:
                 for hosts, own in placement
             ),
             slowdown=tuple(device.slowdown for device in devices),
-            priced=tuple(device.slowdown(None) for device in devices),
+            priced=tuple(
+                self.cluster.kinds[kind].device.slowdown(self.at_once(kind)) for kind in kinds
+            ),
         )
+
+    def at_once(self, kind: int) -> int:
+        """How many devices of a machine with hosts of a kind compute at once, at most."""
+        kinds = self.cluster.kinds
+        emulated = not self.cluster.has_accelerators
+        there = sum(k.num_devices for k in kinds) if emulated else kinds[kind].devices_per_host
+        return min(there, self.space.num_devices)
 
     def crowded(self) -> Crowded | None:
         """What bounds can be had where devices slow one another down; None where they do not."""
         if not self.slow_down:
             return None
         sizes = np.array([hosts * devices for hosts, devices in self.space.submeshes])
-        speed_up = max(
-            _speed_up(kind.device, most)
-            for kind in self.cluster.kinds
-            for most in self._devices().values()
-        )
+        kinds = range(len(self.cluster.kinds))
+        speed_up = max(_speed_up(self.cluster.kinds[k].device, self.at_once(k)) for k in kinds)
         return Crowded(sizes / self.space.num_devices, speed_up)
-
-    def _devices(self) -> Counter[int]:
-        """How many devices each machine has."""
-        found: Counter[int] = Counter()
-        first = 0
-        for kind in self.cluster.kinds:
-            for host in range(first, first + kind.num_hosts):
-                found[self.cluster.machine_of(host)] += kind.devices_per_host
-            first += kind.num_hosts
-        return found
 
 
 def _speed_up(device: Device, most: int) -> float:
-    """How many times as much as all that compute at once some of so many devices can do together."""
+    """How many times as much as all of so many devices at once some of them can do together."""
     numbers = np.arange(1, most + 1)
     rates = numbers / [device.slowdown(number) for number in numbers.tolist()]
-    return float(rates.max() * device.slowdown(None) / most)
+    return float(rates.max() / rates[-1])

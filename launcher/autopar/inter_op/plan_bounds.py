@@ -146,7 +146,8 @@ def _mean_of_submeshes(
     if pieces.num_stages is not None:
         p, behind = pieces.num_stages // v, np.arange(pieces.num_stages)
         before = np.maximum(p - pieces.num_stages + behind, 0)  # p - 1 less the stage's number
-        before *= crowded is None
+        if crowded is not None:
+            before[:] = 0
         path_s = path_s[:, None] + microbatch_time_s(rows)[:, None] * before
         prices = memory_prices(pieces, rows, path_s, schedule, num_microbatches, memory_bytes)
         path_s = path_s + prices.rows_s

@@ -2,8 +2,6 @@
 
 As `predictions.predict` has it for a finished plan: each program takes so long to start, and each array that
 it takes or makes so much longer; one thread of a machine starts the programs of all its submeshes in turn.
-
-Left out: where hosts are machines of their own, that several submeshes may share one of them.
 """
 
 from dataclasses import replace
@@ -13,7 +11,7 @@ from launcher.autopar.clusters.device import Device
 from launcher.autopar.graphs.optimizer_state import OptimizerFootprint
 from launcher.autopar.inter_op.stage_table import StageOption, Starts
 from launcher.autopar.intra_op.intra_op import IntraOpPlanner
-from launcher.autopar.intra_op.launch_arrays import LaunchArrays, launch_arrays
+from launcher.autopar.intra_op.launch_arrays import launch_arrays
 
 
 class ProgramStarts:
@@ -24,7 +22,7 @@ class ProgramStarts:
 
     def __init__(self, planner: IntraOpPlanner, device: Device, optimizer: OptimizerFootprint):
         self._device = device
-        self._arrays = lru_cache(maxsize=None)(partial(_arrays, planner, optimizer))
+        self._arrays = lru_cache(maxsize=None)(partial(launch_arrays, planner, optimizer=optimizer))
 
     @property
     def are_free(self) -> bool:
@@ -40,17 +38,11 @@ class ProgramStarts:
         synchronize_s = 0.0 if option.tag.overlap else self._seconds(arrays.synchronize)
         starts = Starts(
             forward_s=self._seconds(arrays.forward),
-            backward_s=(1 + splits_backward) * back_s,
-            weight_s=splits_backward * back_s,
+            backward_s=2 * back_s if splits_backward else back_s,
+            weight_s=back_s if splits_backward else 0.0,
             once_s=synchronize_s + self._seconds(arrays.update),
         )
         return replace(option, starts=starts).among(1)
 
     def _seconds(self, num_arrays: int) -> float:
         return self._device.program_launch_s + num_arrays * self._device.array_launch_s
-
-
-def _arrays(
-    planner: IntraOpPlanner, optimizer: OptimizerFootprint, first: int, last: int, recompute: str
-) -> LaunchArrays:
-    return launch_arrays(planner, first, last, recompute, optimizer)

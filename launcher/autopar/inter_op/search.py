@@ -324,7 +324,7 @@ def _try_choices(
             choices=choices[kind], optimizer=OptimizerFootprint(options.optimizer),
             known=known[kind], kind=kind, ranges=ranges,
             microbatch_size=options.global_batch // num_microbatches,
-            worth_s=math.inf if Neighbours(cluster, space).slow_down else worth_s,
+            **Neighbours(cluster, space).priced_for(kind, worth_s),
         )
         for kind in range(len(cluster.kinds))
     )  # fmt: skip

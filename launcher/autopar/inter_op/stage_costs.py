@@ -19,6 +19,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -127,6 +128,7 @@ class StageCosts:
         known: strategies to price instead of solving; those that are solved are added.
         ranges: of layers, that will be asked for; by default all.
         worth_s: of a step; options that keep a stage busy for as long are left out.
+        at_once: as in `ComputeModel`.
     """
 
     def __init__(
@@ -134,11 +136,13 @@ class StageCosts:
         num_microbatches: int, choices: Choices, optimizer: OptimizerFootprint,
         microbatch_size: int, known: Known | None = None,
         ranges: Iterable[tuple[int, int]] | None = None, kind: int = 0, worth_s: float = math.inf,
+        at_once: int | None = None,
     ):  # fmt: skip
         self.planner, self.cluster, self.submeshes = planner, cluster.kinds[kind], submeshes
         self.num_microbatches, self.choices = num_microbatches, choices
         self.optimizer, self.microbatch_size = optimizer, microbatch_size
-        self.compute, self._stage_link = ComputeModel(self.cluster.device), cluster.stage_link
+        self.compute = ComputeModel(self.cluster.device, at_once)
+        self._stage_link = cluster.stage_link
         self._ideal_s = self._ideal_microbatch_s(cluster)
         self._whole = (0, len(planner.model.layers))
         self._priced: dict[_Variant, _Solved] = {}
@@ -156,6 +160,7 @@ class StageCosts:
         self.largest_gap_fraction = 0.0
         self._worth_s, self.has_left_out = worth_s, False
         self._starts = ProgramStarts(planner, self.cluster.device, optimizer)
+        self._started: dict[tuple, tuple[StageOption, ...]] = {}
 
     def _ideal_microbatch_s(self, cluster: AnyCluster) -> float:
         """A microbatch's operations spread over the cluster so that all devices take equally long."""
@@ -187,8 +192,11 @@ class StageCosts:
             options = tuple(option for option in options if not option.tag.overlap)
         if self._starts.are_free:
             return options
-        starts = self._starts
-        return [starts.with_starts(o, first, last, splits_backward=splits) for o in options]
+        asked = splits, first, last, submesh
+        if asked not in self._started:
+            add = partial(self._starts.with_starts, first=first, last=last, splits_backward=splits)
+            self._started[asked] = tuple(map(add, options))
+        return self._started[asked]
 
     def _meshes(self, submesh: int) -> Iterable[LogicalMesh]:
         """The logical views: every tensor degree that divides the devices of a host."""

@@ -163,3 +163,9 @@ def test_cures_for_memory_are_those_of_the_mode(cpu8, given, named, not_named):
     assert text.endswith(
         "take a smaller model.size (of about 4 million parameters instead of 10 million)"
     )
+
+
+def test_cures_have_no_numbers_where_none_are_known(cpu8):
+    text = memory_cures(options("auto"), cpu8, 10_000_000)(None)
+    assert "set more cluster.hosts (there are 2)" in text
+    assert text.endswith("take a smaller model.size")

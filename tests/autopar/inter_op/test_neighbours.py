@@ -45,8 +45,8 @@ def machine(**device):
     return replace(cpu8, device=replace(cpu8.device, **device))
 
 
-def options(**fields):
-    return PlanOptions(mode="auto", global_batch=32, optimizer=optax.adamw(1e-3), **fields)
+def options(mode="auto", **fields):
+    return PlanOptions(mode=mode, global_batch=32, optimizer=optax.adamw(1e-3), **fields)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,24 @@ def test_what_is_forced_is_found_among_what_is_less_forced(gpt):
         assert step_s >= 0.99 * (1 - chosen.search.optimality_gap) * chosen.predicted.step_s
 
 
+@pytest.mark.parametrize("mode", ["single", "data", "manual"])
+def test_no_number_of_microbatches_is_faster_than_that_of_a_mode(gpt, mode):
+    cluster = machine(**STARTS, concurrency=CONCURRENCY, op_overhead_s=30e-6)
+    degrees = {"pp": 2, "tp": 2} if mode == "manual" else {}
+    chosen = make_plan(gpt, cluster, options(mode, **degrees)).predicted.step_s
+    for m in (1, 2, 4):
+        forced = options(mode, **degrees, num_microbatches=m)
+        assert make_plan(gpt, cluster, forced).predicted.step_s >= 0.99 * chosen
+
+
+def test_several_submeshes_of_a_host_start_in_turn(gpt):
+    """The judge knows, and so the search takes as many stages as that is worth."""
+    cluster = replace(machine(**STARTS, accelerator=True), num_hosts=2, devices_per_host=4)
+    chosen = make_plan(gpt, cluster, options()).predicted.step_s
+    for pp in (1, 2, 4):
+        assert make_plan(gpt, cluster, options(pp=pp)).predicted.step_s >= 0.99 * chosen
+
+
 def test_programs_are_started_in_turn():
     starts = Starts(forward_s=1.0, backward_s=2.0, weight_s=0.5, once_s=3.0)
     option = StageOption(
@@ -99,16 +117,31 @@ def test_programs_are_started_in_turn():
 def test_who_shares_a_machine():
     emulated = machine(**STARTS, concurrency=CONCURRENCY)
     space = make_space(options(), emulated)
-    assert Neighbours(emulated, space).start_in_turn
+    both = Neighbours(emulated, space)
+    assert both.starts_take_time
+    assert both.are_on_one_machine
+    assert both.slow_down
+    assert both.at_once(0) == 8
+    assert both.crowded().speed_up == 1.0
     apart = machine(**STARTS, concurrency=CONCURRENCY, accelerator=True)
     apart = replace(apart, num_hosts=2, devices_per_host=4)
     neighbours = Neighbours(apart, make_space(options(), apart))
-    assert not neighbours.start_in_turn  # each host has a thread of its own
+    assert not neighbours.are_on_one_machine  # each host has a thread of its own
+    starts = Starts(forward_s=1.0, backward_s=0.0, weight_s=0.0, once_s=0.0)
+    option = StageOption(
+        forward_s=0.0, backward_s=0.0, once_s=0.0, fixed_bytes=0.0, stash_bytes=0.0, tag=None,
+        starts=starts,
+    )  # fmt: skip
+    stages = [StageChoice(first=i, last=i + 1, submesh=0, option=option) for i in range(3)]
+    placed = [((0,), (0, 1)), ((0,), (2, 3)), ((1,), (0, 1, 2, 3))]
+    assert [it.option.forward_s for it in neighbours.among_all(stages, placed)] == [2, 2, 1]
+    assert neighbours.options_among(3, [option]) == [option]
     crowd = neighbours.crowd([0, 0], [((0,), (0, 1)), ((1,), (0, 1, 2, 3))])
     assert crowd.devices == (Counter({0: 2}), Counter({1: 4}))
-    assert crowd.priced == (5.7, 5.7)
-    # Four devices of a host do 4 / 3 at most, and are priced at 4 / 5.7.
-    assert neighbours.crowded().speed_up == pytest.approx(4 / 3 * 5.7 / 4)
+    assert crowd.priced == (3.0, 3.0)
+    assert neighbours.crowded().speed_up == 1.0
+    slower = machine(concurrency=((1.0, 1.0), (4.0, 8.0), (8.0, 16.0)))  # one does most of it all
+    assert Neighbours(slower, space).crowded().speed_up == pytest.approx(2.0)
     assert not Neighbours(machine(), space).slow_down
     assert Neighbours(machine(), space).crowd([0], [((0,), (0,))]) is None
     assert Neighbours(machine(), space).crowded() is None
