@@ -21,7 +21,8 @@ from launcher.autopar.programs.schedules import LEAST_VIRTUAL_STAGES
 from launcher.autopar.sharding.restrictions import Experts
 
 _VIRTUAL_STAGES = (2, 3, 4)
-_MOST_PIECES = 24
+_MOST_PIECES, _MOST_PIECES_OF_FEW = 24, 48  # of a model, on many devices and on few
+_FEW_DEVICES = 8
 _MOST_LEFT = 200  # numbers of devices that the DP over stages counts on several kinds of hosts
 
 
@@ -153,6 +154,7 @@ def make_space(options: PlanOptions, cluster: AnyCluster) -> Space:
     data, tensor, pp = forced_degrees(options, cluster)
     views = stage_views(options, cluster)
     places = tuple(dict.fromkeys((view.kind, view.hosts, view.devices) for view in views))
+    devices = devices_by_kind(options, cluster)
     choices = Choices(
         zero=zero if options.zero is None else (options.zero,),
         recompute=recompute if options.recompute is None else (options.recompute,),
@@ -163,10 +165,11 @@ def make_space(options: PlanOptions, cluster: AnyCluster) -> Space:
     return Space(
         submeshes=tuple((hosts, devices) for _, hosts, devices in places),
         kinds=tuple(kind for kind, _, _ in places),
-        devices=devices_by_kind(options, cluster),
+        devices=devices,
         num_submeshes=pp,
         choices=choices,
         schedules=schedules(options, cluster),
+        most_pieces=_MOST_PIECES if sum(devices) > _FEW_DEVICES else _MOST_PIECES_OF_FEW,
     )
 
 
