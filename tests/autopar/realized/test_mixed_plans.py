@@ -86,7 +86,7 @@ def test_memory_is_that_of_each_kind(gpt, cpu8):
     assert 0 < work(plan, cluster, "tight") < work(plan, cluster, "cpu8")
     tiny = replace(small, memory_bytes=2**10)
     with pytest.raises(
-        InfeasiblePlanError, match=r"0\.00 GiB, .* too many .*hosts to cluster\.groups"
+        InfeasiblePlanError, match=r"1 KiB, .* too many .*hosts to cluster\.groups"
     ):
         planned(gpt, mixed(host, hosts_of(cpu8, device=tiny)))
 
