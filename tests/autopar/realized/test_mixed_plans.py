@@ -85,9 +85,7 @@ def test_memory_is_that_of_each_kind(gpt, cpu8):
         assert peak_bytes <= device.usable_bytes, stage
     assert 0 < work(plan, cluster, "tight") < work(plan, cluster, "cpu8")
     tiny = replace(small, memory_bytes=2**10)
-    with pytest.raises(
-        InfeasiblePlanError, match=r"1 KiB, .* too many .*hosts to cluster\.groups"
-    ):
+    with pytest.raises(InfeasiblePlanError, match=r"1 KiB, .* too many .*hosts to cluster\.groups"):
         planned(gpt, mixed(host, hosts_of(cpu8, device=tiny)))
 
 
