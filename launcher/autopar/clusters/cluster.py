@@ -105,7 +105,7 @@ def _read_groups(top: Node) -> AnyCluster:
             groups = top.entries()["groups"]
             node.fail(
                 f"contradicts {groups.place}, which has that for each kind of hosts",
-                "set it there, and start from a cluster that has groups (cluster=v100-a100)",
+                "set it there, or start from a cluster that has groups (cluster=v100-a100)",
             )
     fields = top.fields(("name", "groups", "inter_host"), (*_OF_HOSTS, *_OTHERS))
     name, groups = fields["name"].text(), fields["groups"].items()

@@ -81,6 +81,16 @@ class Device:
         """
         return self.accelerator and self.has_bf16 and is_nvidia(self.kind)
 
+    @property
+    def starts_programs_for_free(self) -> bool:
+        """Return whether starting a program takes no time."""
+        return not (self.program_launch_s or self.array_launch_s)
+
+    @property
+    def slows_others(self) -> bool:
+        """Return whether devices of a machine that compute at once slow one another down."""
+        return max(factor for _, factor in self.concurrency) != 1.0
+
     def slowdown(self, at_once: int | None, work: str | None = None) -> float:
         """Return how many times slower it is while so many devices of its machine compute.
 

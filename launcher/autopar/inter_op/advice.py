@@ -213,7 +213,7 @@ def check_experts(options: PlanOptions, cluster: AnyCluster, model: LayeredModel
 
 
 def memory_cures(
-    options: PlanOptions, cluster: AnyCluster, num_params: int
+    options: PlanOptions, cluster: AnyCluster, num_parameters: int
 ) -> Callable[[float | None], str]:
     """What may lower a plan's memory, is allowed in its mode, and has not been tried by the search.
 
@@ -225,8 +225,8 @@ def memory_cures(
     def text(times: float | None) -> str:
         smaller = "take a smaller model.size"
         if times is not None:
-            fitting = large(int(num_params / times))
-            smaller += f" (of about {fitting} parameters instead of {large(num_params)})"
+            fitting = large(int(num_parameters / times))
+            smaller += f" (of about {fitting} parameters instead of {large(num_parameters)})"
         others = _other_cures(options, cluster, times)
         return f"what may help: {either([*_cures_of_mode(options, cluster), *others, smaller])}"
 

@@ -20,6 +20,7 @@ from launcher.autopar.inter_op.placement import Placement
 from launcher.autopar.inter_op.plan_bounds import Crowded
 from launcher.autopar.inter_op.space import Space
 from launcher.autopar.inter_op.stage_table import StageChoice, StageOption
+from launcher.autopar.plans.stage_hosts import submeshes_at_hand
 from launcher.autopar.programs.crowded import Crowd
 
 
@@ -33,8 +34,7 @@ class Neighbours:
     @property
     def starts_take_time(self) -> bool:
         """Whether starting programs does."""
-        kinds = self.cluster.kinds
-        return any(k.device.program_launch_s or k.device.array_launch_s for k in kinds)
+        return not all(kind.device.starts_programs_for_free for kind in self.cluster.kinds)
 
     @property
     def are_on_one_machine(self) -> bool:
@@ -44,13 +44,12 @@ class Neighbours:
     @property
     def slow_down(self) -> bool:
         """Whether devices that compute at once slow one another down."""
-        factors = (factor for k in self.cluster.kinds for _, factor in k.device.concurrency)
-        return max(factors) != 1.0
+        return any(kind.device.slows_others for kind in self.cluster.kinds)
 
     def options_among(
         self, submeshes: int, options: Sequence[StageOption]
     ) -> Sequence[StageOption]:
-        """The options where there are so many submeshes, or fewer on machines of their own."""
+        """The options where so many submeshes share one machine, if they do."""
         if not (self.starts_take_time and self.are_on_one_machine):
             return options
         return [option.among(submeshes) for option in options]
@@ -62,8 +61,7 @@ class Neighbours:
         if not self.starts_take_time:
             return tuple(stages)
         machines = [{self.cluster.machine_of(host) for host in hosts} for hosts, _ in placement]
-        present = Counter(machine for own in machines for machine in own)
-        counts = [max(present[machine] for machine in own) for own in machines]
+        counts = submeshes_at_hand(machines)
         return tuple(
             replace(stage, option=stage.option.among(counts[at % len(counts)]))
             for at, stage in enumerate(stages)
@@ -92,7 +90,8 @@ class Neighbours:
             ),
             slowdown=tuple(device.slowdown for device in devices),
             priced=tuple(
-                self.cluster.kinds[kind].device.slowdown(self.at_once(kind)) for kind in kinds
+                device.slowdown(self.at_once(kind))
+                for device, kind in zip(devices, kinds, strict=True)
             ),
         )
 

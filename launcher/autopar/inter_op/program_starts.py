@@ -27,7 +27,7 @@ class ProgramStarts:
     @property
     def are_free(self) -> bool:
         """Whether starting programs takes no time."""
-        return not (self._device.program_launch_s or self._device.array_launch_s)
+        return self._device.starts_programs_for_free
 
     def with_starts(
         self, option: StageOption, first: int, last: int, *, splits_backward: bool

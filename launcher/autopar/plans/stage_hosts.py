@@ -36,6 +36,16 @@ def devices_of(plan: Plan, cluster: AnyCluster) -> tuple[Device, ...]:
     return tuple(cluster.kind_of(stage.hosts).device for stage in plan.stages)
 
 
+def submeshes_at_hand(machines: Sequence[set[int]]) -> tuple[int, ...]:
+    """Return, for each submesh, how many have a part of its busiest machine, its own included.
+
+    Args:
+        machines: on which each submesh lies.
+    """
+    present = Counter(machine for own in machines for machine in own)
+    return tuple(max(present[machine] for machine in own) for own in machines)
+
+
 def tightest(predicted: Prediction, devices: Sequence[Device]) -> TightStage:
     """Return the stage that fills its devices most; the plan fits if it does."""
     needs = enumerate(zip(predicted.peak_bytes_per_device, devices, strict=True))

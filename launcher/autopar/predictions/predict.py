@@ -19,7 +19,7 @@ from launcher.autopar.graphs.work import op_flops
 from launcher.autopar.intra_op.intra_op import StageSharding
 from launcher.autopar.intra_op.launch_arrays import launch_arrays
 from launcher.autopar.plans.plan import Plan, Prediction
-from launcher.autopar.plans.stage_hosts import devices_of
+from launcher.autopar.plans.stage_hosts import devices_of, submeshes_at_hand
 from launcher.autopar.predictions.predicted_buffers import predicted_buffers
 from launcher.autopar.predictions.synchronization import synchronization_s
 from launcher.autopar.programs.buffers import peak
@@ -91,7 +91,7 @@ def crowd_of(plan: Plan, cluster: AnyCluster, priced: Sequence[ComputeModel]) ->
         priced: by stage, what its durations were priced with.
     """
     kinds = devices_of(plan, cluster)
-    if max(factor for device in kinds for _, factor in device.concurrency) == 1.0:
+    if not any(device.slows_others for device in kinds):
         return None
     first_stages = list(zip(plan.submeshes, kinds, priced, strict=False))
     return Crowd(
@@ -109,18 +109,15 @@ def model_flops_per_step(traced: TracedModel, num_microbatches: int) -> float:
     return 3.0 * num_microbatches * sum(op_flops(op) for op in traced.graph.ops)
 
 
-def submeshes_at_hand(plan: Plan, cluster: AnyCluster) -> tuple[int, ...]:
+def neighbours_of(plan: Plan, cluster: AnyCluster) -> tuple[int, ...]:
     """Of each stage, how many submeshes its machine has a part of, its own included.
 
     One thread of the machine starts the programs of all, one after the other, so that starting one of each
     takes as long as all of them.
     """
-    machines = [{cluster.machine_of(host) for host in stage.hosts} for stage in plan.stages]
-    of_submeshes = machines[: plan.num_submeshes]
-    return tuple(
-        max(sum(machine in others for others in of_submeshes) for machine in own)
-        for own in machines
-    )
+    machines = [{cluster.machine_of(host) for host in stage.hosts} for stage in plan.submeshes]
+    counts = submeshes_at_hand(machines)
+    return tuple(counts[home] for home in plan.submesh_of)
 
 
 def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
@@ -135,7 +132,7 @@ def stage_durations(realized: RealizedPlan, cluster: AnyCluster) -> Durations:
     ]
     kinds, neighbours = (
         devices_of(realized.plan, cluster),
-        submeshes_at_hand(realized.plan, cluster),
+        neighbours_of(realized.plan, cluster),
     )
 
     def with_arrays(seconds: Iterable[float], counts: Iterable[int]) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from launcher.autopar.clusters.cluster import load_cluster
 from launcher.autopar.clusters.compute import ComputeModel
 from launcher.autopar.inter_op.space import PlanOptions
 from launcher.autopar.make_plan import find_plan
-from launcher.autopar.predictions.predict import crowd_of, stage_durations, submeshes_at_hand
+from launcher.autopar.predictions.predict import crowd_of, neighbours_of, stage_durations
 from launcher.autopar.predictions.step_parts import submesh_parts
 from launcher.autopar.programs.simulator import simulate
 from launcher.config import GptConfig
@@ -72,8 +72,8 @@ def test_arrays_add_to_what_starting_programs_takes():
 
 def test_whose_programs_one_thread_starts():
     plan = planned(FREE).plan
-    assert submeshes_at_hand(plan, FREE) == (2, 2)
-    assert submeshes_at_hand(plan, crowded(FREE, accelerator=True)) == (1, 1)  # a host each
+    assert neighbours_of(plan, FREE) == (2, 2)
+    assert neighbours_of(plan, crowded(FREE, accelerator=True)) == (1, 1)  # a host each
 
 
 def test_a_class_of_work_may_suffer_more_than_others():
